@@ -1,0 +1,369 @@
+"""An order is data: every way to generate a video is a plan, a list of steps.
+
+A step says which latents it finishes (*targets*), which it denoises along with them and throws away (*anchors*), which
+finished latents it *reads*, and the temporal position of each. Masks, rollouts, metrics and pictures follow from the
+plan, so they cannot disagree, and a new order is a few lines here.
+
+Blockwise anchors (paper Sec. 4.1): the VAE decodes a latent from its past, and in backward order the past of a block
+does not exist yet. So the block imagines it: P anchors before its targets are denoised together with them, under full
+attention, and dropped. backward(9, block=3, anchors=3), one line a step, in time:
+
+    step 0    .  .  .  a  a  a  T  T  T      T target   a anchor, dropped   r read from the cache
+    step 1    a  a  a  T  T  T  r  r  r      The block of latent 0 has no anchors: nothing precedes it.
+    step 2    T  T  T  r  r  r  r  r  r      That also tells it to make the image latent.
+
+Latents are numbered in time, 0 .. length-1. Negative numbers are latents that are never shown: ~i (that is -1-i) is a
+dummy standing at latent i (the paper's baseline without anchors). No tensors of videos here, no model, no cache.
+
+    python anchors.py --order backward --latents 9                 # the picture above; --out plan.png for Fig. 8 and 9
+"""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from common import UserError, atomic, run
+from dit import Visible
+
+HORIZON = 21  # positions and latents the model has seen at once in training [paper Sec. 4.3]
+SINK_GAP = 3  # empty positions between a block and a sink moved to its far side [paper A.2]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Denoise `anchors + targets` jointly, seeing each other and `reads`; keep the targets.
+
+    pos: temporal positions of anchors + targets, in that order; reads: (latent, position) of finished latents;
+    prompt: which text it follows; given: the targets are the user's own latents, only committed to the cache."""
+    targets: tuple[int, ...]
+    pos: tuple[int, ...]
+    anchors: tuple[int, ...] = ()
+    reads: tuple[tuple[int, int], ...] = ()
+    prompt: int = 0
+    given: bool = False
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        return self.anchors + self.targets
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in order of generation; together they finish latents 0 .. length-1."""
+    name: str
+    length: int
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        finished: set[int] = set()
+        for n, step in enumerate(self.steps):
+            unread = [i for i, _ in step.reads if i not in finished]
+            places = [*step.pos, *(p for _, p in step.reads)]
+            span, where = max(places) - min(places) + 1, f"step {n} of the plan {self.name!r}"
+            again = sorted({i for i in step.targets if i in finished or step.targets.count(i) > 1})
+            if unread or again:
+                raise UserError(f"{where} reads latents {unread} before they are finished or finishes {again} a second time")
+            if len(set(step.own)) < len(step.own):
+                raise UserError(f"{where} has latents twice among its anchors {step.anchors} and targets {step.targets}")
+            if len(step.pos) != len(step.own) or len(set(places)) < len(places):
+                raise UserError(f"{where} puts {len(step.own)} latents and {len(step.reads)} reads on positions {sorted(places)}")
+            if span > HORIZON:
+                raise UserError(f"{where} spans {span} positions, over the horizon of {HORIZON}: shorten the window, gap or block")
+            finished |= set(step.targets)
+        if missing := sorted(set(range(self.length)) - finished):
+            raise UserError(f"the plan {self.name!r} never generates latents {missing}")
+
+    @cached_property
+    def last_read(self) -> dict[int, int]:
+        """latent -> the last step that reads it; latents that no step reads are absent."""
+        return {i: n for n, step in enumerate(self.steps) for i, _ in step.reads}
+
+    @cached_property
+    def capacity(self) -> int:
+        """The most finished latents that a later step still reads, at any time: the slots a cache needs."""
+        most, alive = 1, set()
+        for n, step in enumerate(self.steps):
+            alive = {i for i in alive | set(step.targets) if self.last_read.get(i, -1) > n}
+            most = max(most, len(alive))
+        return most
+
+    def boundaries(self) -> list[bool]:
+        """For each pair of latents i, i+1: True where two different steps made them (an inter-block boundary)."""
+        maker = {i: n for n, step in enumerate(self.steps) for i in step.targets}
+        return [maker[i] != maker[i + 1] for i in range(self.length - 1)]
+
+    def prompts(self) -> int:
+        """How many prompts the plan asks for."""
+        return 1 + max(step.prompt for step in self.steps)
+
+
+# ---------------------------------------------------------------- the orders
+def _blocks(length: int, block: int) -> list[range]:
+    if block < 1 or length < 1 or length % block:
+        below = max(length // block * block, block) if block > 0 else 0
+        raise UserError(f"{length} latents is not a multiple of the block {block}; use {below} or {below + block}")
+    return [range(s, s + block) for s in range(0, length, block)]
+
+
+def _place(latents: Sequence[int], at: int) -> tuple[tuple[int, int], ...]:
+    """Consecutive positions from `at`: _place((0, 1), 18) -> ((0, 18), (1, 19))."""
+    return tuple((i, at + j) for j, i in enumerate(latents))
+
+
+def _context(block: range, done: Sequence[int], window: int | None, sink: bool, far_sink: bool, first: range,
+             second: range, pad: int = 0) -> tuple[list[int], list[int]]:
+    """What a block reads, nearest last: (sink + window, far sink). `done` is ordered from oldest to newest."""
+    local = list(done) if window is None else list(done)[max(len(done) - window, 0):]
+    kept = [i for i in first if sink and i not in local and i in done]
+    far = [i for i in second if far_sink and i not in local and i in done]
+    return kept + local, far
+
+
+def forward(length: int = 21, block: int = 3, window: int | None = None, past_sink: bool = False,
+            future_sink: bool = False) -> Plan:
+    """Blocks from left to right, each reading all before it (paper Fig. 8a) or, with a window, the last `window` latents.
+
+    past_sink: the first block stays in view, just before the window; future_sink: the second block, once out of the
+    window, is read 3 positions *after* the current one (paper A.2). With a window positions restart at 0 each step."""
+    blocks, steps = _blocks(length, block), []
+    for b in blocks:
+        near, far = _context(b, range(b.start), window, past_sink, future_sink, blocks[0], blocks[min(1, len(blocks) - 1)])
+        at = len(near)
+        steps.append(Step(tuple(b), tuple(range(at, at + block)),
+                          reads=_place(near, 0) + _place(far, at + block + SINK_GAP)))
+    return Plan("forward", length, tuple(steps))
+
+
+def backward(length: int = 21, block: int = 3, anchors: int = 3, window: int | None = None, past_sink: bool = False,
+             future_sink: bool = False, head: int | None = None, dummy: bool = False) -> Plan:
+    """Blocks from right to left, each with `anchors` imagined latents before it, reading all after it (paper Fig. 8d).
+
+    head: size of the block of latent 0, which has no anchors (default: block; the paper's baseline of Fig. 8c is
+    block=6, anchors=0, head=3). dummy: the paper's baseline without anchors (Fig. 8b): a dummy block at the start of
+    the clip is generated first and read by the first real block alone, to tell it that it is not the beginning.
+    Sinks mirror `forward`: the first generated block stays in the future, the second is moved to the past."""
+    head = block if head is None else head
+    if not 0 <= anchors <= block:
+        raise UserError(f"{anchors} anchors do not fit the block {block}; use 0 to {block}")
+    if (length - head) % block or length < head:
+        _blocks(length, block)
+        raise UserError(f"{length} latents are not a head of {head} and blocks of {block}")
+    order = [*_blocks(length - head, block)[::-1], range(-head, 0)] if length > head else [range(-head, 0)]
+    order = [range(b.start + head, b.stop + head) for b in order]
+    steps = []
+    for n, b in enumerate(order):
+        imagined = tuple(range(max(b.start - anchors, 0), b.start))
+        near, far = _context(b, range(length - 1, b.stop - 1, -1), window, future_sink, past_sink,
+                             order[0][::-1], order[min(1, len(order) - 1)])
+        far = far if b.start else []  # nothing lies before latent 0
+        own = imagined + tuple(b)
+        at = b.start - len(imagined) if window is None else (len(far) + SINK_GAP if far else 0)
+        reads = _place(far, 0) + _place(near[::-1], at + len(own))
+        if dummy and n == 0:
+            reads = _place([~i for i in range(head)], 0)
+            steps.append(Step(tuple(i for i, _ in reads), tuple(range(head))))
+        steps.append(Step(tuple(b), tuple(range(at, at + len(own))), imagined, reads))
+    return Plan("backward", length, tuple(steps))
+
+
+def inbetween(head: int = 3, gap: int = 15, tail: int = 3, anchors: int = 3, given: bool = False) -> Plan:
+    """Head, then tail, then all of the gap as one block that sees both (paper A.2).
+
+    given: head and tail are the user's; else they are generated, the tail with anchors so that it is no beginning."""
+    length, at = head + gap + tail, head + gap
+    if min(head, gap, tail) < 1 or not 0 <= anchors <= gap:
+        raise UserError(f"head {head}, gap {gap} and tail {tail} must be at least 1 and anchors {anchors} at most the gap")
+    imagined = () if given else tuple(range(at - anchors, at))
+    ends = _place(range(head), 0)
+    return Plan("inbetween", length, (
+        Step(tuple(range(head)), tuple(range(head)), given=given),
+        Step(tuple(range(at, length)), imagined + tuple(range(at, length)), imagined, ends, given=given),
+        Step(tuple(range(head, at)), tuple(range(head, at)), reads=ends + _place(range(at, length), at))))
+
+
+def loop(length: int = 21, block: int = 3, gap: int | None = None) -> Plan:
+    """Forward up to a last gap (default 15), which reads its past and, in its future, the head once more.
+
+    loop(18): the head stands at positions 0-2 and 18-20 at once, the 15 latents between are one block."""
+    gap = min(HORIZON - 2 * block, length - block) if gap is None else gap
+    rest = length - gap
+    if gap < 1 or rest < block:
+        raise UserError(f"a loop of {length} latents needs room for a first block of {block} and a gap of at least 1, got {gap}")
+    start = forward(rest, block, None if rest <= HORIZON else 2 * block, past_sink=rest > HORIZON)
+    near = range(rest)[-max(HORIZON - gap - block, 1):]
+    at = len(near)
+    close = Step(tuple(range(rest, length)), tuple(range(at, at + gap)),
+                 reads=_place(near, 0) + _place(range(block), at + gap))
+    return Plan("loop", length, (*start.steps, close))
+
+
+def story(scenes: Sequence[int] = (9, 9, 9), gap: int = 6, block: int = 3, anchors: int = 3) -> Plan:
+    """Key scenes first, each forward and with its own prompt and blind to the others; then the gaps, seeing both sides.
+
+    The first block of a later scene has anchors and no past: that makes it the middle of a video, not a beginning.
+    A gap follows the prompt of the scene it leads to [ours]."""
+    if not scenes or gap < 1 or gap > HORIZON - 2 * block:
+        raise UserError(f"a story needs scenes and a gap of 1 to {HORIZON - 2 * block}, got {len(scenes)} scenes and gap {gap}")
+    if not 0 <= anchors <= block:
+        raise UserError(f"{anchors} anchors do not fit the block {block}; use 0 to {block}")
+    steps, bridges, start = [], [], 0
+    for n, size in enumerate(scenes):
+        for b in _blocks(size, block):
+            imagined = tuple(range(start - anchors, start)) if n and not b.start else ()
+            near = range(start, start + b.start)[-(HORIZON - block):]
+            steps.append(Step(tuple(range(start + b.start, start + b.stop)), tuple(range(len(near), len(near) + block + len(imagined))),
+                              imagined, _place(near, 0), prompt=n))
+        if n:
+            side = min((HORIZON - gap) // 2, 2 * block)
+            left = range(start - gap)[-min(side, scenes[n - 1]):]
+            right = range(start, start + min(side, size))
+            bridges.append(Step(tuple(range(start - gap, start)), tuple(range(len(left), len(left) + gap)),
+                                reads=_place(left, 0) + _place(right, len(left) + gap), prompt=n))
+        start += size + gap
+    return Plan("story", start - gap, (*steps, *bridges))
+
+
+def transition(first: int = 9, gap: int = 6, second: int = 9, block: int = 3, anchors: int = 3) -> Plan:
+    """A story of two scenes."""
+    plan = story((first, second), gap, block, anchors)
+    return Plan("transition", plan.length, plan.steps)
+
+
+def long(length: int, direction: str = "forward", block: int = 3, anchors: int = 3, window: int = 6, sink: str = "both") -> Plan:
+    """Forward or backward past the horizon, at constant memory: a window and sinks on the past, future or both sides."""
+    if sink not in ("past", "future", "both", "none"):
+        raise UserError(f"unknown sink {sink!r}; use past, future, both or none")
+    if direction not in ("forward", "backward") or window < 0:
+        raise UserError(f"direction {direction!r} must be forward or backward and window {window} at least 0")
+    sinks = {"window": window, "past_sink": sink in ("past", "both"), "future_sink": sink in ("future", "both")}
+    return forward(length, block, **sinks) if direction == "forward" else backward(length, block, anchors, **sinks)
+
+
+ORDERS: dict[str, Callable[..., Plan]] = {f.__name__: f for f in (forward, backward, inbetween, loop, transition, story, long)}
+
+
+# ---------------------------------------------------------------- a plan as one sequence (stage 1)
+@dataclass(frozen=True)
+class Layout:
+    """All steps of a plan side by side, for one masked pass (paper Fig. 8). One entry per sequence slot:
+
+    latent, step, pos: which latent stands there, for which step, at which position; is_target: not an anchor.
+    A latent that is anchor and target has a slot for each (replicated anchors). visible: who sees whom."""
+    latent: tuple[int, ...]
+    step: tuple[int, ...]
+    pos: tuple[int, ...]
+    is_target: tuple[bool, ...]
+    visible: Visible
+
+
+def layout(plan: Plan) -> Layout:
+    """Targets of all steps in order of generation, then the anchors of all steps. A slot sees its own step, and the
+    *target* slots of the latents its step reads. forward(6): spans ((0, 3, ((0, 3),)), (3, 6, ((0, 6),)))."""
+    slots = [(i, n, p, target) for target in (True, False) for n, step in enumerate(plan.steps)
+             for i, p in zip(step.own, step.pos) if (i in step.targets) == target]
+    home = {i: s for s, (i, _, _, target) in enumerate(slots) if target}  # where a latent's target stands
+    keys = [(s, pos) for s, (_, _, pos, _) in enumerate(slots)]
+    extra = {(home[i], p): None for step in plan.steps for i, p in step.reads}  # a key at another position: one more key
+    keys += [key for key in extra if key not in keys]
+    column = {key: j for j, key in enumerate(keys)}
+    seen_by_step = []
+    for n, step in enumerate(plan.steps):
+        seen = [s for s, slot in enumerate(slots) if slot[1] == n] + [column[home[i], p] for i, p in step.reads]
+        edges = np.flatnonzero(np.diff(np.array([-2, *sorted(seen), len(keys) + 2])) > 1)
+        ordered = sorted(seen)
+        seen_by_step.append(tuple((ordered[a], ordered[b - 1] + 1) for a, b in zip(edges[:-1], edges[1:])))
+    spans: list[tuple] = []
+    for s, (_, n, _, _) in enumerate(slots):
+        if spans and spans[-1][2] is seen_by_step[n]:
+            spans[-1] = (spans[-1][0], s + 1, seen_by_step[n])
+        else:
+            spans.append((s, s + 1, seen_by_step[n]))
+    moved = len(keys) > len(slots)
+    visible = Visible(tuple(spans), *(torch.tensor(x) if moved else None for x in zip(*keys)))
+    return Layout(*zip(*((i, n, p, t) for i, n, p, t in slots)), visible)
+
+
+# ---------------------------------------------------------------- pictures
+def text_picture(plan: Plan) -> str:
+    """One line a step, one column a latent: T target, G given, a anchor, r read, . unseen; d: the dummy block."""
+    shown = sorted({i for step in plan.steps for i in step.own} | set(range(plan.length)), key=lambda i: (i >= 0, abs(i)))
+    lines = ["latent    " + " ".join(f"{i if i >= 0 else 'd':>2}" for i in shown)]
+    for n, step in enumerate(plan.steps):
+        mark = {i: "r" for i, _ in step.reads} | {i: "a" for i in step.anchors} | {i: "G" if step.given else "T" for i in step.targets}
+        moved = " ".join(f"{i}@{p}" for i, p in step.reads if dict(zip(step.own, step.pos)).get(i, None) is None
+                         and p - i != step.pos[-1] - step.targets[-1])
+        lines.append(f"step {n:<4} " + " ".join(f"{mark.get(i, '.'):>2}" for i in shown) + (f"   moved: {moved}" if moved else ""))
+    return "\n".join(lines)
+
+
+DIGITS = {c: np.array([int(b) for b in bits]).reshape(5, 3) for c, bits in zip("0123456789d", (  # a 3 x 5 pixel font
+    "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001", "111100111001111",
+    "111100111101111", "111001010010010", "111101111101111", "111101111001111", "001001111101111"))}
+COLOURS = {".": (255, 255, 255), "T": (88, 163, 90), "G": (120, 120, 120), "a": (244, 200, 66), "r": (190, 225, 190), "d": (90, 140, 220)}
+
+
+def picture(plan: Plan) -> np.ndarray:
+    """uint8 [H, W, 3]: above, the order of generation (paper Fig. 9), below, the stage-1 mask (Fig. 8), a row per query.
+
+    Green: targets, light green: read, yellow: anchors, blue: dummy, grey: given. Numbers are latents."""
+    cell, names = 16, [i for i in range(plan.length)]
+    def draw(rows: list[list[str]], left: list[int], top: list[int]) -> np.ndarray:
+        image = np.full(((len(rows) + 1) * cell, (len(top) + 1) * cell, 3), 255, np.uint8)
+        for r, c, text, mark in [(0, j + 1, i, ".") for j, i in enumerate(top)] + [(k + 1, 0, i, ".") for k, i in enumerate(left)] + [
+                (k + 1, j + 1, None, m) for k, row in enumerate(rows) for j, m in enumerate(row)]:
+            box = image[r * cell:(r + 1) * cell, c * cell:(c + 1) * cell]
+            if text is None:
+                box[1:, 1:] = COLOURS[mark]
+                box[0], box[:, 0] = 210, 210
+            for d, digit in enumerate("" if text is None else f"d{~text}" if text < 0 else str(text)):
+                box[5:10, 1 + 4 * d:4 + 4 * d][DIGITS[digit] == 1] = 60
+        return image
+    dummies = sorted({i for step in plan.steps for i in step.own if i < 0}, reverse=True)
+    shown = dummies + names
+    order = []
+    for step in plan.steps:
+        mark = {i: "r" for i, _ in step.reads} | {i: "a" for i in step.anchors}
+        mark |= {i: "d" if i < 0 else "G" if step.given else "T" for i in step.targets}
+        order.append([mark.get(i, ".") for i in shown])
+    panels = [draw(order, list(range(len(plan.steps))), shown)]
+    lay = layout(plan)
+    if len(lay.latent) <= 64 and lay.visible.key_slot is None:  # beyond that, or with moved keys, a mask tells nothing
+        dense, show = lay.visible.dense(), sorted(range(len(lay.latent)), key=lambda s: (
+            min(plan.steps[lay.step[s]].targets) if lay.latent[s] >= 0 else -9, lay.pos[s]))
+        kind = ["d" if lay.latent[s] < 0 else "T" if lay.is_target[s] else "a" for s in range(len(lay.latent))]
+        rows = [[(kind[k] if lay.step[k] == lay.step[q] else "r") if dense[q, k] else "." for k in show] for q in show]
+        labels = [lay.latent[s] for s in show]
+        panels.append(draw(rows, labels, labels))
+    width = max(p.shape[1] for p in panels)
+    return np.concatenate([np.pad(p, ((0, cell), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in panels])
+
+
+@dataclass
+class Config:
+    """Print a plan; write its picture."""
+    order: str = "backward"  # forward, backward, inbetween, loop, transition, story or long
+    latents: int = 21        # how many (forward, backward, loop, long)
+    block: int = 3           # latents a step finishes (forward, backward, loop, transition, story, long)
+    anchors: int = 3         # imagined latents before each backward block
+    out: str = ""            # a .png for the picture
+    dummy: bool = False      # the paper's baseline without anchors (with --anchors 0)
+
+
+def main(config: Config) -> None:
+    if config.order not in ORDERS:
+        raise UserError(f"unknown order {config.order!r}; use {', '.join(ORDERS)}")
+    accepts = ORDERS[config.order].__code__.co_varnames[:ORDERS[config.order].__code__.co_argcount]
+    values = {"length": config.latents, "block": config.block, "anchors": config.anchors, "dummy": config.dummy}
+    plan = ORDERS[config.order](**{k: v for k, v in values.items() if k in accepts})
+    print(text_picture(plan))
+    print(f"{plan.length} latents in {len(plan.steps)} steps; the cache holds at most {plan.capacity}")
+    if config.out:
+        import imageio.v3 as iio
+        with atomic(config.out) as tmp:
+            iio.imwrite(tmp, picture(plan))
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,429 @@
+"""Plumbing, no ideas: what every script needs and no reader comes here to learn.
+
+- `run(main, Config)`   a typed dataclass is the command line; a user's mistake is one sentence and exit code 2
+- `start()`             device and torchrun: the same script runs as one process or as many
+- `read_tensors`, `load_strict`, `write_safetensors`, `atomic`   checkpoints that are whole or absent
+- `generator`, `EMA`, `save_state`, `distribute`, `log_row`: what training loops share
+
+No model, loss, sampler or training loop lives here, and nothing here is imported for its cleverness.
+
+    python -c "import common; help(common)"
+"""
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import sys
+import types
+import typing
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: its text is one sentence with the offending value and the fix."""
+
+
+# ---------------------------------------------------------------- command line
+def _convert(name: str, kind: type, words: list[str]):
+    """Turn the words after a flag into a value of the field's type."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # `str | None`
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:                           # `tuple[int, ...]`, `tuple[str, ...]`
+        return tuple(_convert(name, typing.get_args(kind)[0], [w]) for w in words)
+    if kind is bool and not words:
+        return True
+    if len(words) != 1:
+        raise UserError(f"--{name} takes one value, got {len(words)}: {' '.join(words) or 'nothing'}")
+    if kind is bool:
+        if words[0].lower() not in ("true", "false"):
+            raise UserError(f"--{name} is true or false, got {words[0]!r}")
+        return words[0].lower() == "true"
+    try:
+        return kind(words[0])
+    except ValueError:
+        raise UserError(f"--{name} needs {'a whole number' if kind is int else 'a number'}, got {words[0]!r}") from None
+
+
+def _help(cls: type) -> str:
+    """The dataclass's own source is the help: one line per field, the trailing comment is its text."""
+    rows = []
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
+    for f in dataclasses.fields(cls):
+        default = "required" if f.default is dataclasses.MISSING else f.default
+        rows.append(f"  --{f.name:<18} {comments.get(f.name, '')}  [{default}]")
+    return f"usage: python {os.path.basename(sys.argv[0])} [--flag value ...]\n\n{inspect.getdoc(cls)}\n\n" + "\n".join(rows)
+
+
+def from_cli(cls: type, argv: list[str] | None = None):
+    """Build the dataclass `cls` from `--name value`, `--name=value` or a bare `--switch` (true).
+
+    Dashes and underscores in names are the same. A tuple field takes all words up to the next flag. If the class has
+    a dict PRESETS, `--preset name` replaces defaults by those of the preset; flags given explicitly win.
+    raises: UserError for an unknown, repeated, mistyped or missing flag."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in words or "-h" in words:
+        print(_help(cls))
+        raise SystemExit(0)
+    kinds, given = typing.get_type_hints(cls), {}
+    while words:
+        word = words.pop(0)
+        name, _, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
+            raise UserError(f"unknown flag {word.split('=')[0]!r}" + (f"; did you mean --{near[0]}?" if near else "")
+                            + " (--help lists all flags)")
+        if name in given:
+            raise UserError(f"--{name} is given twice; keep one of them")
+        values = [value] if "=" in word else []
+        while "=" not in word and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        given[name] = _convert(name, kinds[name], values)
+    presets = vars(cls).get("PRESETS", {})
+    if "preset" in given and presets:
+        if given["preset"] not in presets:
+            raise UserError(f"unknown preset {given['preset']!r}; use {', '.join(presets)}")
+        given = presets[given["preset"]] | given
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in given]
+    if missing:
+        raise UserError("missing " + ", ".join(f"--{m}" for m in missing))
+    return cls(**given)
+
+
+def run(main: Callable, cls: type) -> None:
+    """Run a script: parse the flags, call `main(config)`; UserError and OSError become one line and exit code 2,
+    numbers that are not finite (FloatingPointError) one line and exit code 1."""
+    try:
+        main(from_cli(cls))
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- devices, processes, randomness
+def start(device: str = "auto") -> tuple[int, int, torch.device]:
+    """Return (rank, world size, device); join the process group if torchrun set RANK."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device} was asked for but torch sees no GPU; use --device cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} must be cpu, cuda or auto")
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "cuda":
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world, torch.device(device)
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A CPU generator that depends on all the numbers (seed, stream, index, ...): generator(0, 1) != generator(1, 0).
+
+    Give one kind of thing tuples of one length: zeros at the end do not count, generator(1) == generator(1, 0)."""
+    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGINT and SIGTERM only set a flag; the loop asks `stop()` and ends at a step boundary."""
+    caught = []
+    old = {s: signal.signal(s, lambda *_: caught.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+# ---------------------------------------------------------------- files that are whole or absent
+@contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Give a temporary name in the same folder; on success flush it and rename it to `path`, on failure remove it."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # the suffix stays: video writers read it
+    try:
+        yield tmp
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.chmod(tmp, 0o644)  # safetensors writes 0600
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict | None = None) -> None:
+    """Write tensors and, as JSON under the metadata key `config`, a plain dict; atomically."""
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    with atomic(path) as tmp:
+        try:
+            save_file(tensors, str(tmp), {"config": json.dumps(config)} if config is not None else None)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from None
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict | None]:
+    """Read a checkpoint: one .safetensors or .pt/.pth file, or a folder with one (sharded with its index, too).
+
+    Tensors stay memory-mapped until they are used. returns: (tensors, config), where config comes from the
+    metadata key `config`, else from `config.json` beside the file, else None.
+    raises: UserError naming the file when it is missing, truncated, not a checkpoint, or an unsafe pickle."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        found = sorted(path.glob("*.index.json")) or sorted(p for s in (".safetensors", ".pt", ".pth") for p in path.glob("*" + s))
+        if len(found) != 1:
+            raise UserError(f"{path} holds {len(found)} checkpoints ({', '.join(p.name for p in found) or 'none'}); "
+                            "name one .safetensors or .pt file")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    config = _read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else None
+    if path.name.endswith(".index.json"):
+        names = _read_json(path).get("weight_map")
+        shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
+        absent = [s for s in shards if not (path.parent / s).is_file()]
+        if absent or not shards:
+            raise UserError(f"{path.name} names shards that are missing in {path.parent}: {', '.join(absent) or 'none at all'}")
+        tensors = {}
+        for shard in shards:
+            tensors.update(read_tensors(path.parent / shard)[0])
+        return tensors, config
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(str(path), "pt") as f:
+                meta = f.metadata() or {}
+                tensors = {k: f.get_tensor(k) for k in f.keys()}
+            config = json.loads(meta["config"]) if "config" in meta else config
+            if config is not None and not isinstance(config, dict):
+                raise UserError(f"{path}: the metadata's config is a JSON {type(config).__name__}, not an object")
+            return tensors, config
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from None
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged or hostile pickle may raise anything; weights_only keeps it from running
+        raise UserError(f"{path} is not a checkpoint that loads with weights_only=True "
+                        f"({type(error).__name__}); copy it again or convert it to safetensors") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds a {type(tree).__name__}, not a dictionary of tensors")
+    return tree, config
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: object, dtype: torch.dtype | None = None,
+                device: torch.device | str = "cpu") -> nn.Module:
+    """Put `tensors` into `model` (built on the meta device), one at a time cast to `dtype`; no second copy is made.
+
+    raises: UserError that names missing, unexpected and wrongly shaped keys in one sentence."""
+    want = model.state_dict()
+    wrong = [f"{k} is {tuple(tensors[k].shape)} but should be {tuple(want[k].shape)}"
+             for k in want if k in tensors and getattr(tensors[k], "shape", None) != want[k].shape]
+    problems = [f"{label} {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for label, names in (
+        ("missing", [k for k in want if k not in tensors]), ("unexpected", [k for k in tensors if k not in want]),
+        ("wrong shape", wrong)) if names]
+    if problems:
+        raise UserError(f"{source} does not fit {type(model).__name__}: " + "; ".join(problems))
+    model.load_state_dict({k: tensors[k].to(device=device, dtype=dtype or tensors[k].dtype) for k in want}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def config_from(cls: type, values: dict, source: object):
+    """Make the config dataclass `cls` from JSON values; keys that start with _ are ignored, lists become tuples.
+
+    raises: UserError naming an unknown key or a value of the wrong type."""
+    kinds = typing.get_type_hints(cls)
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if not k.startswith("_")}
+    for k, v in known.items():
+        kind = typing.get_origin(kinds.get(k)) or kinds.get(k)
+        if kind is None:
+            raise UserError(f"{source}: the config has an unknown field {k!r}; {cls.__name__} has {', '.join(kinds)}")
+        if not isinstance(v, (kind, int) if kind is float else kind) or (isinstance(v, bool) and kind is not bool):
+            raise UserError(f"{source}: the config field {k} is {v!r}, which is not of type {kind.__name__}")
+    return cls(**known)
+
+
+# ---------------------------------------------------------------- training helpers
+def distribute(model: nn.Module, how: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Prepare a model for training on all processes, before its optimiser is made.
+
+    "ddp": every process holds all of it, `sync_gradients` averages. "fsdp": FSDP2 shards each block and the rest;
+    float32 masters, computation in `dtype`, gradients reduced in float32. Inputs are not cast: t needs its float32."""
+    if how == "fsdp":
+        if not dist.is_initialized():  # one process without torchrun
+            cuda = next(model.parameters()).is_cuda
+            dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.blocks:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+    elif how != "ddp":
+        raise UserError(f"--parallel {how!r} must be ddp or fsdp")
+    return model
+
+
+def split_batch(batch: int, micro: int, rank: int, world: int) -> tuple[int, int]:
+    """Samples a forward pass and rounds accumulated, so that micro * rounds * world = batch; prints the product.
+
+    micro = 0: the whole share of a process at once. raises: UserError if it does not divide."""
+    micro = micro or max(batch // world, 1)
+    if batch % (micro * world):
+        raise UserError(f"--batch {batch} is not a multiple of --micro {micro} times {world} processes")
+    rounds = batch // (micro * world)
+    if rank == 0:
+        print(f"{world} processes x {rounds} accumulated x {micro} = {batch} samples a step, in each direction", flush=True)
+    return micro, rounds
+
+
+def sync_gradients(model: nn.Module, how: str) -> None:
+    """Average the gradients over the processes (FSDP has done so in its backward pass)."""
+    if how == "ddp" and dist.is_initialized() and dist.get_world_size() > 1:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, part in zip(grads, flat.div_(dist.get_world_size()).split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
+
+
+def clip_gradients(model: nn.Module, limit: float, where: str) -> float:
+    """Clip the gradient to this norm; return the norm before. raises: FloatingPointError saying `where` if not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"{where}: the gradient has norm {norm}; the last saved state is good")
+    return norm
+
+
+def mean_over_processes(value: float, device: torch.device) -> float:
+    """Average a number over the processes, for the log."""
+    if not dist.is_initialized():
+        return value
+    x = torch.tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    dist.all_reduce(x)
+    return x.item() / dist.get_world_size()
+
+
+class EMA:
+    """Exponential moving average of a model's trainable parameters, kept in float32."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {k: p.detach().clone().float() for k, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        for k, p in model.named_parameters():
+            self.shadow[k].lerp_(p.detach().float(), 1 - self.decay)
+
+    def load(self, shadow: dict[str, Tensor]) -> None:
+        """Take over another average's values (whole tensors; sharded ones take their part)."""
+        for k, mine in self.shadow.items():
+            value = shadow[k].to(mine.device)
+            if hasattr(mine, "device_mesh"):
+                value = distribute_tensor(value, mine.device_mesh, mine.placements)
+            mine.copy_(value)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Make the average the model's weights."""
+        for k, p in model.named_parameters():
+            p.copy_(self.shadow[k])
+
+
+def cosine(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Learning rate: linear warm-up, then half a cosine to zero."""
+    return peak * min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The full state dict on the CPU, gathered if the model is sharded: call it on every process, use it on rank 0."""
+    return get_model_state_dict(model, options=WHOLE)
+
+
+def save_state(path: str | os.PathLike, step: int, config: dict, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
+               **averages: "EMA") -> None:
+    """Write everything a run needs to go on exactly: step, config, models, optimisers, averages. Call it on every process."""
+    tree = {"step": step, "config": json.dumps(config)}
+    for name, (model, optimiser) in trained.items():
+        tree[name] = whole_state(model)
+        tree[name + ".optimiser"] = get_optimizer_state_dict(model, optimiser, options=WHOLE)
+    for name, average in averages.items():
+        tree[name] = {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).cpu() for k, v in average.shadow.items()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with atomic(path) as tmp:
+            torch.save(tree, tmp)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load_state(path: str | os.PathLike, config: dict, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
+               **averages: "EMA") -> int:
+    """Load what `save_state` wrote; return the number of finished steps. The number of processes may differ.
+
+    raises: UserError naming the settings that differ (`steps`, `out`, `save_every`, `micro` and the like may), or a
+    damaged file."""
+    tree, _ = read_tensors(path)
+    then = json.loads(tree.get("config", "{}"))
+    free = ("steps", "out", "save_every", "micro", "device", "parallel", "checkpointing", "sheet_every")
+    differ = [k for k, v in json.loads(json.dumps(config)).items() if then.get(k) != v and k not in free]
+    if differ or "step" not in tree:
+        raise UserError(f"{path} was written by a run with other settings ({', '.join(f'{k}={then.get(k)!r}' for k in differ)}); "
+                        "use them again, or another --out")
+    for name, (model, optimiser) in trained.items():
+        set_model_state_dict(model, tree[name], options=WHOLE)
+        set_optimizer_state_dict(model, optimiser, tree[name + ".optimiser"], options=WHOLE)
+    for name, average in averages.items():
+        average.load(tree[name])
+    return tree["step"]
+
+
+def log_row(path: str | os.PathLike, **row: float | int | str) -> None:
+    """Append one JSON line; a line is complete or absent."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+

@@ -1,0 +1,444 @@
+"""The Wan2.1 text-to-video transformer, with one timestep and one temporal position per latent.
+
+Teacher, student and critic are this one class and differ only in what a latent may see:
+
+    dit(z, t, text, pos)                   every latent sees every latent: the bidirectional teacher, the critic
+    dit(z, t, text, pos, visible=...)      spans derived from a plan: the student of stage 1, all blocks in one pass
+    dit(z, t, text, pos, past=...)         keys and values of finished latents come first: the student's rollout
+
+Time enters per latent (`t [B, T]`), so noisy and clean latents share a sequence. Position enters only by rotating
+queries and keys (RoPE), so keys are handed out *unrotated* and whoever stores them may place them anywhere later.
+Nothing is stored on the module: mask, past and positions are arguments, keys and values are return values.
+
+Numbers: the network predicts velocity v = noise - x0 and is told t = 1000 sigma. Linear layers and attention run in
+the weights' dtype; residual stream, norms, modulation and RoPE in float32, as in Wan's own code [Wan].
+Parameter names are Wan's, so its checkpoints load as they are. No sampling and no loss here.
+
+    python dit.py --weights Wan2.1-T2V-1.3B --to diffusers --out transformer      # also: --to native
+"""
+import re
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common import UserError, atomic, config_from, load_strict, read_tensors, run, write_safetensors
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Wan's own names; defaults are Wan2.1 T2V 1.3B."""
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    freq_dim: int = 256       # width of the sinusoidal embedding of t
+    text_dim: int = 4096
+    text_len: int = 512       # text is zero-padded to this length and attended whole, padding included [Wan]
+    in_dim: int = 16
+    out_dim: int = 16
+    patch_size: tuple[int, ...] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.patch_size[0] != 1 or len(self.patch_size) != 3:
+            raise UserError(f"patch_size {self.patch_size} must be (1, height, width): one timestep per latent needs 1")
+        if self.dim % self.num_heads or self.dim // self.num_heads % 2 or self.dim // self.num_heads < 6:
+            raise UserError(f"dim {self.dim} / num_heads {self.num_heads} must be an even whole number of at least 6")
+
+    def tokens(self, h: int, w: int) -> int:
+        """Tokens per latent of h x w cells: 60 x 104 -> 1560."""
+        return (h // self.patch_size[1]) * (w // self.patch_size[2])
+
+
+PRESETS = {
+    "wan1.3b": DiTConfig(),                                                                 # 1,418,996,800 parameters
+    "wan14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),              # 14,288,491,584
+    "toy": DiTConfig(dim=192, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=64, text_len=12,  # [ours]
+                     in_dim=8, out_dim=8),
+}
+
+
+# ---------------------------------------------------------------- positions
+class Rope(NamedTuple):
+    """For every token and channel: cos and signed sin of its pair's angle, float32 [L, 1, D]."""
+    cos: Tensor  # c0 c0 c1 c1 ...
+    sin: Tensor  # -s0 s0 -s1 s1 ...
+
+
+def rope(pos: Tensor, h: int, w: int, head_dim: int, theta: float = 10000.0) -> Rope:
+    """Angles for latents at integer temporal positions pos [T], each a grid of h x w tokens (row-major).
+
+    Of the D/2 channel pairs the first turn with time, the rest with height and width: D = 128 -> 22, 21, 21 pairs.
+    An axis with d channels uses the frequencies theta^(-2j/d). Any position is valid, also negative or beyond 1024."""
+    side, cos, sin = head_dim // 6 * 2, [], []
+    for axis, (place, d) in enumerate(((pos, head_dim - 2 * side), (torch.arange(h, device=pos.device), side),
+                                       (torch.arange(w, device=pos.device), side))):
+        angle = torch.outer(place.double(), theta ** (-torch.arange(0, d, 2, device=pos.device).double() / d))
+        shape = [len(place) if i == axis else 1 for i in range(3)] + [d]
+        c, s = angle.cos().float(), angle.sin().float()
+        cos.append(torch.stack((c, c), -1).view(shape).expand(len(pos), h, w, d))
+        sin.append(torch.stack((-s, s), -1).view(shape).expand(len(pos), h, w, d))
+    return Rope(*(torch.cat(parts, -1).view(-1, 1, head_dim) for parts in (cos, sin)))  # (T*h*w, 1, D)
+
+
+def rotate(x: Tensor, table: Rope) -> Tensor:
+    """Turn each pair of adjacent channels, (a, b) -> (a cos - b sin, a sin + b cos), of x [B, L, A, D].
+
+    Computed in float32, returned in x's dtype."""
+    y = x.float()
+    swapped = y.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)  # (b, a)
+    return torch.addcmul(y * table.cos, swapped, table.sin).to(x.dtype)
+
+
+# ---------------------------------------------------------------- who may see whom
+Spans = tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
+
+
+@dataclass
+class Visible:
+    """Who may see whom inside one sequence, in units of latents; made from a plan by `anchors.layout`.
+
+    spans: queries q0 .. q1-1 see the keys of the ranges [k0, k1); runs of queries follow each other without a gap.
+        Two blocks of 3, causal: ((0, 3, ((0, 3),)), (3, 6, ((0, 6),))).
+    key_slot, key_pos: key j is the key of sequence slot key_slot[j], rotated to position key_pos[j]. None: keys are
+        the slots themselves, at their own positions. (A latent read at two positions appears as two keys.)
+    One description, two realisations: attention span by span, exact and unpadded (`attend`), or FlexAttention with a
+    block mask on CUDA after `prepare`. Never stored on a module: another plan is another object."""
+    spans: Spans
+    key_slot: Tensor | None = None
+    key_pos: Tensor | None = None
+    block_mask: object = field(default=None, repr=False)
+
+    def dense(self, tokens: int = 1) -> Tensor:
+        """The same as a bool matrix [L, K]; True = may attend. For pictures and tests."""
+        slots = self.spans[-1][1]
+        mask = torch.zeros(slots, slots if self.key_slot is None else len(self.key_slot), dtype=torch.bool)
+        for q0, q1, ranges in self.spans:
+            for k0, k1 in ranges:
+                mask[q0:q1, k0:k1] = True
+        return mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+
+    def prepare(self, tokens: int, device: torch.device | str) -> "Visible":
+        """Move to a device; on CUDA also build the FlexAttention block mask for `tokens` per latent, once per plan."""
+        block_mask = None
+        if torch.device(device).type == "cuda":
+            from torch.nn.attention.flex_attention import create_block_mask
+            table = self.dense().to(device)
+            block_mask = create_block_mask(lambda b, a, i, j: table[i // tokens, j // tokens], None, None,
+                                           table.shape[0] * tokens, table.shape[1] * tokens, device=device)
+        moved = (None if x is None else x.to(device) for x in (self.key_slot, self.key_pos))
+        return Visible(self.spans, *moved, block_mask)
+
+
+@cache
+def _flex():
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over the keys each query may see. q: [B, L, A, D]; k, v: [B, K, A, D] -> [B, L, A, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, A, L, D)
+    if visible is None:
+        out = F.scaled_dot_product_attention(q, k, v)
+    elif visible.block_mask is not None:
+        out = _flex()(q, k, v, block_mask=visible.block_mask)
+    else:
+        n, runs = q.shape[2] // visible.spans[-1][1], []  # tokens per latent
+        for q0, q1, ranges in visible.spans:
+            seen = [torch.cat([x[:, :, k0 * n:k1 * n] for k0, k1 in ranges], 2) if len(ranges) > 1 else
+                    x[:, :, ranges[0][0] * n:ranges[0][1] * n] for x in (k, v)]
+            runs.append(F.scaled_dot_product_attention(q[:, :, q0 * n:q1 * n], *seen))
+        out = torch.cat(runs, dim=2)
+    return out.transpose(1, 2)
+
+
+# ---------------------------------------------------------------- layers
+KV = tuple[Tensor, Tensor]  # keys and values, [B, L, A, D] each
+
+
+class RMSNorm(nn.Module):
+    """Over the full width, all heads together, before the split into heads [Wan]."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))  # (B, L, E) -> (B, L, A, D)
+
+    def kv(self, x: Tensor) -> KV:
+        return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+
+    def forward(self, x: Tensor, at: Rope, visible: Visible | None, at_keys: Rope, past: KV | None) -> tuple[Tensor, KV]:
+        """x: [B, L, E] -> output [B, L, E] and this sequence's own keys, unrotated, and values, for a cache to keep.
+
+        at, at_keys: angles of queries and keys; past: keys already rotated, and values, of finished latents."""
+        q = rotate(self.heads(self.norm_q(self.q(x))), at)
+        own = k, v = self.kv(x)
+        if visible is not None and visible.key_slot is not None:  # one latent may serve as several keys
+            k, v = (y.unflatten(1, (visible.spans[-1][1], -1))[:, visible.key_slot].flatten(1, 2) for y in own)
+        k = rotate(k, at_keys)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)  # (B, past + L, A, D)
+        return self.o(attend(q, k, v, visible).flatten(2)), own
+
+
+class CrossAttention(SelfAttention):
+    """Queries from the video, keys and values from the text; no positions."""
+
+    def forward(self, x: Tensor, text: Tensor | KV) -> Tensor:
+        k, v = text if isinstance(text, tuple) else self.kv(text)
+        return self.o(attend(self.heads(self.norm_q(self.q(x))), k, v).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        c = config
+        self.eps = c.eps
+        self.self_attn = SelfAttention(c.dim, c.num_heads, c.eps)
+        self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps)
+        self.norm3 = nn.LayerNorm(c.dim, c.eps)  # before cross-attention; the only norm with weights
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
+
+    def forward(self, x: Tensor, time: Tensor, text: Tensor | KV, at: Rope, visible: Visible | None, at_keys: Rope,
+                past: KV | None) -> tuple[Tensor, KV]:
+        """x: [B, T, N, E] float32, T latents of N tokens; time: [B, T, 6, E] float32; text: [B, L, E] or its keys."""
+        dtype = self.ffn[0].weight.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unsqueeze(3).unbind(2)
+        y = modulate(x, shift1, scale1, self.eps).to(dtype).flatten(1, 2)  # (B, L, E)
+        y, own = self.self_attn(y, at, visible, at_keys, past)
+        x = torch.addcmul(x, y.view_as(x), gate1)  # x + y * gate
+        y = F.layer_norm(x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
+        x = x + self.cross_attn(y.to(dtype).flatten(1, 2), text).view_as(x)
+        y = self.ffn(modulate(x, shift2, scale2, self.eps).to(dtype))
+        return torch.addcmul(x, y, gate2), own
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift, without weights of its own, in float32."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+class Head(nn.Module):
+    """Modulated by the time embedding itself, not by its projection [Wan]."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, config.out_dim * config.patch_size[1] * config.patch_size[2])
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim ** 0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + time.unsqueeze(2)).unsqueeze(3).unbind(2)
+        return self.head(modulate(x, shift, scale, self.eps).to(self.head.weight.dtype))
+
+
+class DiT(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.head = Head(c)
+        self.checkpointing = False  # training: recompute each block in the backward pass instead of keeping it
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Wan's: Xavier for linear layers, 0.02 for the embeddings' first layers, zero for the head: v = 0 at first."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.data.flatten(1))
+        for m in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
+            nn.init.normal_(m.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """[B, L <= text_len, text_dim] -> zero-padded to text_len, then embedded: [B, text_len, E]."""
+        c = self.config
+        if text.ndim != 3 or text.shape[1] > c.text_len or text.shape[2] != c.text_dim:
+            raise UserError(f"text embeddings of shape {tuple(text.shape)} are not [B, <= {c.text_len}, {c.text_dim}]")
+        text = F.pad(text, (0, 0, 0, c.text_len - text.shape[1]))
+        return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+
+    def text_kv(self, text: Tensor) -> list[KV]:
+        """Cross-attention keys and values of every layer, to be computed once per prompt and passed as `text`."""
+        embedded = self.embed_text(text)
+        return [block.cross_attn.kv(embedded) for block in self.blocks]
+
+    def forward(self, z: Tensor, t: Tensor, text: Tensor | list[KV], pos: Tensor, visible: Visible | None = None,
+                past: list[KV] | None = None, return_kv: bool = False) -> Tensor | tuple[Tensor, list[KV]]:
+        """Predict the velocity of every latent.
+
+        z: [B, T, C, h, w] noisy latents;  t: [B, T] = 1000 sigma, 0 for clean;  pos: [T] integer temporal positions
+        text: [B, L, text_dim] embeddings, or what `text_kv` made of them
+        visible: who sees whom among these T latents (default: all see all);  past: per layer, rotated keys and values
+            of finished latents that all T latents see besides (`KVCache.read`)
+        returns: v [B, T, C, h, w] float32; with return_kv also, per layer, the unrotated keys and the values
+        raises: UserError if a shape does not fit the config"""
+        c = self.config
+        B, T, C, h, w = z.shape
+        _, ph, pw = c.patch_size
+        if C != c.in_dim or h % ph or w % pw:
+            raise UserError(f"latents of {C} channels and {h}x{w} cells do not fit in_dim {c.in_dim} and patches of {ph}x{pw}"
+                            " (with an 8x VAE the frame's sides must be divisible by 16)")
+        if t.shape != (B, T) or pos.shape != (T,):
+            raise UserError(f"t {tuple(t.shape)} and pos {tuple(pos.shape)} must be {(B, T)} and {(T,)} for z {tuple(z.shape)}")
+        weight = self.patch_embedding.weight
+        grid, head_dim = (h // ph, w // pw), c.dim // c.num_heads
+        x = self.patch_embedding(z.transpose(1, 2).to(weight.dtype))  # (B, E, T, h/2, w/2)
+        x = x.flatten(3).permute(0, 2, 3, 1).float()                  # (B, T, N, E)
+
+        e = self.time_embedding(sinusoid(t.flatten(), c.freq_dim).to(weight.dtype))
+        time = self.time_projection(e).view(B, T, 6, c.dim).float()
+        at = at_keys = rope(pos, *grid, head_dim)
+        if visible is not None and visible.key_pos is not None:
+            at_keys = rope(visible.key_pos, *grid, head_dim)
+        text = text if isinstance(text, list) else [self.embed_text(text)] * c.num_layers
+
+        kept = []
+        for i, block in enumerate(self.blocks):
+            args = (x, time, text[i], at, visible, at_keys, past[i] if past else None)
+            x, own = checkpoint(block, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*args)
+            if return_kv:
+                kept.append(own)
+        x = self.head(x, e.view(B, T, c.dim).float())                 # (B, T, N, ph * pw * C)
+        x = x.view(B, T, *grid, ph, pw, c.out_dim).permute(0, 1, 6, 2, 4, 3, 5)
+        v = x.reshape(B, T, c.out_dim, h, w).float()
+        return (v, kept) if return_kv else v
+
+
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """Embed t [M] in 0 .. 1000 as [cos | sin] of t * 10000^(-k / (dim/2)): float32 [M, dim]."""
+    frequency = 10000 ** (-torch.arange(dim // 2, device=t.device).double() / (dim // 2))
+    angle = torch.outer(t.double(), frequency)
+    return torch.cat([angle.cos(), angle.sin()], dim=1).float()
+
+
+# ---------------------------------------------------------------- weights
+# Wan's name -> diffusers' name, outside the blocks and inside block i
+OUTER = {"patch_embedding": "patch_embedding", "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+         "text_embedding.2": "condition_embedder.text_embedder.linear_2", "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+         "time_embedding.2": "condition_embedder.time_embedder.linear_2", "time_projection.1": "condition_embedder.time_proj",
+         "head.modulation": "scale_shift_table", "head.head": "proj_out"}
+INNER = {"modulation": "scale_shift_table", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"} | {
+    f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+    for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k"))}
+DIFFUSERS_CONFIG = {"ffn_dim": "ffn_dim", "num_attention_heads": "num_heads", "num_layers": "num_layers", "freq_dim": "freq_dim",
+                    "text_dim": "text_dim", "in_channels": "in_dim", "out_channels": "out_dim", "patch_size": "patch_size", "eps": "eps"}
+
+
+def rename(key: str, to_diffusers: bool) -> str:
+    """Translate a parameter name between Wan and diffusers; unknown names stay, to be reported by load_strict."""
+    block, name = re.match(r"(blocks\.\d+\.)?(.*)", key).groups()
+    stem, kind = re.match(r"(.*?)(\.weight|\.bias)?$", name).groups()
+    table = INNER if block else OUTER
+    if not to_diffusers:
+        table = {b: a for a, b in table.items()}
+    return (block or "") + table.get(stem, stem) + (kind or "")
+
+
+def _infer_config(tensors: dict[str, Tensor], source: object) -> DiTConfig:
+    """Read the sizes off the tensors of a checkpoint without a config; heads have 128 channels [Wan]."""
+    try:
+        dim, in_dim, *patch = tensors["patch_embedding.weight"].shape
+        layers = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
+        return DiTConfig(dim, tensors["blocks.0.ffn.0.weight"].shape[0], dim // 128, layers, tensors["time_embedding.0.weight"].shape[1],
+                         tensors["text_embedding.0.weight"].shape[1], 512, in_dim,
+                         tensors["head.head.weight"].shape[0] // (patch[1] * patch[2]), tuple(patch))
+    except (KeyError, ValueError, IndexError, ZeroDivisionError):
+        raise UserError(f"{source} is not a Wan transformer (it has {len(tensors)} entries, the first is "
+                        f"{next(iter(tensors), 'absent')!r}); expected names like blocks.0.self_attn.q.weight") from None
+
+
+def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
+    """Load Wan's safetensors (one file or shards with an index), a diffusers `transformer/` folder, a Self-Forcing
+    style .pt (its `generator_ema`, else `generator`), or a folder that holds one of these.
+
+    The config is the safetensors metadata, else config.json, else read off the tensors.
+    raises: UserError that names every missing, unexpected or wrongly shaped tensor."""
+    path = Path(path)
+    if path.is_dir():
+        names = ("student.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+                 "diffusion_pytorch_model.safetensors", "transformer")
+        found = [path / n for n in names if (path / n).exists()]
+        if not found:
+            raise UserError(f"{path} holds no transformer; expected one of {', '.join(names)} (as in Wan2.1-T2V-1.3B)")
+        path = found[0]
+    tensors, values = read_tensors(path)
+    for wrapper in ("generator_ema", "generator", "model", "state_dict"):
+        if isinstance(tensors.get(wrapper), dict):
+            tensors = tensors[wrapper]
+    tensors = {re.sub(r"^model\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.", "",
+                      re.sub(r"^(_fsdp_wrapped_module\.|_orig_mod\.)+", "", k)): v for k, v in tensors.items()}
+    values = dict(values or {})
+    if any(k.startswith("condition_embedder.") for k in tensors):
+        tensors = {rename(k, to_diffusers=False): v for k, v in tensors.items()}
+        head_dim = values.get("attention_head_dim", 128)
+        values = {new: values[old] for old, new in DIFFUSERS_CONFIG.items() if old in values}
+        values["dim"] = values.get("num_heads", 40) * head_dim
+    elif values.pop("model_type", "t2v") != "t2v":
+        raise UserError(f"{path}: only the text-to-video model (model_type t2v) is supported")
+    config = config_from(DiTConfig, values, path) if "dim" in values else _infer_config(tensors, path)
+    with torch.device("meta"):
+        dit = DiT(config)
+    return load_strict(dit, tensors, path, dtype, device)
+
+
+def save_dit(dit: DiT, path: str | Path, to: str = "native") -> None:
+    """Write a .safetensors file with Wan's names and the config in its metadata, or (to="diffusers") a folder that
+    `WanTransformer3DModel.from_pretrained` loads."""
+    if to == "native":
+        return write_safetensors(path, dit.state_dict(), asdict(dit.config))
+    if to != "diffusers":
+        raise UserError(f"unknown format {to!r}; use native or diffusers")
+    import json
+    c = asdict(dit.config)
+    config = {old: c[new] for old, new in DIFFUSERS_CONFIG.items()} | {
+        "_class_name": "WanTransformer3DModel", "attention_head_dim": c["dim"] // c["num_heads"], "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads"}
+    write_safetensors(Path(path) / "diffusion_pytorch_model.safetensors", {rename(k, True): v for k, v in dit.state_dict().items()})
+    with atomic(Path(path) / "config.json") as tmp:
+        tmp.write_text(json.dumps(config, indent=1))
+
+
+@dataclass
+class Config:
+    """Convert a transformer checkpoint."""
+    weights: str        # a checkpoint or a folder with one, in any layout that load_dit reads
+    out: str            # native: a .safetensors file; diffusers: a folder
+    to: str = "native"  # native (Wan's names, what ComfyUI reads) or diffusers
+
+
+def main(config: Config) -> None:
+    save_dit(load_dit(config.weights, dtype=None), config.out, config.to)
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,409 @@
+"""Executing a plan: cached == full for every order, no leak, no stray gradient, and a command line that cannot surprise."""
+import imageio.v3 as iio
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import PLANS, distance, randn, randomise, script, side_by_side, tiny_dit
+
+import anchors
+import sampler
+from anchors import HORIZON, Plan, Step, layout
+from common import UserError
+from kvcache import KVCache
+from sampler import decode_in_order, generate, noise_from, noise_seeded, ode_sigmas, rollout, shift_sigma, student_sigmas
+from vae import VAE, VAEConfig
+
+SIGMAS, H, W = student_sigmas(), 4, 2  # 2 tokens a latent
+PROMPT = "a red square moves left over a green wave"
+
+
+# ---------------------------------------------------------------- schedule and noise
+def test_schedule_numbers():
+    """Wan's shift of 5 makes 1000, 750, 500, 250 into 1000, 937.5, 833.333, 625 (RECIPE 4)."""
+    assert [1000 * s for s in SIGMAS] == pytest.approx([1000, 937.5, 2500 / 3, 625], abs=1e-9)
+    five = [1000, 952.381, 882.353, 769.231, 555.556]
+    assert [1000 * s for s in student_sigmas((1000, 800, 600, 400, 200))] == pytest.approx(five, abs=1e-3)
+    assert student_sigmas(shift=1) == [1, .75, .5, .25] and shift_sigma(0.001) == pytest.approx(0.00498, abs=1e-6) and shift_sigma(0.0) == 0
+    assert distance(shift_sigma(torch.tensor([1., .75, .5, .25])), torch.tensor(SIGMAS)) <= 1e-7
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
+def test_every_twelfth_ode_level_is_the_students(shift):
+    """48 solver steps pass through the student's levels exactly, fall strictly, and end at 0."""
+    levels = ode_sigmas(48, shift)
+    assert len(levels) == 49 and levels[0] == 1 and levels[-1] == 0 and levels == sorted(set(levels), reverse=True)
+    assert levels[:48:12] == student_sigmas(shift=shift)
+
+
+@pytest.mark.parametrize("steps", [(), (0,), (1001,), (250, 500), (1000, -1)])
+def test_impossible_steps_are_refused(steps):
+    """Denoising steps fall, from at most 1000, and stay above 0."""
+    with pytest.raises(UserError, match="denoising steps"):
+        student_sigmas(steps)
+
+
+def test_noise_is_a_function_of_numbers():
+    """The noise of a latent depends on (seed, prompt, sample, latent, k): not on batch, neighbours or order; each number counts."""
+    shape = (2, 3, 5)
+    both = noise_seeded([(0, 0, 0), (7, 3, 1)], shape)
+    assert both(0, (4, 1, -2)).shape == (2, 3, *shape)
+    alone = noise_seeded([(7, 3, 1)], shape)
+    assert torch.equal(alone(0, (1,))[0, 0], both(0, (4, 1, -2))[1, 1]) and torch.equal(alone(0, (1,)), alone(0, (1,)))
+    draws = [noise_seeded([seed], shape)(k, (i,)) for seed, k, i in (
+        ((7, 3, 1), 0, 1), ((8, 3, 1), 0, 1), ((7, 4, 1), 0, 1), ((7, 3, 2), 0, 1), ((7, 3, 1), 1, 1), ((7, 3, 1), 0, 2),
+        ((7, 3, 1), 0, -2), ((3, 7, 1), 0, 1), ((7, 3, 1), 1, 0))]
+    assert all((a - b).abs().min() > 0 for n, a in enumerate(draws) for b in draws[:n])
+    many = noise_seeded([(0, 0, 0)], (1000,))(2, tuple(range(20)))
+    assert abs(many.mean()) < 0.03 and abs(many.std() - 1) < 0.03
+
+
+def test_noise_from_tensors():
+    """Row i is latent i, dummies ~i stand behind the video; renoise k-1 is for step k; its absence is an error."""
+    noise, renoise = torch.arange(6.).view(1, 6, 1, 1, 1), torch.arange(100., 112).view(2, 1, 6, 1, 1, 1)
+    rows = noise_from(noise, renoise, length=4)
+    assert rows(0, (3, 0, -1, -2)).flatten().tolist() == [3, 0, 4, 5]
+    assert rows(1, (1, -1)).flatten().tolist() == [101, 104] and rows(2, (1,)).flatten().tolist() == [107]
+    with pytest.raises(ValueError, match="renoise"):
+        noise_from(noise)(1, (0,))
+
+
+# ---------------------------------------------------------------- cached == full
+@st.composite
+def random_plans(draw) -> Plan:
+    """Any partition of a few latents into steps in any order, with any anchors, reading anything finished, anywhere in the horizon."""
+    length = draw(st.integers(1, 7))
+    order = draw(st.permutations(range(length)))
+    cuts = sorted(draw(st.sets(st.integers(1, length - 1)))) if length > 1 else []
+    origin, steps, finished = draw(st.integers(-30, 30)), [], []
+    for a, b in zip([0, *cuts], [*cuts, length]):
+        targets = tuple(order[a:b])
+        imagined = tuple(draw(st.lists(st.sampled_from([i for i in range(-2, length + 2) if i not in targets]), max_size=3, unique=True)))
+        read = draw(st.lists(st.sampled_from(finished), max_size=6)) if finished else []  # a latent may come twice
+        places = [origin + p for p in draw(st.permutations(range(HORIZON)))]
+        own = len(imagined) + len(targets)
+        steps.append(Step(targets, tuple(places[:own]), imagined, tuple(zip(read, places[own:]))))
+        finished += targets
+    return Plan("random", length, tuple(steps))
+
+
+def slots_of(plan: Plan) -> list[list[int]]:
+    """For each step, the layout's slots of its own latents, in the step's order."""
+    lay = layout(plan)
+    where = {(n, i, target): s for s, (n, i, target) in enumerate(zip(lay.step, lay.latent, lay.is_target))}
+    return [[where[n, i, i in step.targets] for i in step.own] for n, step in enumerate(plan.steps)]
+
+
+def inputs(plan: Plan, B: int = 2) -> tuple:
+    """Random latents for the layout's slots, another time per step and sample."""
+    lay = layout(plan)
+    z, t = randn(0, B, len(lay.latent), 4, H, W), 1000 * randn(1, B, len(plan.steps)).sigmoid()
+    return lay, z, t[:, torch.tensor(lay.step)]
+
+
+def check_cached_equals_full(plan: Plan) -> None:
+    model = tiny_dit()
+    lay, z, t = inputs(plan)
+    text = model.text_kv(randn(2, 2, 5, 32))
+    full = model(z, t, text, torch.tensor(lay.pos), lay.visible)
+    cache = KVCache(model.config, 2, plan.capacity, H, W)  # exactly the slots the plan says it needs
+    for n, (step, own) in enumerate(zip(plan.steps, slots_of(plan))):
+        past = cache.read(step.reads)
+        out, kv = model(z[:, own], t[:, own], text, torch.tensor(step.pos), past=past, return_kv=True)
+        assert distance(out, full[:, own]) <= 1e-5, (n, step)
+        cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
+        cache.write(tuple(i if i in step.targets and plan.last_read.get(i, -1) > n else None for i in step.own), kv)
+    owner, pos, visible = side_by_side(plan.steps)
+    own = sum(slots_of(plan), [])
+    assert distance(model(z[:, own], t[:, own], text, torch.tensor(pos), visible), full[:, own]) <= 1e-5
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_cached_equals_full(plan):
+    """The masked pass over all steps at once equals the steps one by one with the cache, and the obvious mask of the test."""
+    check_cached_equals_full(plan)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(random_plans())
+def test_cached_equals_full_for_any_plan(plan):
+    """So it is for any plan at all, orders nobody has thought of included."""
+    check_cached_equals_full(plan)
+
+
+# ---------------------------------------------------------------- no leak
+def check_no_leak(plan: Plan) -> None:
+    """Perturb all that a step does not depend on: same bits. Perturb one thing it reads: other bits."""
+    model = tiny_dit()
+    lay, z, t = inputs(plan, B=1)
+    text, pos = model.text_kv(randn(2, 1, 5, 32)), torch.tensor(lay.pos)
+    full, other, slots = model(z, t, text, pos, lay.visible), randn(3, *z.shape), slots_of(plan)
+    home = {i: s for s, i in enumerate(lay.latent) if lay.is_target[s]}
+    maker = {i: lay.step[s] for i, s in home.items()}
+    needs: list[set[int]] = []  # for each step, the steps it depends on, itself included
+    for n, step in enumerate(plan.steps):
+        needs.append({n}.union(*(needs[maker[i]] for i, _ in step.reads)))
+        foreign = torch.tensor([owner not in needs[n] for owner in lay.step])
+        changed = model(torch.where(foreign.view(1, -1, 1, 1, 1), other, z), torch.where(foreign, 1000 - t, t), text, pos, lay.visible)
+        assert torch.equal(changed[:, slots[n]], full[:, slots[n]]), (n, step)
+        for s in {slots[n][0], slots[n][-1], *(home[i] for i, _ in step.reads[:1] + step.reads[-1:])}:
+            moved = z.clone()
+            moved[:, s] = other[:, s]
+            assert not torch.equal(model(moved, t, text, pos, lay.visible)[:, slots[n]], full[:, slots[n]]), (n, step, s)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_no_leak(plan):
+    """A step's output has the same bits whatever stands where it does not look, other steps' anchors included."""
+    check_no_leak(plan)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(random_plans())
+def test_no_leak_for_any_plan(plan):
+    """So it is for any plan at all."""
+    check_no_leak(plan)
+
+
+def test_anchors_are_seen_by_their_own_step_only():
+    """Backward: another imagined past changes the block that imagined it, but no key of another block directly (one layer)."""
+    model, plan = tiny_dit(num_layers=1), anchors.backward(9)
+    lay, z, t = inputs(plan)
+    text, pos = randn(2, 2, 5, 32), torch.tensor(lay.pos)
+    moved = torch.where(torch.tensor(lay.is_target).view(1, -1, 1, 1, 1), z, randn(3, *z.shape))
+    a, b = (model(x, t, text, pos, lay.visible) for x in (z, moved))
+    one, two, three = ([s for s in range(9) if lay.step[s] == n] for n in range(3))
+    assert distance(a[:, one], b[:, one]) > 0.01 and distance(a[:, two], b[:, two]) > 0.01
+    assert torch.equal(a[:, three], b[:, three])
+
+
+# ---------------------------------------------------------------- rollouts
+ROLLOUTS = {k: PLANS[k] for k in ("forward", "forward, ragged window", "backward P=0", "backward P=2", "backward P=3", "backward, dummy",
+                                  "inbetween", "inbetween, given", "loop", "long forward, both sink", "long backward, both sink")}
+
+
+def drawn(plan: Plan, B: int = 2, seed: int = 10) -> tuple:
+    """noise, renoise and the user's own latents for every latent and dummy of a plan."""
+    rows = plan.length + 3
+    return randn(seed, B, rows, 4, H, W), randn(seed + 1, 3, B, rows, 4, H, W), randn(seed + 2, B, rows, 4, H, W)
+
+
+def obvious_rollout(model, plan: Plan, text, noise, renoise, own_latents, sigmas, commit_anchors) -> torch.Tensor:
+    """No cache: for each denoising step of each block, everything before it runs again, clean, in one masked sequence."""
+    row = {-1: plan.length, -2: plan.length + 1, -3: plan.length + 2} | {i: i for i in range(plan.length)}
+    steps, clean, made = [], [], {}  # finished steps as they are seen later, and their clean latents
+    for step in plan.steps:
+        seen = Step(step.targets, step.pos[len(step.anchors):], (), step.reads)  # without anchors, as it is committed
+        if step.given:
+            x0, step = own_latents[:, list(step.targets)], seen
+        else:
+            for k, sigma in enumerate(sigmas):
+                fresh = torch.stack([(noise if k == 0 else renoise[k - 1])[:, row[i]] for i in step.own], 1)
+                x = fresh if k == 0 else (1 - sigma) * x0 + sigma * fresh
+                z = torch.cat([*clean, x], 1)
+                owner, pos, visible = side_by_side([*steps, step])
+                t = torch.tensor([1000 * sigma if n == len(steps) else 0.0 for n in owner]).expand(len(z), -1)
+                x0 = x - sigma * model(z, t, text, torch.tensor(pos), visible)[:, -len(step.own):]
+        made.update(zip(step.targets, x0[:, len(step.anchors):].unbind(1)))
+        steps.append(step if commit_anchors else seen)
+        clean.append(x0 if commit_anchors else x0[:, len(step.anchors):])
+    return torch.stack([made[i] for i in range(plan.length)], 1)
+
+
+@pytest.mark.parametrize("commit_anchors", [False, True])
+@pytest.mark.parametrize("plan", ROLLOUTS.values(), ids=ROLLOUTS)
+def test_rollout_equals_a_slow_obvious_one(plan, commit_anchors):
+    """generate() equals the rollout that keeps no cache and recomputes all clean latents every time."""
+    model, text = tiny_dit(), randn(5, 2, 5, 32)
+    noise, renoise, own_latents = drawn(plan)
+    given = {i: own_latents[:, i] for i in range(plan.length)}
+    got = generate(model, plan, [text], noise_from(noise, renoise, plan.length), given=given, commit_anchors=commit_anchors)
+    expected = obvious_rollout(model, plan, text, noise, renoise, own_latents, SIGMAS, commit_anchors)
+    assert 0.1 < expected.std() < 10 and distance(got, expected) <= 1e-5
+    if any(step.given for step in plan.steps):
+        assert torch.equal(got[:, :3], own_latents[:, :3]) and torch.equal(got[:, 9:], own_latents[:, 9:12])
+
+
+def test_committing_anchors_is_a_choice():
+    """commit_anchors changes what later blocks read, and only that: the first block is the same, the others are not."""
+    model, text, plan = tiny_dit(), randn(5, 2, 5, 32), anchors.backward(9)
+    noise = noise_from(*drawn(plan)[:2])
+    a, b = (generate(model, plan, [text], noise, commit_anchors=c) for c in (False, True))
+    assert torch.equal(a[:, 6:], b[:, 6:]) and distance(a[:, :3], b[:, :3]) > 1e-3 and distance(a[:, 3:6], b[:, 3:6]) > 1e-3
+
+
+@pytest.mark.parametrize("exit_at", range(4))
+@pytest.mark.parametrize("name", ["forward", "backward P=3"])
+def test_exit_stops_every_block_there(name, exit_at):
+    """exit_at yields the x0 of that denoising step, for every block."""
+    model, text, plan = tiny_dit(), randn(5, 2, 5, 32), PLANS[name]
+    noise, renoise, _ = drawn(plan)
+    got = generate(model, plan, [text], noise_from(noise, renoise), exit_at=exit_at)
+    assert distance(got, obvious_rollout(model, plan, text, noise, renoise, None, SIGMAS[:exit_at + 1], False)) <= 1e-5
+
+
+def leaves(B: int = 1):
+    """Noise as fresh leaf tensors, one per (step's latents, k), remembered: to ask where gradients go."""
+    made = {}
+
+    def noise(k: int, latents: tuple[int, ...]) -> torch.Tensor:
+        made[latents, k] = randn(len(made), B, len(latents), 4, H, W).requires_grad_()
+        return made[latents, k]
+    return noise, made
+
+
+@pytest.mark.parametrize("exit_at", [0, 1, 3])
+@pytest.mark.parametrize("name", ["forward", "backward P=3", "backward, dummy", "loop", "long backward, both sink"])
+def test_gradients_stay_in_their_block_and_step(name, exit_at):
+    """d block / d noise is zero for every other block and every step but the last; anchors get gradient through their targets."""
+    model, plan = tiny_dit().requires_grad_(), PLANS[name]
+    noise, made = leaves()
+    with_grad = []
+    model.register_forward_pre_hook(lambda *_: with_grad.append(torch.is_grad_enabled()))
+    cache = KVCache(model.config, 1, plan.capacity, H, W)
+    blocks = dict(rollout(model, plan, [randn(5, 1, 5, 32)], noise, SIGMAS, cache, exit_at=exit_at))
+    kept = [any(plan.last_read.get(i, -1) > n for i in step.targets) for n, step in enumerate(plan.steps)]
+    assert with_grad == sum([[k == exit_at for k in range(exit_at + 1)] + [False] * keeps for keeps in kept], [])
+    assert not any(x.requires_grad for pair in cache.layers for x in pair)
+    for n, step in enumerate(plan.steps):
+        assert blocks[n].shape[1] == len(step.targets)
+        grads = torch.autograd.grad(blocks[n].square().sum(), list(made.values()), retain_graph=True, allow_unused=True)
+        for (latents, k), g in zip(made, grads):
+            if latents == step.own and k == exit_at:
+                assert (g.flatten(2).abs().amax(2) > 0).all()  # targets, and anchors through them
+            else:
+                assert g is None or g.abs().max() == 0, (step, latents, k)
+        wrt = torch.autograd.grad(blocks[n].square().sum(), list(model.parameters()), retain_graph=True)
+        assert all(g.abs().max() > 0 for g in wrt)
+
+
+def test_without_exit_nothing_is_differentiated():
+    """A rollout for inference builds no graph, even where the caller has gradients enabled."""
+    model, plan = tiny_dit().requires_grad_(), anchors.forward(6)
+    assert not generate(model, plan, [randn(5, 2, 5, 32)], noise_from(*drawn(plan)[:2])).requires_grad
+
+
+@pytest.mark.parametrize("name", ["forward", "backward P=3", "long forward, both sink"])
+def test_a_batch_equals_its_samples(name):
+    """Two videos at a time are the two videos, each with its own noise and text."""
+    model, plan, text = tiny_dit(), PLANS[name], randn(5, 2, 5, 32)
+
+    def go(rows: slice) -> torch.Tensor:
+        return generate(model, plan, [text[rows]], noise_seeded([(3, 1, 0), (3, 2, 4)][rows], (4, H, W)))
+    both = go(slice(0, 2))
+    assert distance(both, torch.cat([go(slice(0, 1)), go(slice(1, 2))])) <= 1e-5 and distance(both[:1], both[1:]) > 0.1
+    assert torch.equal(both, go(slice(0, 2)))
+
+
+def test_each_scene_follows_its_own_prompt():
+    """Another prompt for the second scene changes it and the gap, and no bit of the first scene; text may be keys."""
+    model, plan = tiny_dit(), anchors.transition(3, 3, 3)
+    noise, (a, b, c) = noise_seeded([(0, 0, 0)], (4, H, W)), randn(5, 3, 1, 5, 32)
+    one, two = generate(model, plan, [a, b], noise), generate(model, plan, [a, c], noise)
+    assert torch.equal(one[:, :3], two[:, :3]) and all(distance(one[:, i], two[:, i]) > 1e-3 for i in range(3, 9))
+    assert torch.equal(one, generate(model, plan, [model.text_kv(a), model.text_kv(b)], noise))
+
+
+# ---------------------------------------------------------------- decoding
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("name", ["forward", "backward P=3", "backward, dummy", "inbetween", "transition"])
+def test_decoding_in_order_equals_decoding_whole(name, chunk):
+    """Whatever the order of generation, the stream of pieces is the decoded video: dummies are not shown, nothing is lost."""
+    vae, plan = randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))), PLANS[name]
+    z = 0.5 * randn(0, 1, plan.length + 3, 4, H, W)  # dummies stand at -1, -2, -3
+    whole = vae.decode(z[:, :plan.length])
+    finished = [(n, z[:, list(step.targets)]) for n, step in enumerate(plan.steps)]
+    pieces = list(decode_in_order(vae, plan, finished, chunk))
+    assert (whole.abs() < 1).float().mean() > 0.3 and whole.shape[2] == vae.config.frames(plan.length)
+    assert distance(torch.cat(pieces, 2), whole) <= 1e-5
+
+
+def test_forward_decodes_early():
+    """Forward order shows each block as soon as it is made; backward order must wait for the last one."""
+    vae = VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1)).eval().requires_grad_(False)
+    for name, expected in (("forward", [9, 12, 12]), ("backward P=3", [0, 0, 33])):
+        plan, frames = PLANS[name], [0]
+
+        def finished(plan=plan, frames=frames):
+            for n, step in enumerate(plan.steps):
+                yield n, torch.zeros(1, len(step.targets), 4, H, W)
+                frames.append(0)
+        for piece in decode_in_order(vae, plan, finished()):
+            frames[-1] += piece.shape[2]
+        assert frames[:3] == expected
+
+
+# ---------------------------------------------------------------- command line
+def clip(tmp_path, name: str, *flags: str):
+    """Run sampler.py with random weights; returns what it printed and the path."""
+    out = tmp_path / name
+    done = script("sampler.py", "--weights", "random", "--prompt", PROMPT, "--out", str(out), *flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, out
+
+
+@pytest.mark.parametrize("order, frames", [("forward", 33), ("backward", 33), ("inbetween", 33), ("loop", 33), ("transition", 45),
+                                           ("story", 81), ("forward", 93), ("backward", 93)])
+def test_every_order_writes_its_clip(order, frames, tmp_path):
+    """Each order, beyond the horizon too, writes a clip with exactly the asked and printed number of frames, 32 x 32."""
+    printed, out = clip(tmp_path, "clip.mp4", "--order", order, "--frames", str(frames))
+    assert f"= {frames} frames = " in printed and printed.startswith("latent ") and f"wrote {out}" in printed
+    assert iio.imread(out).shape == (frames, 32, 32, 3) and [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_same_seed_same_clip(tmp_path):
+    """The same seed gives the same file, byte for byte; another seed another one. A sheet and a .gif can be had."""
+    a, b = (clip(tmp_path, n, "--frames", "9", "--seed", "5", "--size", "16", "48")[1].read_bytes() for n in ("a.mp4", "b.mp4"))
+    assert a == b != clip(tmp_path, "c.mp4", "--frames", "9", "--seed", "6", "--size", "16", "48")[1].read_bytes()
+    clip(tmp_path, "d.gif", "--frames", "9", "--sheet", str(tmp_path / "sheet.png"), "--size", "16", "48")
+    assert iio.imread(tmp_path / "d.gif").shape[:3] == (9, 16, 48) and iio.imread(tmp_path / "sheet.png").ndim == 3
+
+
+BAD = {
+    "no prompt": ([], "missing --prompt"), "empty prompt": (["--prompt", " "], "--prompt is empty"),
+    "unknown order": (["--order", "sideways"], "unknown order 'sideways'; use forward"),
+    "unknown flag": (["--anchor", "3"], "did you mean --anchors?"), "not a number": (["--seed", "x"], "--seed needs a whole number"),
+    "frames 80": (["--frames", "80"], "--frames 80 is not 1 + 4k"), "frames 77": (["--frames", "77"], "use 69 or 81"),
+    "too short": (["--order", "transition", "--frames", "33"], "makes 12 latents, but --frames 33 is 9"),
+    "anchors 4": (["--order", "backward", "--anchors", "4"], "4 anchors do not fit the block 3"),
+    "window": (["--window", "30", "--frames", "177"], "over the horizon of 21"),
+    "negative window": (["--window", "-3", "--frames", "177"], "window -3"),
+    "size": (["--size", "40", "40"], "--size 40 40 must be a height and a width divisible by 16 and 16"),
+    "unknown word": (["--prompt", "a purple square"], "does not know the word 'purple'"),
+    "avi": (["--out", "clip.avi"], "clip.avi must end in .mp4 or .gif"),
+    "no folder": (["--weights", "nowhere"], "--weights nowhere is not a folder"),
+    "empty folder": (["--weights", "empty"], "empty holds no transformer"),
+    "two prompts": (["--prompt", PROMPT, PROMPT], "2 prompts for a plan with 1"),
+}
+
+
+@pytest.mark.parametrize("flags, says", BAD.values(), ids=BAD)
+def test_bad_input_is_one_sentence(flags, says, tmp_path):
+    """A user's mistake ends with exit code 2, one line that names it, no traceback and no file, not even a half one."""
+    (tmp_path / "empty").mkdir()
+    defaults = {"--weights": ["random"], "--out": ["clip.mp4"]} | ({"--prompt": [PROMPT]} if flags else {})
+    words = flags + [w for name, values in defaults.items() if name not in flags for w in (name, *values)]
+    done = script("sampler.py", *words, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"] and not list((tmp_path / "empty").iterdir())
+
+
+def test_plans_of_the_command_line():
+    """--order, --seconds and --frames make the paper's plans: 5 seconds is 21 latents, more is a long plan of window 6."""
+    def plan(**changes) -> Plan:
+        return sampler.make_plan(sampler.Config((PROMPT,), **changes))
+    assert plan().steps == anchors.forward(21).steps and plan(order="backward").steps == anchors.backward(21).steps
+    assert plan(order="backward", anchors=1).steps == anchors.backward(21, anchors=1).steps
+    assert plan(seconds=10).steps == anchors.long(42).steps
+    assert plan(frames=93, order="backward").steps == anchors.long(24, "backward").steps
+    assert plan(frames=81, window=3, sink="past").steps == anchors.long(21, window=3, sink="past").steps
+    assert plan(order="inbetween").steps == anchors.inbetween(3, 15, 3).steps and plan(order="loop").steps == anchors.loop(21).steps
+    assert plan(order="loop", frames=69).steps == anchors.loop(18).steps
+    assert plan(order="transition", frames=93).steps == anchors.transition(9, 6, 9).steps
+    assert plan(order="story", frames=153).steps == anchors.story((9, 9, 9), 6).steps
+    for seconds in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--seconds"):
+            plan(seconds=seconds)
+    with pytest.raises(UserError, match="--block 0"):
+        plan(block=0)

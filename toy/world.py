@@ -1,0 +1,240 @@
+"""The toy world: captioned procedural video with exact ground truth, made to be learned on a laptop.
+
+The idea: a caption such as "a red disc moves left over a blue wave" and an integer seed fix a clip
+completely. One bright sprite crosses the frame and wraps round (so its direction holds at every moment), now
+faster, now slower, turning, and drifting between the other two walls. Behind it a small grey ball bounces,
+and behind that a dark wave of the ground colour pans. Colour words name sprite and ground alike, so word
+order matters. `measure` reads the words back from pixels alone, so a generated clip is scored without a
+judge. Lengths are in units of 1/32 frame (a pixel at 32 px), times in frames; drawing is plain arithmetic on
+[clips, frames, rows, columns].
+
+What it does not do: keep a data set on disk, move a camera, light a scene; `measure` knows this world only.
+
+    python -m toy.world sheet.png        # a contact sheet: clips in rows, every 8th frame in columns
+"""
+
+import functools
+import itertools
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+PALETTE = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1),  # [ours]
+           "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
+HEADINGS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # [ours] (x, y), y points down
+COLOURS, DIRECTIONS, SHAPES = tuple(PALETTE), tuple(HEADINGS), ("disc", "square", "cross", "ring")  # [ours]
+GRAMMAR = (("a",), COLOURS, SHAPES, ("moves",), DIRECTIONS, ("over",), ("a",), COLOURS, ("wave",))
+VOCABULARY = tuple(dict.fromkeys(itertools.chain(*GRAMMAR)))
+
+UNITS = 32.0  # [ours] frame width
+SPRITE_LOW, SPRITE_SPAN = 0.04, 0.94  # [ours] sprite = low + span * palette, channels 0..1
+GROUND_LOW, GROUND_SPAN, GROUND_WAVE = 0.10, 0.24, 0.30  # [ours] (low + span * palette) * (1 +- wave)
+SPRITE_RADIUS, BALL_RADIUS, BALL_GREY = 7.5, 3.0, 0.60  # [ours] every shape fits in the sprite radius
+SPEED_SWING = 0.4  # [ours] speed factor is 1 +- swing
+SCALARS = 20  # [ours] random numbers per clip
+RADII = (1, 2, 3, 4, 5, 6, 7, 8)  # [ours] circles on which `measure` looks at a shape
+BLURS = (1.0, 3.0, 5.0)  # [ours] widths of soft edge at which `measure` knows the shapes
+
+
+def random_captions(n: int, generator: torch.Generator | None = None) -> list[str]:
+    """n captions, every free word uniform and independent."""
+    picks = [torch.randint(len(words), (n,), generator=generator).tolist() for words in GRAMMAR]
+    return [" ".join(words[i] for words, i in zip(GRAMMAR, row)) for row in zip(*picks)]
+
+
+def parse(caption: str) -> dict[str, str]:
+    """A caption's words as {colour, shape, direction, ground}; ValueError if it does not fit the grammar."""
+    words = caption.split()
+    for place, (word, allowed) in enumerate(itertools.zip_longest(words, GRAMMAR), start=1):
+        if allowed is None:
+            raise ValueError(f"caption {caption!r} goes on with {word!r} where it must end, after 'wave'.")
+        if word not in allowed:
+            fault = "is missing and" if word is None else f"is {word!r} but"
+            one_of = ", ".join(allowed)
+            raise ValueError(f"word {place} of caption {caption!r} {fault} must be one of: {one_of}.")
+    return {"colour": words[1], "shape": words[2], "direction": words[4], "ground": words[7]}
+
+
+def render(captions: list[str], seeds: list[int] | Tensor, size: int = 32, frames: int = 81) -> Tensor:
+    """Draw clips: float32 [B, 3, frames, size, size] in [-1, 1].
+
+    Clip i depends only on (captions[i], seeds[i], size), never on the batch; `frames` only cuts the length.
+    """
+    if not len(captions) == len(seeds) > 0:
+        raise ValueError(f"render needs a seed per caption, not {len(seeds)} for {len(captions)} captions.")
+    words = [parse(c) for c in captions]
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    scalars = torch.stack([torch.rand(SCALARS, generator=g, dtype=torch.float64) for g in generators])
+    draws = iter(scalars[..., None].unbind(1))  # each [B, 1], against t [F]; float64 up to the pixels
+    t = torch.arange(frames, dtype=torch.float64)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * next(draws)
+
+    def bounce(radius: float, speed: Tensor) -> Tensor:  # a triangle wave between two walls
+        span = UNITS - 2 * radius
+        return radius + (torch.remainder(uniform(0, 2 * span) + speed * t, 2 * span) - span).abs()
+
+    # Where things are, each [B, F]: the sprite's speed swings along its heading, all else bounces.
+    heading = torch.tensor([HEADINGS[w["direction"]] for w in words], dtype=torch.float64)[..., None]
+    start, speed, phase = uniform(0, UNITS), uniform(1.2, 1.8), uniform(0, 2 * math.pi)
+    rate = 2 * math.pi / uniform(30, 80)
+    travel = speed * (t - SPEED_SWING / rate * (torch.cos(rate * t + phase) - phase.cos()))
+    along, across = start + heading.sum(1) * travel, bounce(SPRITE_RADIUS, uniform(0.3, 0.5))
+    sprite_x, sprite_y = (torch.where(heading[:, i] != 0, along, across) for i in (0, 1))
+    turn = uniform(0, 2 * math.pi) + uniform(-0.05, 0.05) * t
+    ball_x, ball_y = (bounce(BALL_RADIUS, uniform(0.4, 0.9)) for _ in "xy")
+
+    # The ground: two crossing plane waves that pan, sin(a + b) split so that pixels only multiply and add.
+    pixel = (torch.arange(size, dtype=torch.float64) + 0.5) * UNITS / size
+    pan, pan_angle, tilt = uniform(0.5, 0.8), uniform(0, 2 * math.pi), uniform(0, 2 * math.pi)
+    wave = 1.0
+    for angle in (tilt, tilt + uniform(math.pi / 3, 2 * math.pi / 3)):
+        k = 2 * math.pi / UNITS * uniform(0.5, 1.0)
+        shift = uniform(0, 2 * math.pi) - k * pan * torch.cos(angle - pan_angle) * t
+        a = (k * angle.cos() * pixel)[:, None, None, :] + shift[..., None, None]  # [B, F, 1, W]
+        b = (k * angle.sin() * pixel)[:, None, :, None]  # [B, 1, H, 1]
+        plane = a.sin().float() * b.cos().float() + a.cos().float() * b.sin().float()
+        wave = wave + GROUND_WAVE / 2 * plane
+    video = (GROUND_LOW + GROUND_SPAN * _palette(w["ground"] for w in words)) * wave[:, None]
+
+    # The ball over the ground, then the sprite over both.
+    ball = _cover("ball", *_offsets(ball_x, ball_y, size), size)
+    u, v = _turned(*_offsets(sprite_x, sprite_y, size), turn)
+    sprite = torch.empty_like(u)
+    for shape in SHAPES:
+        where = [i for i, w in enumerate(words) if w["shape"] == shape]
+        sprite[where] = _cover(shape, u[where], v[where], size)
+    video += ball[:, None] * (BALL_GREY - video)
+    video += sprite[:, None] * (SPRITE_LOW + SPRITE_SPAN * _palette(w["colour"] for w in words) - video)
+    return video.mul_(2).sub_(1)
+
+
+def _palette(colours) -> Tensor:
+    """Colour words to [B, 3, 1, 1, 1] in 0..1."""
+    return torch.tensor([PALETTE[c] for c in colours], dtype=torch.float32)[..., None, None, None]
+
+
+def _offsets(x: Tensor, y: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Shortest way round the torus from centres [B, F] to every pixel: [B, F, 1, W] and [B, F, H, 1]."""
+    pixel = (torch.arange(size, dtype=torch.float64) + 0.5) * UNITS / size
+    dx, dy = (_around(pixel - c[..., None].double()).float() for c in (x, y))
+    return dx[:, :, None, :], dy[:, :, :, None]
+
+
+def _around(length: Tensor) -> Tensor:
+    """Wrap lengths to half a frame either way."""
+    return torch.remainder(length + UNITS / 2, UNITS) - UNITS / 2
+
+
+def _turned(dx: Tensor, dy: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets in the axes of a sprite turned by [B, F] radians: two of [B, F, H, W]."""
+    cos, sin = turn.cos().float()[..., None, None], turn.sin().float()[..., None, None]
+    return cos * dx + sin * dy, cos * dy - sin * dx
+
+
+def _cover(shape: str, u: Tensor, v: Tensor, size: int, blur: float = 1.0) -> Tensor:
+    """How much of each pixel a shape covers, 0..1: a signed distance from its edge, `blur` pixels soft."""
+    if shape == "square":
+        distance = torch.maximum(u.abs(), v.abs()) - 5.3
+    elif shape == "cross":
+        a, b = u.abs(), v.abs()
+        distance = torch.maximum(torch.maximum(a, b) - 6.5, torch.minimum(a, b) - 2.0)
+    else:
+        r = (u * u + v * v).sqrt()
+        distance = {"disc": r - 5.0, "ring": (r - 4.8).abs() - 1.7, "ball": r - BALL_RADIUS}[shape]
+    return (0.5 - distance * (size / UNITS / blur)).clamp_(0, 1)
+
+
+def _descriptor(cover: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """How a shape [B, F, H, W] about centres [B, F] looks whichever way it is turned: [B, F, 2 * radii].
+
+    On circles of several radii: the mean cover, and how strongly it repeats four times round the circle.
+    """
+    z = torch.complex(*torch.broadcast_tensors(*_offsets(x, y, cover.shape[-1])))
+    r = z.abs()
+    fourfold, parts = (z / r.clamp_min(1e-6)) ** 4, []
+    for radius in RADII:
+        circle = (1 - (r - radius).abs()).clamp_min(0)
+        part = circle / circle.sum((-2, -1), keepdim=True).clamp_min(1e-6) * cover
+        parts += [part.sum((-2, -1)), (part * fourfold).sum((-2, -1)).abs()]
+    return torch.stack(parts, -1)
+
+
+@functools.lru_cache
+def _references(size: int) -> Tensor:
+    """Mean descriptor of every shape at every blur over angles and places: [blurs * shapes, 2 * radii]."""
+    x, y = UNITS / 2 + torch.rand(2, 1, 64, generator=torch.Generator().manual_seed(0))
+    u, v = _turned(*_offsets(x, y, size), torch.linspace(0, math.pi / 2, 64)[None])
+    drawn = [_cover(shape, u, v, size, blur * size / UNITS) for blur in BLURS for shape in SHAPES]
+    return torch.stack([_descriptor(cover, x, y).mean((0, 1)) for cover in drawn])
+
+
+def _nearest_colour(rgb: Tensor) -> Tensor:
+    """Palette index [B] of colours [B, 3], by hue alone."""
+    low, high = rgb.amin(1, keepdim=True), rgb.amax(1, keepdim=True)
+    return torch.cdist((rgb - low) / (high - low).clamp_min(1e-6), _palette(COLOURS).flatten(1)).argmin(1)
+
+
+@torch.no_grad()
+def measure(video: Tensor) -> list[dict[str, str]]:
+    """Read {colour, shape, direction, ground} from pixels [B, 3, F, H, W] in [-1, 1]; 'none' if not there."""
+    rgb = (video.float().cpu().nan_to_num().clamp(-1, 1) + 1) / 2
+    size, frames = rgb.shape[-1], rgb.shape[2]
+    mask = ((rgb.amax(1) - rgb.amin(1) - 0.35) / 0.5).clamp(0, 1)  # [B, F, H, W] saturated: sprite only
+    mass = mask.sum((-2, -1))
+    present = (mask.mean((1, 2, 3)) - 0.2).abs() < 0.19  # a sprite fills 1 to 39 % of the frame
+    some = torch.linspace(0, frames - 1, min(frames, 16)).round().long()  # enough but for direction
+    few, few_mask = rgb[:, :, some], mask[:, None, some]
+
+    colour = _nearest_colour((few * few_mask).mean((2, 3, 4)))
+    ground_rgb = few.masked_fill(few_mask > 0, math.nan).flatten(2).nanmedian(2).values.nan_to_num()
+    ground = _nearest_colour(ground_rgb)
+
+    # Direction: circular centroids and their mean step (which counts as far as both its ends are seen).
+    circle = torch.exp(2j * math.pi * (torch.arange(size) + 0.5) / size)
+    x, y = ((mask.sum(d) * circle).sum(-1).angle() / (2 * math.pi) * UNITS for d in (-2, -1))
+    seen = torch.minimum(mass[:, 1:], mass[:, :-1])
+    velocity = torch.stack([(_around(c.diff(dim=1)) * seen).sum(1) for c in (x, y)], 1)
+    velocity = velocity / seen.sum(1, keepdim=True).clamp_min(1e-6)
+    progress, direction = (velocity @ torch.tensor(list(HEADINGS.values())).float().T).max(1)
+
+    # Shape: where pixels lie from ground to sprite colour, grey removed; linear, so noise averages out.
+    sprite_rgb = _palette(COLOURS).flatten(1)[colour]
+    pixels, near, far = (c - c.mean(1, keepdim=True) for c in (few.flatten(2), ground_rgb, sprite_rgb))
+    line = (far - near)[..., None]
+    cover = ((pixels - near[..., None]) * line).sum(1).unflatten(1, few.shape[2:])
+    found = (_descriptor(cover, x[:, some], y[:, some]) * mass[:, some, None]).sum(1)
+    shape = torch.cosine_similarity(found[:, None], _references(size), dim=-1).argmax(1) % len(SHAPES)
+
+    grounded = ground_rgb.amax(1) - ground_rgb.amin(1) > 0.06
+    moving = present & (progress > 0.1)
+    columns = {"colour": (COLOURS, colour, present), "shape": (SHAPES, shape, present),
+               "direction": (DIRECTIONS, direction, moving), "ground": (COLOURS, ground, grounded)}
+    return [{key: names[index[i]] if there[i] else "none" for key, (names, index, there) in columns.items()}
+            for i in range(len(rgb))]
+
+
+def accuracy(video: Tensor, captions: list[str]) -> dict[str, float]:
+    """Share of clips [B, 3, F, H, W] with each word as captioned, and `all`: colour, shape and direction."""
+    pairs = list(zip(measure(video), map(parse, captions), strict=True))
+    hits = [{key: seen[key] == word for key, word in said.items()} for seen, said in pairs]
+    hits = [{**hit, "all": hit["colour"] and hit["shape"] and hit["direction"]} for hit in hits]
+    return {key: sum(hit[key] for hit in hits) / len(hits) for key in hits[0]}
+
+
+def main(path: str, clips: int = 8, size: int = 32, zoom: int = 3) -> None:
+    """Write a contact sheet PNG: one clip a row, every 8th frame a column."""
+    import imageio.v3 as iio
+
+    captions = random_captions(clips, torch.Generator().manual_seed(1))
+    sheet = torch.nn.functional.pad(render(captions, range(clips), size)[:, :, ::8], (1, 1, 1, 1), value=1.0)
+    sheet = sheet.permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)
+    iio.imwrite(path, ((sheet + 1) * 127.5).round().byte().numpy().repeat(zoom, 0).repeat(zoom, 1))
+    print("\n".join(captions))
+
+
+if __name__ == "__main__":
+    main(*(sys.argv[1:] or ["world.png"]))

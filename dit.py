@@ -60,7 +60,7 @@ PRESETS = {
     "wan1.3b": DiTConfig(),                                                                 # 1,418,996,800 parameters
     "wan14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),              # 14,288,491,584
     "toy": DiTConfig(dim=192, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=64, text_len=12,  # [ours]
-                     in_dim=8, out_dim=8),
+                     in_dim=16, out_dim=16),
 }
 
 
@@ -222,11 +222,15 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor | KV, at: Rope, visible: Visible | None, at_keys: Rope,
-                past: KV | None) -> tuple[Tensor, KV]:
-        """x: [B, T, N, E] float32, T latents of N tokens; time: [B, T, 6, E] float32; text: [B, L, E] or its keys."""
+                past: KV | None, kv_only: bool = False) -> tuple[Tensor, KV]:
+        """x: [B, T, N, E] float32, T latents of N tokens; time: [B, T, 6, E] float32; text: [B, L, E] or its keys.
+
+        kv_only: stop at this layer's keys and values, x is returned as it came."""
         dtype = self.ffn[0].weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unsqueeze(3).unbind(2)
         y = modulate(x, shift1, scale1, self.eps).to(dtype).flatten(1, 2)  # (B, L, E)
+        if kv_only:
+            return x, self.self_attn.kv(y)
         y, own = self.self_attn(y, at, visible, at_keys, past)
         x = torch.addcmul(x, y.view_as(x), gate1)  # x + y * gate
         y = F.layer_norm(x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
@@ -292,14 +296,16 @@ class DiT(nn.Module):
         return [block.cross_attn.kv(embedded) for block in self.blocks]
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor | list[KV], pos: Tensor, visible: Visible | None = None,
-                past: list[KV] | None = None, return_kv: bool = False) -> Tensor | tuple[Tensor, list[KV]]:
+                past: list[KV] | None = None, return_kv: bool = False, kv_only: bool = False
+                ) -> Tensor | tuple[Tensor, list[KV]] | list[KV]:
         """Predict the velocity of every latent.
 
         z: [B, T, C, h, w] noisy latents;  t: [B, T] = 1000 sigma, 0 for clean;  pos: [T] integer temporal positions
         text: [B, L, text_dim] embeddings, or what `text_kv` made of them
         visible: who sees whom among these T latents (default: all see all);  past: per layer, rotated keys and values
             of finished latents that all T latents see besides (`KVCache.read`)
-        returns: v [B, T, C, h, w] float32; with return_kv also, per layer, the unrotated keys and the values
+        returns: v [B, T, C, h, w] float32; with return_kv also, per layer, the unrotated keys and the values; with
+            kv_only these alone, and the last layer stops there
         raises: UserError if a shape does not fit the config"""
         c = self.config
         B, T, C, h, w = z.shape
@@ -312,7 +318,7 @@ class DiT(nn.Module):
         weight = self.patch_embedding.weight
         grid, head_dim = (h // ph, w // pw), c.dim // c.num_heads
         x = self.patch_embedding(z.transpose(1, 2).to(weight.dtype))  # (B, E, T, h/2, w/2)
-        x = x.flatten(3).permute(0, 2, 3, 1).float()                  # (B, T, N, E)
+        x = x.flatten(3).permute(0, 2, 3, 1).float().contiguous()     # (B, T, N, E)
 
         e = self.time_embedding(sinusoid(t.flatten(), c.freq_dim).to(weight.dtype))
         time = self.time_projection(e).view(B, T, 6, c.dim).float()
@@ -323,10 +329,12 @@ class DiT(nn.Module):
 
         kept = []
         for i, block in enumerate(self.blocks):
-            args = (x, time, text[i], at, visible, at_keys, past[i] if past else None)
+            args = (x, time, text[i], at, visible, at_keys, past[i] if past else None, kv_only and i == c.num_layers - 1)
             x, own = checkpoint(block, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*args)
-            if return_kv:
+            if return_kv or kv_only:
                 kept.append(own)
+        if kv_only:
+            return kept
         x = self.head(x, e.view(B, T, c.dim).float())                 # (B, T, N, ph * pw * C)
         x = x.view(B, T, *grid, ph, pw, c.out_dim).permute(0, 1, 6, 2, 4, 3, 5)
         v = x.reshape(B, T, c.out_dim, h, w).float()
@@ -376,12 +384,12 @@ def _infer_config(tensors: dict[str, Tensor], source: object) -> DiTConfig:
                         f"{next(iter(tensors), 'absent')!r}); expected names like blocks.0.self_attn.q.weight") from None
 
 
-def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
-    """Load Wan's safetensors (one file or shards with an index), a diffusers `transformer/` folder, a Self-Forcing
-    style .pt (its `generator_ema`, else `generator`), or a folder that holds one of these.
+def read_dit(path: str | Path) -> tuple[DiTConfig, dict[str, Tensor], Path]:
+    """Config and memory-mapped tensors, under Wan's names, of Wan's safetensors (one file or shards with an index), a
+    diffusers `transformer/` folder, a Self-Forcing style .pt (its `generator_ema`, else `generator`), or a folder that
+    holds one of these; and the path that was read.
 
-    The config is the safetensors metadata, else config.json, else read off the tensors.
-    raises: UserError that names every missing, unexpected or wrongly shaped tensor."""
+    The config is the safetensors metadata, else config.json, else read off the tensors. raises: UserError"""
     path = Path(path)
     if path.is_dir():
         names = ("student.safetensors", "diffusion_pytorch_model.safetensors.index.json",
@@ -404,10 +412,17 @@ def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
         values["dim"] = values.get("num_heads", 40) * head_dim
     elif values.pop("model_type", "t2v") != "t2v":
         raise UserError(f"{path}: only the text-to-video model (model_type t2v) is supported")
-    config = config_from(DiTConfig, values, path) if "dim" in values else _infer_config(tensors, path)
+    return config_from(DiTConfig, values, path) if "dim" in values else _infer_config(tensors, path), tensors, path
+
+
+def load_dit(path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> DiT:
+    """Load whatever `read_dit` reads; each tensor is cast to dtype (None: as stored) and moved on its own.
+
+    raises: UserError that names every missing, unexpected or wrongly shaped tensor."""
+    config, tensors, source = read_dit(path)
     with torch.device("meta"):
         dit = DiT(config)
-    return load_strict(dit, tensors, path, dtype, device)
+    return load_strict(dit, tensors, source, dtype, device)
 
 
 def save_dit(dit: DiT, path: str | Path, to: str = "native") -> None:

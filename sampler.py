@@ -117,7 +117,7 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
             first = 0 if commit_anchors else len(latents) - len(step.targets)
             clean = x0[:, first:].detach()
             with torch.no_grad():
-                _, kv = dit(clean, clean.new_zeros(clean.shape[:2]), prompt, pos[len(pos) - clean.shape[1]:], past=past, return_kv=True)
+                kv = dit(clean, clean.new_zeros(clean.shape[:2]), prompt, pos[len(pos) - clean.shape[1]:], past=past, kv_only=True)
             cache.write(tuple(i if i in keep else None for i in latents[first:]), kv)
         yield n, targets
 
@@ -247,7 +247,7 @@ def main(config: Config) -> None:
     writer = VideoWriter(config.out, FPS)
     dit, vae = load_models(config.weights, dtypes[config.dtype], device)
     c, space = dit.config, vae.config.space
-    height, width = size = config.size or ((480, 832) if vae.config.z_dim == 16 else (32, 32))
+    height, width = size = config.size or ((480, 832) if vae.config.dim == 96 else (32, 32))
     unit = space * c.patch_size[1], space * c.patch_size[2]
     if len(size) != 2 or min(size) < 1 or height % unit[0] or width % unit[1]:
         raise UserError(f"--size {' '.join(map(str, size))} must be a height and a width divisible by {unit[0]} and {unit[1]}")

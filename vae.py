@@ -68,7 +68,8 @@ class VAEConfig:
         return 1 + self.time * (latents - 1)
 
 
-PRESETS = {"wan": VAEConfig(), "toy": VAEConfig(dim=16, z_dim=8, num_res_blocks=1)}  # toy [ours]
+PRESETS = {"wan": VAEConfig(), "toy": VAEConfig(dim=16, z_dim=16, num_res_blocks=1)}  # toy [ours]
+LAYOUT = torch.channels_last_3d  # channels innermost: the norm over channels, else as dear as a convolution, becomes cheap
 State = dict  # module -> what it remembers of the stream: tensors [B, C, 1 or 2, H, W]
 
 
@@ -83,7 +84,8 @@ class CausalConv3d(nn.Conv3d):
                 past = x.new_zeros(*x.shape[:2], keep, *x.shape[3:])
             x = torch.cat([past, x], dim=2)  # (B, C, keep + T, H, W)
             if state is not None:
-                state[self] = x[:, :, -keep:].clone()
+                state[self] = x[:, :, -keep:].clone(memory_format=LAYOUT)
+        x = x.contiguous(memory_format=LAYOUT)
         space = (0, self.kernel_size[1] // 2, self.kernel_size[2] // 2)
         return F.conv3d(x, self.weight, self.bias, self.stride, space)
 
@@ -172,7 +174,7 @@ class Resample(nn.Module):
         x = self.in_space(x)
         head, x = (x[:, :, :1], x) if past is None else (x[:, :, :0], torch.cat([past, x], dim=2))
         if state is not None:
-            state[self] = x[:, :, -1:].clone()
+            state[self] = x[:, :, -1:].clone(memory_format=LAYOUT)
         return torch.cat([head, self.time_conv(x)], dim=2) if x.shape[2] > 1 else head
 
 

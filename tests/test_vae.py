@@ -271,7 +271,7 @@ def peak(chunks, keep=False):
 
 def decoding(toy, count):
     plan = anchors.long(count, "forward", block=4)
-    finished = ((n, torch.randn(1, len(step.targets), 8, 4, 4)) for n, step in enumerate(plan.steps))
+    finished = ((n, torch.randn(1, len(step.targets), 16, 4, 4)) for n, step in enumerate(plan.steps))
     return lambda: decode_in_order(toy, plan, finished, chunk=4)
 
 

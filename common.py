@@ -409,7 +409,7 @@ def load_state(path: str | os.PathLike, config: dict, trained: dict[str, tuple[n
     damaged file."""
     tree, _ = read_tensors(path)
     then = json.loads(tree.get("config", "{}"))
-    free = ("steps", "out", "save_every", "micro", "device", "parallel", "checkpointing", "sheet_every")
+    free = ("steps", "out", "resume", "save_every", "micro", "device", "parallel", "checkpointing", "sheet_every")
     differ = [k for k, v in json.loads(json.dumps(config)).items() if then.get(k) != v and k not in free]
     if differ or "step" not in tree:
         raise UserError(f"{path} was written by a run with other settings ({', '.join(f'{k}={then.get(k)!r}' for k in differ)}); "
@@ -420,6 +420,15 @@ def load_state(path: str | os.PathLike, config: dict, trained: dict[str, tuple[n
     for name, average in averages.items():
         average.load(tree[name])
     return tree["step"]
+
+
+def trim_log(path: str | os.PathLike, step: int) -> None:
+    """Drop the rows from this step on: a run that was killed after its last save does these steps again."""
+    path = pathlib.Path(path)
+    if path.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if json.loads(line)["step"] < step]
+        with atomic(path) as tmp:
+            tmp.write_text("".join(kept), encoding="utf-8")
 
 
 def log_row(path: str | os.PathLike, **row: float | int | str) -> None:

@@ -1,8 +1,10 @@
 """Small models with random weights, and one plan of every kind. Shared by the tests; no test here."""
+import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 
 import anchors
 from anchors import Step
-from dit import DiT, DiTConfig, Visible
+from common import read_tensors, run
+from dit import DiT, DiTConfig, Visible, save_dit
+from vae import VAE, VAEConfig, save_vae
 
 ROOT = Path(__file__).resolve().parent.parent
 SINKS = ("none", "past", "future", "both")
@@ -81,3 +85,120 @@ def script(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run one of the project's scripts as a user does."""
     return subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True,
                           timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+# ---------------------------------------------------------------- for the training scripts
+WORDED = {"dim": 24, "num_heads": 2, "ffn_dim": 48, "num_layers": 2, "freq_dim": 16, "text_dim": 64, "text_len": 12,
+          "in_dim": 2, "out_dim": 2}
+WORKER = """import importlib, json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
+for name, changes in json.load(open(sys.argv[2])):
+    script = importlib.import_module(name)
+    if changes.pop("sigterm_in_step_0", False):
+        def clip(*args, real=script.clip_gradients):
+            if os.environ["RANK"] == "1" and args[2].startswith("step 0"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args)
+        script.clip_gradients = clip
+    script.main(script.Config(**changes | {"latent": tuple(changes["latent"])}))
+dist.destroy_process_group()
+"""
+
+
+def tiny_checkpoints(folder: Path) -> dict[str, str]:
+    """What training starts from, as small as can be and in the toy world's words: another random teacher and student, and a VAE."""
+    paths = {name: str(folder / f"{name}.safetensors") for name in ("teacher", "student", "vae")}
+    save_dit(tiny_dit(1, **WORDED), paths["teacher"])
+    save_dit(tiny_dit(2, **WORDED), paths["student"])
+    save_vae(VAE(VAEConfig(dim=4, z_dim=2, num_res_blocks=1)), paths["vae"])
+    return paths
+
+
+def two_processes(folder: Path, *runs: tuple[str, dict], timeout: float = 200) -> str:
+    """Run `main(Config(**changes))` of the named scripts, one after the other, in two processes under torchrun; what they printed.
+
+    sigterm_in_step_0 among the changes: only process 1 gets the signal."""
+    (folder / "worker.py").write_text(WORKER)
+    (folder / "runs.json").write_text(json.dumps(runs))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words += [folder / "worker.py", ROOT, folder / "runs.json"]
+    with subprocess.Popen([str(w) for w in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            for child in workers_of(process.pid):
+                os.kill(child, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def workers_of(pid: int) -> list[int]:
+    """A process and its children, which torchrun puts into groups of their own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [*map(int, children), pid]
+
+
+def rows(folder: Path) -> list[dict]:
+    """The log of a run, without the time it took."""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def saved(folder: Path, name: str = "state.pt") -> dict[str, Tensor]:
+    """All tensors and numbers of a resume state: step, weights, optimisers, averages, flat."""
+    flat, todo = {}, list(torch.load(folder / name, weights_only=True).items())
+    while todo:
+        key, value = todo.pop()
+        if isinstance(value, (dict, list, tuple)):
+            todo += [(f"{key}/{k}", v) for k, v in (value.items() if isinstance(value, dict) else enumerate(value))]
+        elif key != "config":
+            flat[key] = value
+    return flat
+
+
+def same(a: dict, b: dict) -> bool:
+    """Equal, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) if isinstance(v, Tensor) else v == b[k] for k, v in a.items())
+
+
+def apart(a: Path, b: Path, name: str = "student") -> float:
+    """The largest difference between the weights that two runs wrote."""
+    x, y = (read_tensors(folder / f"{name}.safetensors")[0] for folder in (a, b))
+    assert x.keys() == y.keys()
+    return distance(x.values(), y.values())
+
+
+def at_call(monkeypatch, module, name: str, number: int, action: Callable[[], object]) -> None:
+    """Do something just before the given call of a function of a module."""
+    real, calls = getattr(module, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            action()
+        return real(*args, **kwargs)
+    monkeypatch.setattr(module, name, wrapped)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def crash() -> None:
+    """What no code of ours catches: the out-of-memory killer, in process."""
+    raise MemoryError
+
+
+def command_line(monkeypatch, capsys, script, *switches: str, **flags: object) -> tuple[int, str]:
+    """Run a script's `run(main, Config)` with flags as typed; exit code and the line of its error."""
+    words = [str(w) for k, v in flags.items() for w in (f"--{k}", *(v if isinstance(v, tuple) else (v,)))]
+    monkeypatch.setattr(sys, "argv", [script.__name__, *switches, *words])
+    try:
+        run(script.main, script.Config)
+    except SystemExit as stop:
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(errors) == 1
+        return stop.code, errors[0]
+    return 0, ""

@@ -1,0 +1,402 @@
+"""Stage 1: pairs are exact and checked, the loss is the paper's, and neither processes, batches nor interruptions change the result."""
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import (
+    WORDED,
+    apart,
+    at_call,
+    command_line,
+    crash,
+    distance,
+    randn,
+    rows,
+    same,
+    saved,
+    terminate,
+    tiny_checkpoints,
+    tiny_dit,
+    two_processes,
+)
+from torch import nn
+
+import anchors
+import train_ode
+from anchors import layout
+from common import UserError, read_tensors, write_safetensors
+from dit import load_dit, save_dit
+from sampler import ode_sigmas, student_sigmas
+from train_ode import KEEP, Config, main, ode_loss, trajectory
+
+LATENT = (6, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def quiet_machine():
+    """One thread, and no process group left behind."""
+    torch.set_num_threads(1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Tiny checkpoints and six pairs in three shards."""
+    folder = tmp_path_factory.mktemp("ode")
+    paths = tiny_checkpoints(folder)
+    made = {"teacher": paths["teacher"], "weights": paths["student"], "data": str(folder / "pairs"), "latent": LATENT,
+            "pairs": 6, "shard": 2}
+    main(Config(**made, generate=True))
+    return made
+
+
+def train(files, out, **changes):
+    """Train in this process; the folder it wrote."""
+    main(Config(**{**files, "out": str(out), "steps": 3, "batch": 4, "warmup": 2, "lr": 1e-3, **changes}))
+    return out
+
+
+# ---------------------------------------------------------------- the loss, by hand
+class Constant(nn.Module):
+    """Predicts the velocities it is given and remembers what it was shown."""
+
+    def __init__(self, v):
+        super().__init__()
+        self.v = v
+
+    def forward(self, x, t, prompt, pos, visible):
+        self.x, self.t, self.pos = x, t, pos
+        return self.v.expand_as(x)
+
+
+# one channel of 1 x 2 cells; latent i is 20 + i at sigma 1, 10 + i at sigma .5 and i at the end, so v = 20 is exact
+STATES = (torch.tensor([20., 10., 0.])[:, None] + torch.arange(6.)).view(1, 3, 6, 1, 1, 1).expand(1, 3, 6, 1, 1, 2)
+LEVELS = torch.tensor([1.0, 0.5, 0.0])
+
+
+def by_hand(plan, *levels, v=(18., 20.), **options):
+    """ode_loss of a network that answers v, for each list of levels one sample. v = 18 errs by 2 sigma in one of two cells, so a
+    slot's mean square is 2 at sigma 1 and .5 at sigma .5."""
+    dit = Constant(torch.tensor(v))
+    states = STATES.expand(len(levels), -1, -1, -1, -1, -1)
+    return ode_loss(dit, layout(plan), states, torch.tensor(levels), LEVELS, torch.zeros(1), **options).tolist(), dit
+
+
+def test_loss_by_hand():
+    """Mean over the targets of each sample: three slots at 2 and three at .5 are 1.25; all at sigma 1 are 2."""
+    assert by_hand(anchors.backward(6, 3, 3), [0, 1], [0, 0], [1, 1])[0] == [1.25, 2.0, 0.5]
+    assert by_hand(anchors.forward(6), [0, 1], [1, 0])[0] == [1.25, 1.25]
+
+
+def test_anchors_share_their_steps_level_and_are_replicated():
+    """Slots: targets 3-5 and 0-2, then the anchors 0-2 of step 0: state, time and position of step 0 with the content of latents 0-2."""
+    dit = by_hand(anchors.backward(6, 3, 3), [0, 1])[1]
+    assert dit.x[0, :, 0, 0, 0].tolist() == [23, 24, 25, 10, 11, 12, 20, 21, 22]
+    assert dit.t.tolist() == [[1000] * 3 + [500] * 3 + [1000] * 3]
+    assert dit.pos.tolist() == [3, 4, 5, 0, 1, 2, 0, 1, 2]
+
+
+def test_anchors_are_scored_only_when_asked():
+    """Scored, the three anchors at sigma 1 count 2 each: (6 * 2 + 3 * .5) / 9 = 1.5 instead of 1.25."""
+    assert by_hand(anchors.backward(6, 3, 3), [0, 1], loss_on_anchors=True)[0] == [1.5]
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_dummy_is_never_scored(scored):
+    """The dummy has no truth: a network wrong by 1000 on its slots alone has the same loss. It is fed the latents it stands at."""
+    v = torch.tensor([18., 20.]).repeat(9, 1)
+    v[:3] = 1000
+    loss, dit = by_hand(anchors.backward(6, 3, 0, dummy=True), [1, 0, 1], v=v.view(9, 1, 1, 2).tolist(), loss_on_anchors=scored)
+    assert loss == [1.25] and dit.x[0, :3, 0, 0, 0].tolist() == [10, 11, 12]
+
+
+def test_clean_steps_are_not_scored():
+    """A step at t = 0 shows the end point, and only the others count; a sample with nothing to score has loss 0."""
+    loss, dit = by_hand(anchors.backward(6, 3, 3), [0, 2], [2, 1], [2, 2], v=(18., 18.))
+    assert loss == [4.0, 1.0, 0.0]
+    assert dit.t[0].tolist() == [1000] * 3 + [0] * 3 + [1000] * 3 and dit.x[0, 3:6, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+def test_student_is_trained_on_the_levels_it_samples_with():
+    """The kept states stand at sigma 1, .9375, .8333, .625 and 0."""
+    assert KEEP == (0, 12, 24, 36, 48)
+    assert [ode_sigmas()[k] for k in KEEP] == [*student_sigmas(), 0.0]
+
+
+# ---------------------------------------------------------------- pairs
+class Towards(nn.Module):
+    """The velocity of the flow from noise to one point, the mean of the prompt: v = (x - mean) / sigma."""
+
+    def forward(self, x, t, prompt, pos):
+        return (x - prompt.mean((1, 2)).view(-1, 1, 1, 1, 1)) / (t / 1000)[..., None, None, None]
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_trajectory_of_a_known_flow(shift):
+    """Euler is exact on straight lines: the states are mean + sigma (noise - mean), where guidance 3 makes the mean 1 + 3 (2 - 1)."""
+    noise, prompt = randn(0, 2, 3, 1, 2, 2).double(), torch.full((2, 1, 1), 2.0).double()
+    states = trajectory(Towards(), prompt, torch.ones_like(prompt), noise, 3.0, shift)
+    sigmas = torch.tensor([ode_sigmas(48, shift)[k] for k in (0, 12, 24, 36, 48)]).double()
+    want = 4 + sigmas.view(1, 5, 1, 1, 1, 1) * (noise[:, None] - 4)
+    assert distance(states, want) <= 1e-5 and torch.equal(states[:, 0], noise)
+
+
+def test_pairs_are_the_teachers_trajectories(files):
+    """Pair n starts from the noise of (seed, n), follows the teacher with caption n, and is stored as float16 states of all five levels."""
+    teacher, source = load_dit(files["teacher"]), train_ode.Prompts("toy", 64, 12)
+    tensors, made = read_tensors(f"{files['data']}/pairs-000004.safetensors")
+    noise = train_ode.pair_noise(Config(**files), 2, 5)[None]
+    states = trajectory(teacher, source([5]), source.embed([""]), noise, 2.0, 5.0)
+    assert tensors["states"].shape == (2, 5, 6, 2, 4, 4) and tensors["states"].dtype == torch.float16
+    assert distance(tensors["states"][1].float(), states[0]) <= 4e-3
+    assert tensors["sigmas"].tolist() == pytest.approx([1, .9375, 5 / 6, .625, 0]) and made["guidance"] == 2.0
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_only_the_missing_shard_is_made_again(files, tmp_path, capsys):
+    """Delete a shard and run again: it comes back bit for bit, the others are not touched, and the index names all hashes."""
+    data = shutil.copytree(files["data"], tmp_path / "pairs")
+    shards = sorted(data.glob("*.safetensors"))
+    before = {p.name: (digest(p), p.stat().st_mtime_ns) for p in shards}
+    shards[1].unlink()
+    main(Config(**files | {"data": str(data)}, generate=True))
+    assert "3 shards, 1 to make here" in capsys.readouterr().out
+    assert {p.name: digest(p) for p in shards} == {n: d for n, (d, _) in before.items()}
+    assert all(p.stat().st_mtime_ns == before[p.name][1] for p in shards if p != shards[1])
+    index = json.loads((data / "index.json").read_text())
+    assert index["shards"] == {n: d for n, (d, _) in before.items()} and index["pairs"] == 6
+
+
+def test_interrupted_generation_goes_on(files, tmp_path, monkeypatch, capsys):
+    """SIGTERM in the second shard: the first stays, no index claims that all is there, and the same command makes the rest."""
+    made = files | {"data": str(tmp_path)}
+    at_call(monkeypatch, train_ode, "trajectory", 2, terminate)
+    main(Config(**made, generate=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs-000000.safetensors"] and "stopped" in capsys.readouterr().out
+    main(Config(**made, generate=True))
+    assert (tmp_path / "index.json").read_text() == Path(files["data"], "index.json").read_text()
+
+
+def rewrite(data, change):
+    """Change the states of the first shard and sign them in the index, as a broken generator would."""
+    path = data / "pairs-000000.safetensors"
+    tensors, made = read_tensors(path)
+    tensors = {k: v.clone() for k, v in tensors.items()}
+    change(tensors["states"])
+    write_safetensors(path, tensors, made)
+    index = json.loads((data / "index.json").read_text())
+    (data / "index.json").write_text(json.dumps(index | {"shards": index["shards"] | {path.name: digest(path)}}))
+
+
+def flip_byte(data):
+    path = data / "pairs-000002.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+DAMAGES = {
+    "flipped byte": (flip_byte, {}, "pairs-000002.safetensors is not the file the index names"),
+    "NaN": (lambda data: rewrite(data, lambda x: x[1, 2].fill_(float("nan"))), {}, "pairs-000000.safetensors holds NaN"),
+    "another seed": (lambda data: None, {"seed": 1}, "does not start from the noise of seed 1"),
+    "another shift": (lambda data: None, {"shift": 8}, "but shift 8.0 needs"),
+    "another size": (lambda data: None, {"latent": (9, 4, 4)}, "but --latent is [9, 4, 4]"),
+    "start noise as end": (lambda data: rewrite(data, lambda x: x[:, 4].copy_(x[:, 0])), {}, "do not fall from noise to a clean end"),
+    "fresh noise as end": (lambda data: rewrite(data, lambda x: x[:, 4].copy_(randn(9, *x[:, 4].shape))), {},
+                           "do not fall from noise to a clean end"),
+    "missing index": (lambda data: (data / "index.json").unlink(), {}, "index.json does not exist: make pairs first"),
+    "missing shard": (lambda data: (data / "pairs-000002.safetensors").unlink(), {}, "pairs-000002.safetensors does not exist"),
+}
+
+
+def test_good_pairs_pass_the_check(files, monkeypatch, capsys):
+    """The check says how many pairs, of whom, and how far the end is from noise."""
+    assert command_line(monkeypatch, capsys, train_ode, "--check", latent=LATENT, data=files["data"]) == (0, "")
+    assert "6 pairs in 3 shards are good" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_check_names_the_damage(name, files, tmp_path, monkeypatch, capsys):
+    """Every kind of damage ends with exit code 2 and one line that names file and fault."""
+    damage, flags, says = DAMAGES[name]
+    data = shutil.copytree(files["data"], tmp_path / "pairs")
+    damage(data)
+    code, error = command_line(monkeypatch, capsys, train_ode, "--check", **{"latent": LATENT, "data": data} | flags)
+    assert code == 2 and says in error
+
+
+def test_shards_of_two_makings_are_refused(files, tmp_path):
+    """Pairs of guidance 2 and 3 in one folder are not one data set, though each shard is whole."""
+    data = shutil.copytree(files["data"], tmp_path / "pairs")
+    (data / "pairs-000002.safetensors").unlink()
+    with pytest.raises(UserError, match="guidance"):
+        main(Config(**files | {"data": str(data)}, generate=True, guidance=3.0))
+        main(Config(**files | {"data": str(data)}, check=True, guidance=3.0))
+
+
+def test_pairs_of_other_prompts_are_refused(files, tmp_path):
+    """A student trained on one list of prompts and pairs of another would learn nonsense in silence."""
+    (tmp_path / "prompts.txt").write_text("a red square moves left over a green wave\n")
+    with pytest.raises(UserError, match="prompts"):
+        train(files, tmp_path / "run", prompts=str(tmp_path / "prompts.txt"))
+
+
+def test_pairs_are_found_whatever_the_shard_flag(files, tmp_path):
+    """How many pairs a file holds is a fact of the data: --shard while training changes nothing."""
+    assert apart(train(files, tmp_path / "a"), train(files, tmp_path / "b", shard=64)) == 0
+
+
+# ---------------------------------------------------------------- training
+def test_one_pair_is_learned(files, tmp_path):
+    """Memorising one pair, the loss falls tenfold within 150 iterations, in both directions."""
+    data = tmp_path / "pairs"
+    main(Config(**files | {"data": str(data), "pairs": 1}, generate=True))
+    log = rows(train(files, tmp_path / "run", data=str(data), steps=150, batch=2, warmup=10, lr=1e-2))
+    for direction in ("forward", "backward"):
+        first, last = (sum(r[direction] for r in part) / 10 for part in (log[:10], log[-10:]))
+        assert last < first / 10, (direction, first, last)
+
+
+def test_log_has_a_row_each_step(files, tmp_path):
+    """Each row: step, the loss of both directions, and the gradient's norm before clipping."""
+    log = rows(train(files, tmp_path))
+    assert [r["step"] for r in log] == [0, 1, 2] and all(r.keys() == {"step", "forward", "backward", "norm"} for r in log)
+    assert load_dit(tmp_path).config == tiny_dit(**WORDED).config  # the student is a checkpoint as any other
+
+
+def test_each_iteration_draws_anew(files, tmp_path):
+    """With a still student the losses differ from step to step and from seed to seed, and only so."""
+    a, b, c = (rows(train(files, tmp_path / name, lr=0.0, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert a == b and len({r["forward"] for r in a + c}) == 6
+
+
+def test_two_processes_equal_one(files, tmp_path):
+    """Generating and training, by ddp and by fsdp, on 2 processes and on 1: the same shards to the byte, the same weights to 1e-5."""
+    common_flags = {**files, "steps": 3, "batch": 4, "warmup": 2, "lr": 1e-3}
+    said = two_processes(tmp_path, ("train_ode", common_flags | {"data": str(tmp_path / "pairs"), "generate": True}),
+                         ("train_ode", common_flags | {"out": str(tmp_path / "ddp")}),
+                         ("train_ode", common_flags | {"out": str(tmp_path / "fsdp"), "parallel": "fsdp", "micro": 1, "save_every": 2}))
+    assert "2 processes x 1 accumulated x 2 = 4 samples" in said and "2 to make here" in said and "1 to make here" in said
+    one = train(files, tmp_path / "one")
+    for name in ("ddp", "fsdp"):
+        assert apart(one, tmp_path / name) <= 1e-5
+        assert [r["forward"] for r in rows(tmp_path / name)] == pytest.approx([r["forward"] for r in rows(one)], abs=1e-5)
+    names = sorted(p.name for p in (tmp_path / "pairs").iterdir())
+    for name in names:
+        assert (tmp_path / "pairs" / name).read_bytes() == Path(files["data"], name).read_bytes()
+    assert len(names) == 4
+    four = train(files, tmp_path / "four", steps=4)  # and a state written by two processes is good for one
+    assert apart(four, train(files, tmp_path / "fsdp", steps=4)) <= 1e-5
+
+
+def test_resume_is_exact(files, tmp_path):
+    """2 + 2 steps are 4 steps, bit for bit: weights, optimiser and log."""
+    train(files, tmp_path / "b", steps=2)
+    a, b = train(files, tmp_path / "a", steps=4), train(files, tmp_path / "b", steps=4)
+    assert same(saved(a), saved(b)) and apart(a, b) == 0 and rows(a) == rows(b)
+    assert saved(a)["step"] == 4 and any("exp_avg" in k for k in saved(a))
+
+
+def test_resume_under_fsdp(files, tmp_path):
+    """A run may go on under another --parallel: 2 steps plain and 2 sharded are 4 plain ones."""
+    train(files, tmp_path / "b", steps=2)
+    a, b = train(files, tmp_path / "a", steps=4), train(files, tmp_path / "b", steps=4, parallel="fsdp")
+    assert apart(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize("setting", [{"lr": 1e-4}, {"anchors": 2}, {"guidance": 7.0}, {"seed": 5}, {"batch": 2}])
+def test_resume_with_other_settings_is_refused(setting, files, tmp_path):
+    """A state of another run is not continued; the sentence names the setting and its old value."""
+    train(files, tmp_path, steps=1)
+    (name,) = setting
+    with pytest.raises(UserError, match=rf"other settings \({name}="):
+        train(files, tmp_path, **setting)
+
+
+def test_sigterm_saves_and_the_run_goes_on(files, tmp_path, monkeypatch, capsys):
+    """SIGTERM in step 1: the step is finished and saved; the same command ends as if nothing had happened."""
+    at_call(monkeypatch, train_ode, "ode_loss", 3, terminate)  # two calls a step
+    train(files, tmp_path / "b")
+    assert saved(tmp_path / "b")["step"] == 2 and not (tmp_path / "b" / "student.safetensors").exists()
+    assert "stopped at step 2" in capsys.readouterr().out
+    a, b = train(files, tmp_path / "a"), train(files, tmp_path / "b")
+    assert same(saved(a), saved(b)) and rows(a) == rows(b)
+
+
+def test_a_killed_run_logs_each_step_once(files, tmp_path, monkeypatch):
+    """Killed in step 3 with a state of 2 steps, the run does step 2 again; its row stands in the log once."""
+    at_call(monkeypatch, train_ode, "clip_gradients", 4, crash)
+    with pytest.raises(MemoryError):
+        train(files, tmp_path, steps=4, save_every=2)
+    assert saved(tmp_path)["step"] == 2
+    assert [r["step"] for r in rows(train(files, tmp_path, steps=4, save_every=2))] == [0, 1, 2, 3]
+
+
+def test_a_signal_to_one_process_stops_both(files, tmp_path):
+    """Processes get a signal at different times; they still stop at the same step, and save it."""
+    two_processes(tmp_path, ("train_ode", {**files, "out": str(tmp_path), "batch": 4, "steps": 50, "sigterm_in_step_0": True}), timeout=25)
+    assert saved(tmp_path)["step"] in (1, 2)
+
+
+@pytest.mark.parametrize("changes", [{"anchors": 0}, {"latent": (9, 4, 4), "block": 6, "anchors": 0, "head": 3}, {"loss_on_anchors": True},
+                                     {"clean": 0.5}, {"anchors": 1}], ids=str)
+def test_ablations_run_and_change_the_result(changes, files, tmp_path):
+    """Every ablation trains, and is no dead flag."""
+    if "latent" in changes:
+        files = files | {"latent": changes["latent"], "data": str(tmp_path / "pairs"), "pairs": 2}
+        main(Config(**files, generate=True))
+        usual = {"latent": changes["latent"]}
+    else:
+        usual = {}
+    a, b = train(files, tmp_path / "a", steps=1, **usual), train(files, tmp_path / "b", steps=1, **changes)
+    assert 0 < apart(a, b) < 1
+
+
+def test_only_speed_and_memory_depend_on_checkpointing_and_micro(files, tmp_path):
+    """Recomputing activations, or accumulating samples one by one or two by two, gives the same weights."""
+    one = train(files, tmp_path / "one", lr=1e-4)  # Adam turns rounding into steps of up to lr where a gradient is next to zero
+    for n, changes in enumerate(({"checkpointing": True}, {"micro": 1}, {"micro": 2})):
+        other = train(files, tmp_path / str(n), lr=1e-4, **changes)
+        assert apart(one, other) <= 1e-6, changes
+        for a, b in zip(rows(one), rows(other), strict=True):  # Adam forgives a wrong scale; the logged gradient norm does not
+            assert a == pytest.approx(b, rel=1e-4), changes
+
+
+def test_batch_that_cannot_be_shared_is_refused(files, tmp_path):
+    """--batch must be a multiple of --micro times the processes."""
+    with pytest.raises(UserError, match="--batch 4 is not a multiple of --micro 3"):
+        train(files, tmp_path, micro=3)
+
+
+def test_nan_in_a_pair_stops_training(files, tmp_path, monkeypatch, capsys):
+    """A NaN in the data ends the run with exit code 1, naming step and loss; the state saved before is not touched."""
+    data = shutil.copytree(files["data"], tmp_path / "pairs")
+    train(files | {"data": str(data)}, tmp_path, steps=2)
+    before = (tmp_path / "state.pt").read_bytes()
+    for path in data.glob("*.safetensors"):
+        tensors, made = read_tensors(path)
+        tensors["states"][:, 4, 3] = float("nan")
+        write_safetensors(path, tensors, made)
+    code, error = command_line(monkeypatch, capsys, train_ode, **files | {
+        "data": data, "out": tmp_path, "steps": 4, "batch": 4, "warmup": 2, "lr": 1e-3})
+    assert code == 1 and "step 2: the loss is [nan, nan] (forward, backward)" in error
+    assert (tmp_path / "state.pt").read_bytes() == before
+
+
+def test_infinite_gradient_stops_training(files, tmp_path, monkeypatch):
+    """A gradient that is not finite is named with the step, before it reaches the weights."""
+    dit = load_dit(files["weights"])
+    dit.head.head.weight.mul_(1e15)
+    save_dit(dit, tmp_path / "bad.safetensors")
+    with pytest.raises(FloatingPointError, match="step 0"):
+        train(files, tmp_path / "run", weights=str(tmp_path / "bad.safetensors"))
+    assert not (tmp_path / "run" / "state.pt").exists()

@@ -1,0 +1,386 @@
+"""Stage 2: the gradient is the paper's and moves samples to the teacher's; processes, batches, interruptions change nothing."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import (
+    ROOT,
+    apart,
+    at_call,
+    command_line,
+    crash,
+    distance,
+    randn,
+    rows,
+    same,
+    saved,
+    terminate,
+    tiny_checkpoints,
+    tiny_dit,
+    two_processes,
+)
+from torch import nn
+
+import anchors
+import train_dmd
+from common import UserError, read_tensors
+from dit import load_dit, save_dit
+from sampler import generate, noise_from, student_sigmas
+from train_dmd import Config, critic_loss, dmd_gradient, dmd_loss, main, noised
+
+LATENT = (6, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def quiet_machine():
+    """One thread, and no process group left behind."""
+    torch.set_num_threads(1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The flags of a tiny run: 4 iterations, of which the first and the third update the student; no sheets."""
+    paths = tiny_checkpoints(tmp_path_factory.mktemp("dmd"))
+    return {**paths, "critic": paths["teacher"], "latent": LATENT, "steps": 4, "ratio": 2, "batch": 4, "lr": 1e-3, "lr_critic": 2e-3,
+            "ema_start": 2, "ema": 0.5, "sheet_every": 0}
+
+
+def train(files, out, **changes):
+    """Train in this process; the folder it wrote."""
+    main(Config(**files | {"out": str(out)} | changes))
+    return out
+
+
+# ---------------------------------------------------------------- the losses, by hand
+class Known(nn.Module):
+    """Answers one velocity where the prompt is 1 and another where it is 0, and remembers what it was shown."""
+
+    def __init__(self, cond, uncond=None):
+        super().__init__()
+        self.cond, self.uncond, self.calls = cond, uncond, []
+
+    def forward(self, x, t, prompt, pos):
+        self.calls.append((x, t, prompt, pos))
+        yes = prompt.mean((1, 2)).view(-1, 1, 1, 1, 1)
+        return (yes * self.cond + (1 - yes) * (self.uncond or 0)).expand_as(x)
+
+
+def video(*samples):
+    """Each sample: one latent of one channel and 1 x 2 cells."""
+    return torch.tensor(samples).view(len(samples), 1, 1, 1, 2)
+
+
+PROMPT = torch.ones(2, 1, 1)
+
+
+def test_noise_levels_by_hand():
+    """u = 0, .5, 1 with shift 5 are .02, .8333, .98 (clamped, not 0 and 1); every latent of a sample has the level of the sample."""
+    x, noise = torch.ones(3, 2, 1, 1, 1), torch.full((3, 2, 1, 1, 1), 11.0)
+    xt, sigma, t = noised(x, torch.tensor([0.0, 0.5, 1.0]), noise, 5.0)
+    assert sigma.flatten().tolist() == pytest.approx([0.02, 5 / 6, 0.98])
+    assert t.tolist() == [pytest.approx([s] * 2, rel=1e-6) for s in (20, 2500 / 3, 980)]
+    assert xt.flatten().tolist() == pytest.approx([1.2, 1.2, 1 + 25 / 3, 1 + 25 / 3, 10.8, 10.8])
+    assert noised(x, torch.tensor([0.0, 0.5, 1.0]), noise, 1.0)[1].flatten().tolist() == pytest.approx([0.02, 0.5, 0.98])
+
+
+def test_dmd_gradient_by_hand():
+    """At sigma .5: v_real = 3 + 2 (1 - 3) = -1, so x_real = xt + .5; v_fake = -3, so x_fake = xt + 1.5; their difference is 1.
+
+    Sample 0: x = 2, 4, noise 2, xt = 2, 3, x_real = 2.5, 3.5: mean |x - x_real| = .5, gradient 2.
+    Sample 1: x = 12, 14, noise 20, xt = 16, 17, x_real = 16.5, 17.5: mean 4, gradient .25."""
+    teacher, critic = Known(1.0, 3.0), Known(-3.0, 1000.0)
+    x, noise = video([2., 4.], [12., 14.]), video([2., 2.], [20., 20.])
+    g = dmd_gradient(teacher, critic, x, torch.full((2,), 0.5), noise, PROMPT, torch.zeros(1, 1, 1), 2.0, shift=1.0)
+    assert g.flatten().tolist() == pytest.approx([2, 2, 0.25, 0.25], abs=1e-5) and not g.requires_grad
+    (xt, t, _, pos), = critic.calls
+    assert xt.flatten().tolist() == [2, 3, 16, 17] and t.tolist() == [[500], [500]] and pos.tolist() == [0]
+    assert torch.equal(teacher.calls[0][0], torch.cat([xt, xt]))  # one noisy video for all three passes
+
+
+def test_guidance_of_one_is_none():
+    """w = 1 is the conditional velocity, w = 0 the unconditional: x_real = xt - .5 v."""
+    for w, v in ((1.0, 1.0), (0.0, 3.0)):
+        x = video([2., 4.], [2., 4.])
+        g = dmd_gradient(Known(1.0, 3.0), Known(-3.0), x, torch.full((2,), .5), x, PROMPT, torch.zeros(1, 1, 1), w, 1.0)
+        assert g.flatten().tolist() == pytest.approx([(1.5 + 0.5 * v) / (0.5 * v)] * 4)
+
+
+def test_gradient_of_the_loss_is_the_dmd_gradient():
+    """d loss / dx, per sample, is the given direction over the number of elements; the value is half its mean square."""
+    x, g = randn(0, 3, 4, 2, 2, 2).requires_grad_(), randn(1, 3, 4, 2, 2, 2)
+    loss = dmd_loss(x, g)
+    assert distance(loss, g.square().flatten(1).mean(1) / 2) <= 1e-6
+    assert distance(torch.autograd.grad(loss.sum(), x)[0], g / 32) <= 1e-7
+
+
+def test_critic_loss_by_hand():
+    """x = 2, 4 and noise 2: the velocities are 0, -2; answering 1 errs by 1 and 9, mean 5. It sees the prompt and xt = 2, 3."""
+    critic = Known(1.0)
+    assert critic_loss(critic, video([2., 4.], [4., 2.]), torch.full((2,), .5), video([2., 2.], [2., 2.]), PROMPT, 1.0).tolist() == [5, 5]
+    assert critic.calls[0][0].flatten().tolist() == [2, 3, 3, 2] and critic.calls[0][1].tolist() == [[500], [500]]
+
+
+# ---------------------------------------------------------------- the gradient's way
+@pytest.mark.parametrize("exit_at", [0, 3])
+def test_gradient_reaches_anchors_only_through_their_block(exit_at):
+    """Backward with anchors: the score of block 3-5 moves the noise of 0-5 (anchors and targets) at the exit step and nothing else;
+    that of block 0-2, which reads 3-5 from the cache, moves its own noise only."""
+    plan, dit, made = anchors.backward(6, 3, 3), tiny_dit().requires_grad_(), {}
+
+    def noise(k, latents):
+        return made.setdefault((latents, k), randn(len(made), 1, len(latents), 4, 4, 2).requires_grad_())
+    x = generate(dit, plan, [randn(5, 1, 5, 32)], noise, student_sigmas(), exit_at=exit_at)
+    made = {key: n for key, n in made.items() if len(key[0]) > 1}  # (0,) only asks for the shape
+    for targets, own in (((3, 4, 5), (0, 1, 2, 3, 4, 5)), ((0, 1, 2), (0, 1, 2))):
+        loss = dmd_loss(x, randn(9, *x.shape) * torch.tensor([float(i in targets) for i in range(6)]).view(1, 6, 1, 1, 1)).sum()
+        grads = dict(zip(made, torch.autograd.grad(loss, list(made.values()), retain_graph=True, allow_unused=True)))
+        reached = {key for key, g in grads.items() if g is not None and g.abs().max() > 0}
+        assert reached == {(own, exit_at)}
+        assert (grads[own, exit_at].flatten(2).abs().amax(2) > 0).all()  # every latent of it, anchors included
+
+
+def test_updates_move_samples_to_the_teachers():
+    """With scores that are exact (the teacher's videos are all `goal`, the critic knows the student's) 80 updates through the real
+    rollouts of both directions bring the student's samples five times nearer to the goal."""
+    class Point(nn.Module):
+        def forward(self, x, t, prompt, pos):
+            return (x - self.at.repeat(len(x) // len(self.at), 1, 1, 1, 1)) / (t / 1000)[..., None, None, None]
+    teacher, critic, dit = Point(), Point(), tiny_dit().requires_grad_()
+    goal = torch.tensor([1.0, -0.5, 0.2, 0.0]).view(1, 1, 4, 1, 1).expand(2, 6, 4, 4, 2)
+    teacher.at, far = goal, []
+    optimiser, prompt, u = torch.optim.Adam(dit.parameters(), 1e-2, (0.0, 0.999)), randn(5, 2, 5, 32), torch.full((2,), 0.5)
+    for step in range(80):
+        optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / 80)
+        for n, plan in enumerate((anchors.forward(6), anchors.backward(6, 3, 3))):
+            noise = randn(100 + 2 * step + n, 4, 2, 6, 4, 4, 2)
+            x = generate(dit, plan, [prompt], noise_from(noise[0], noise[1:]), student_sigmas(), exit_at=step % 4)
+            critic.at = x.detach()
+            g = dmd_gradient(teacher, critic, x.detach(), u, noise[0], prompt, torch.zeros(1, 5, 32), 2.0, 5.0)
+            dmd_loss(x, g).mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        far.append((x.detach() - goal).abs().mean().item())
+    assert sum(far[-4:]) < sum(far[:4]) / 5, far
+
+
+# ---------------------------------------------------------------- the script
+def test_critic_learns_one_prompt(files, tmp_path):
+    """With a still student the critic's loss falls, in both directions, to less than half of where it began."""
+    (tmp_path / "prompts.txt").write_text("a red square moves left over a green wave\n")
+    log = rows(train(files, tmp_path / "run", prompts=str(tmp_path / "prompts.txt"), steps=60, ratio=60, lr=0.0, lr_critic=1e-2, batch=2))
+    for name in ("critic_forward", "critic_backward"):
+        first, last = (sum(r[name] for r in part) / len(part) for part in (log[:5], log[-20:]))
+        assert last < first / 2, (name, first, last)
+
+
+def test_log_curves_and_sheets(files, tmp_path):
+    """Every iteration logs the critic, every `ratio`-th also the student; curves and sheets are PNGs, the first and the last included."""
+    train(files, tmp_path, steps=4, sheet_every=2)
+    critic = {"step", "critic_forward", "critic_backward", "norm_critic"}
+    student = {"dmd_forward", "dmd_backward", "norm_student", "motion_forward", "motion_backward"}
+    log = rows(tmp_path)
+    assert [r["step"] for r in log] == [0, 1, 2, 3] and [r.keys() - critic for r in log] == [student, set(), student, set()]
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["curves.png", "sheet-00000.png", "sheet-00002.png", "sheet-00004.png"]
+    assert all(p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for p in tmp_path.glob("*.png"))
+    assert load_dit(tmp_path).config == load_dit(files["teacher"]).config
+
+
+def test_each_iteration_draws_anew(files, tmp_path):
+    """With still networks, losses and DMD gradients differ from step to step and from seed to seed, and only so."""
+    still = files | {"lr": 0.0, "lr_critic": 0.0, "ratio": 1, "steps": 2}
+    a, b, c = (rows(train(still, tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert a == b and all(len({r[k] for r in a + c}) == 4 for k in ("critic_forward", "critic_backward", "dmd_forward", "dmd_backward"))
+
+
+def test_student_is_the_average_from_ema_start_on(files, tmp_path):
+    """Before ema_start the average is the weights; then ema * average + (1 - ema) * weights at each update of the student."""
+    first = saved(train(files, tmp_path / "run", steps=2))
+    last = saved(train(files, tmp_path / "run", resume=str(tmp_path / "run")))
+    got = read_tensors(tmp_path / "run" / "student.safetensors")[0]
+    for name, w in got.items():
+        assert torch.equal(first[f"ema0/{name}"], first[f"student0/{name}"])
+        assert distance(w, (first[f"student0/{name}"] + last[f"student0/{name}"]) / 2) <= 1e-7
+    assert any(not torch.equal(last[f"ema0/{k}"], last[f"student0/{k}"]) for k in got)
+
+
+def test_two_processes_equal_one(files, tmp_path):
+    """2 processes, ddp or fsdp, have the weights of 1 to 1e-5; a signal to one of them stops both, and what they saved goes on."""
+    flags = files | {"steps": 3}
+    two_processes(tmp_path, ("train_dmd", flags | {"out": str(tmp_path / "ddp")}),
+                  ("train_dmd", flags | {"out": str(tmp_path / "fsdp"), "parallel": "fsdp", "sheet_every": 9}),
+                  ("train_dmd", flags | {"out": str(tmp_path / "stopped"), "sigterm_in_step_0": True}), timeout=60)
+    one = train(flags, tmp_path / "one")
+    for name in ("ddp", "fsdp"):
+        assert apart(one, tmp_path / name) <= 1e-5
+        a, b = saved(one), saved(tmp_path / name)
+        assert a.keys() == b.keys() and max(distance(a[k], b[k]) for k in a if k.startswith(("student", "critic", "ema"))
+                                            and "optimiser" not in k) <= 1e-5
+    assert saved(tmp_path / "stopped")["step"] == 1
+    assert apart(one, train(flags, tmp_path / "stopped", resume=str(tmp_path / "stopped"))) <= 1e-5
+
+
+def test_shared_rounds_do_not_depend_on_the_number_of_processes(files, tmp_path):
+    """With --micro 1 as in the wan preset, 2 processes of 2 rounds have the weights of 1 process of 4 rounds."""
+    flags = files | {"steps": 2, "micro": 1}
+    two_processes(tmp_path, ("train_dmd", flags | {"out": str(tmp_path / "two")}))
+    assert apart(train(flags, tmp_path / "one"), tmp_path / "two") <= 1e-5
+
+
+def test_resume_is_exact(files, tmp_path):
+    """2 + 2 steps are 4 steps, bit for bit: weights, averages, optimisers and log."""
+    a, b = train(files, tmp_path / "a"), train(files, tmp_path / "b", steps=2)
+    train(files, b, resume=str(b))
+    assert same(saved(a), saved(b)) and apart(a, b) == 0 and rows(a) == rows(b)
+    assert {k.split("/")[0] for k in saved(a)} == {"step", "ema0", "student0", "student0.optimiser", "critic0", "critic0.optimiser"}
+
+
+def test_resume_under_fsdp(files, tmp_path):
+    """A run may go on under another --parallel, averages included."""
+    a, b = train(files, tmp_path / "a"), train(files, tmp_path / "b", steps=2)
+    assert apart(a, train(files, b, resume=str(b), parallel="fsdp")) <= 1e-6
+
+
+@pytest.mark.parametrize("setting", [{"lr": 1e-4}, {"anchors": 2}, {"guidance": 7.0}, {"seed": 5}, {"batch": 2}, {"commit_anchors": True}])
+def test_resume_with_other_settings_is_refused(setting, files, tmp_path):
+    """A state of another run is not continued; the sentence names the setting."""
+    train(files, tmp_path, steps=1)
+    (name,) = setting
+    with pytest.raises(UserError, match=rf"other settings \({name}="):
+        train(files, tmp_path, resume=str(tmp_path), **setting)
+
+
+def test_run_is_not_overwritten(files, tmp_path, monkeypatch, capsys):
+    """Without --resume a folder that holds a run is refused, with both ways out; a folder without a state cannot be resumed."""
+    train(files, tmp_path, steps=1)
+    before = (tmp_path / "state.pt").read_bytes()
+    code, error = command_line(monkeypatch, capsys, train_dmd, **files | {"out": tmp_path})
+    assert code == 2 and f"go on with --resume {tmp_path} or choose another --out" in error
+    assert (tmp_path / "state.pt").read_bytes() == before
+    with pytest.raises(UserError, match="state.pt does not exist"):
+        train(files, tmp_path / "new", resume=str(tmp_path / "none"))
+
+
+def test_sigterm_in_a_step(files, tmp_path, monkeypatch):
+    """SIGTERM in step 1: the step is finished, logged and saved; resumed, the run is what it would have been."""
+    at_call(monkeypatch, train_dmd, "critic_loss", 3, terminate)  # two calls a step
+    b = train(files, tmp_path / "b")
+    assert saved(b)["step"] == 2 and len(rows(b)) == 2 and not (b / "student.safetensors").exists()
+    a = train(files, tmp_path / "a")
+    train(files, b, resume=str(b))
+    assert same(saved(a), saved(b)) and apart(a, b) == 0 and rows(a) == rows(b)
+
+
+def test_sigterm_as_a_user_sends_it(files, tmp_path):
+    """kill: the process saves and exits with 0; resumed for two more steps it is bit-equal to a run that was never stopped."""
+    out = tmp_path / "b"
+    words = [str(w) for k, v in (files | {"out": out, "steps": 5000}).items() for w in (f"--{k}", *(v if isinstance(v, tuple) else (v,)))]
+    with subprocess.Popen([sys.executable, str(ROOT / "train_dmd.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        deadline = time.time() + 60
+        while not (out / "log.jsonl").exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[0]
+    done = saved(out)["step"]
+    assert process.returncode == 0 and f"stopped at step {done}; go on with --resume {out}" in said and (out / "curves.png").exists()
+    a = train(files, tmp_path / "a", steps=done + 2)
+    train(files, out, steps=done + 2, resume=str(out))
+    assert same(saved(a), saved(out)) and rows(a) == rows(out)
+
+
+def test_a_killed_run_logs_each_step_once(files, tmp_path, monkeypatch):
+    """Killed in step 3 with a state of 2 steps, the run does step 2 again; its row stands in the log once."""
+    at_call(monkeypatch, train_dmd, "critic_loss", 7, crash)
+    with pytest.raises(MemoryError):
+        train(files, tmp_path, save_every=2)
+    assert saved(tmp_path)["step"] == 2
+    assert [r["step"] for r in rows(train(files, tmp_path, save_every=2, resume=str(tmp_path)))] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("changes", [{"anchors": 0}, {"latent": (9, 4, 4), "block": 6, "anchors": 0, "head": 3}, {"commit_anchors": True},
+                                     {"shared_critic": False}, {"anchors": 1}], ids=str)
+def test_ablations_run_and_change_the_result(changes, files, tmp_path):
+    """Every ablation trains, and is no dead flag. (9 latents: in a rollout of two blocks nobody reads committed anchors' traces.)"""
+    usual = {"latent": (9, 4, 4), "steps": 3}
+    a, b = train(files, tmp_path / "a", **usual), train(files, tmp_path / "b", **usual | changes)
+    assert 0 < apart(a, b) < 1
+    assert any(k.startswith("critic1/") for k in saved(b)) == (changes == {"shared_critic": False})
+
+
+def test_two_students_are_two_files(files, tmp_path):
+    """shared_student false: forward.safetensors and backward.safetensors, each trained in its own direction, resumable."""
+    train(files, tmp_path / "b", shared_student=False, steps=2)
+    b = train(files, tmp_path / "b", shared_student=False, resume=str(tmp_path / "b"))
+    a = train(files, tmp_path / "a", shared_student=False)
+    assert sorted(p.name for p in a.glob("*.safetensors")) == ["backward.safetensors", "forward.safetensors"] and same(saved(a), saved(b))
+    x, y, start = (load_dit(p) for p in (a / "forward.safetensors", a / "backward.safetensors", files["student"]))
+    for one, other in ((x, y), (x, start), (y, start)):
+        assert distance(one.state_dict().values(), other.state_dict().values()) > 0
+
+
+def test_recomputing_activations_changes_nothing(files, tmp_path):
+    """--checkpointing costs time and saves memory, no more."""
+    assert apart(train(files, tmp_path / "a"), train(files, tmp_path / "b", checkpointing=True)) <= 1e-6
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_accumulated_rounds_equal_one_batch(micro, files, tmp_path):
+    """--micro is a matter of memory: --resume lets it change, and a batch in rounds gives the weights of a batch at once."""
+    flags = files | {"steps": 3, "lr": 1e-4, "lr_critic": 1e-4}  # small: Adam turns rounding into steps of up to lr
+    a, b = train(flags, tmp_path / "a"), train(flags, tmp_path / "b", micro=micro)
+    assert apart(a, b) <= 1e-6
+    for x, y in zip(rows(a), rows(b), strict=True):  # Adam forgives a wrong scale; the logged gradient norms do not
+        assert x == pytest.approx(y, rel=1e-4)
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+def poisoned(path, to):
+    """A copy of a checkpoint with one NaN."""
+    dit = load_dit(path)
+    dit.head.head.weight[0, 0] = float("nan")
+    save_dit(dit, to)
+    return str(to)
+
+
+@pytest.mark.parametrize("name", ["teacher", "critic", "student"])
+def test_nan_in_weights_stops_training(name, files, tmp_path, monkeypatch, capsys):
+    """One NaN in any network: exit code 1, and one line with the step and the term. No state is written of it."""
+    bad = poisoned(files[name], tmp_path / "bad.safetensors")
+    code, error = command_line(monkeypatch, capsys, train_dmd, **files | {"out": tmp_path / "run", name: bad})
+    assert code == 1 and error.startswith("error: step 0: the DMD gradient is [nan, nan]")
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+@pytest.mark.parametrize("term, call, says", [("dmd_gradient", 3, "step 2: the DMD gradient is [nan, "),
+                                              ("critic_loss", 6, r"step 2: the critic's loss is ["),
+                                              ("dmd_loss", 3, "step 2, student: the gradient has norm nan")])
+def test_nan_later_leaves_the_saved_state_good(term, call, says, files, tmp_path, monkeypatch, capsys):
+    """A NaN in step 2 names the term; the state of step 2 is what it was, and the run can go on from it to the usual end."""
+    real, calls = getattr(train_dmd, term), []
+
+    def broken(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == call else 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dmd, term, broken)
+        code, error = command_line(patch, capsys, train_dmd, **files | {"out": tmp_path / "b", "save_every": 2})
+    assert code == 1 and says in error and saved(tmp_path / "b")["step"] == 2
+    a, b = train(files, tmp_path / "a"), train(files, tmp_path / "b", resume=str(tmp_path / "b"))
+    assert same(saved(a), saved(b))
+
+
+@pytest.mark.parametrize("flags, says", [({"parallel": "ddq"}, "--parallel 'ddq' must be"), ({"micro": 3}, "--batch 4 is not a"),
+                                         ({"latent": (6, 4)}, "must be three numbers"), ({"block": 4}, "6 latents"),
+                                         ({"anchors": 4}, "4 anchors do not fit"), ({"teacher": "nowhere.safetensors"}, "does not exist")])
+def test_impossible_settings_are_refused(flags, says, files, tmp_path, monkeypatch, capsys):
+    """A mistake is named before anything is written, with exit code 2."""
+    code, error = command_line(monkeypatch, capsys, train_dmd, **files | {"out": tmp_path / "run"} | flags)
+    assert code == 2 and says in error and not (tmp_path / "run").exists()

@@ -1,0 +1,157 @@
+"""Train the toy teacher: the real DiT, bidirectional, by flow matching on latents of the procedural world.
+
+One noise level per clip, shifted towards noise; loss |v - (noise - x0)|^2; one prompt in ten is dropped, which gives
+the unconditional velocity that guidance needs. Small batches and many steps learn most per second on a CPU. The
+exponential moving average is what is kept. Caption accuracy of samples is read back from their pixels at the end.
+
+    python -m toy.train_teacher --out toy/weights          # after toy.train_vae with the same --out
+"""
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm, trange
+
+import text
+from common import (
+    EMA,
+    UserError,
+    cosine,
+    generator,
+    load_state,
+    log_row,
+    read_tensors,
+    run,
+    save_state,
+    start,
+    stop_signals,
+    trim_log,
+    write_safetensors,
+)
+from dit import PRESETS, DiT, save_dit
+from media import write_sheet
+from sampler import ode_sigmas, shift_sigma
+from toy import world
+from toy.train_vae import HELD_OUT, clips
+from vae import VAE, load_vae
+
+
+@dataclass
+class Config:
+    """Train the toy teacher."""
+    out: str = "out/toy"     # folder with vae.safetensors; teacher.safetensors, its log and the resume state go there
+    preset: str = "toy"      # a DiT preset
+    size: int = 32           # pixels
+    clips: int = 6144        # training clips, encoded once
+    steps: int = 9000
+    batch: int = 16
+    lr: float = 1e-3         # AdamW, cosine to zero [ours]
+    shift: float = 3.0       # of the training noise levels [ours]
+    dropout: float = 0.1     # share of prompts replaced by the empty one
+    ema: float = 0.998
+    guidance: float = 2.0    # of the samples at the end
+    seed: int = 0
+    save_every: int = 500
+    device: str = "auto"
+
+
+@torch.no_grad()
+def encode_clips(vae: VAE, config: Config, path: Path, device: torch.device, batch: int = 8) -> Tensor:
+    """Latents [clips, 21, C, h, w] of clips 0 .. clips-1, made once and kept in a file."""
+    if path.exists():
+        latents = read_tensors(path)[0]["latents"]
+        if len(latents) != config.clips:
+            raise UserError(f"{path} holds {len(latents)} clips, not {config.clips}; delete it or use --clips {len(latents)}")
+        return latents
+    parts = [vae.encode(clips(list(range(a, min(a + batch, config.clips))), config.size, 81)[0].to(device), chunk=99).cpu()
+             for a in trange(0, config.clips, batch, desc="encode clips")]
+    write_safetensors(path, {"latents": torch.cat(parts)})
+    return torch.cat(parts)
+
+
+def teacher_loss(dit: DiT, x0: Tensor, prompts: Tensor, u: Tensor, noise: Tensor, shift: float) -> Tensor:
+    """Flow matching, per clip: x0, noise [B, T, C, h, w], u [B] in [0, 1] before the shift -> [B]."""
+    sigma = shift_sigma(u, shift).view(-1, 1, 1, 1, 1)
+    t = (1000 * sigma).view(-1, 1).expand(x0.shape[:2])
+    v = dit((1 - sigma) * x0 + sigma * noise, t, prompts, torch.arange(x0.shape[1], device=x0.device))
+    return (v - (noise - x0)).square().flatten(1).mean(1)
+
+
+@torch.no_grad()
+def sample(dit: DiT, prompts: Tensor, noise: Tensor, steps: int = 48, guidance: float = 2.0, shift: float = 5.0) -> Tensor:
+    """Integrate the teacher's ODE from noise [B, T, C, h, w] with guidance uncond + w (cond - uncond)."""
+    x, pos = noise, torch.arange(noise.shape[1], device=noise.device)
+    sigmas = ode_sigmas(steps, shift)
+    both = torch.cat([prompts, torch.zeros_like(prompts)])
+    for sigma, below in zip(tqdm(sigmas[:-1], desc="sample", leave=False), sigmas[1:]):
+        t = torch.full((2 * len(x), x.shape[1]), 1000 * sigma, device=x.device)
+        cond, uncond = dit(torch.cat([x, x]), t, both, pos).chunk(2)
+        x = x + (below - sigma) * (uncond + guidance * (cond - uncond))
+    return x
+
+
+@torch.no_grad()
+def report(dit: DiT, vae: VAE, config: Config, sheet: Path, n: int = 64) -> dict[str, float]:
+    """Sample n held-out captions, write a sheet of eight, read the captions back."""
+    device = dit.patch_embedding.weight.device
+    captions = [text.toy_caption(HELD_OUT + i) for i in range(n)]
+    side = config.size // vae.config.space
+    noise = torch.stack([torch.randn(21, dit.config.in_dim, side, side, generator=generator(config.seed, 9, i)) for i in range(n)])
+    prompts = text.embed(captions, dit.config.text_dim, dit.config.text_len)
+    parts = [sample(dit, p.to(device), x.to(device), guidance=config.guidance) for p, x in zip(prompts.split(16), noise.split(16))]
+    video = torch.cat([vae.decode(z[None], chunk=99).cpu() for z in torch.cat(parts)])
+    write_sheet(sheet, video[:8], columns=11)
+    return world.accuracy(video, captions) | {"motion": video.diff(dim=2).abs().mean().item()}
+
+
+def main(config: Config) -> None:
+    device = start(config.device)[2]
+    out = Path(config.out)
+    vae = load_vae(out / "vae.safetensors", device=device)
+    latents = encode_clips(vae, config, out / "latents.safetensors", device)
+    captions = [text.toy_caption(i) for i in range(config.clips)]
+    if config.preset not in PRESETS:
+        raise UserError(f"unknown preset {config.preset!r}; use {', '.join(PRESETS)}")
+    torch.manual_seed(config.seed)
+    dit = DiT(PRESETS[config.preset]).to(device)
+    table = text.embed(captions, dit.config.text_dim, dit.config.text_len)
+    optimiser = torch.optim.AdamW(dit.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    ema, first = EMA(dit, config.ema), 0
+    state, log = out / "teacher.state.pt", out / "teacher.log.jsonl"
+    if state.exists():
+        first = load_state(state, asdict(config), {"dit": (dit, optimiser)}, ema=ema)
+        trim_log(log, first)
+    with stop_signals() as stop, trange(first, config.steps, initial=first, total=config.steps, desc="teacher") as bar:
+        for step in bar:
+            for group in optimiser.param_groups:
+                group["lr"] = cosine(step, config.steps, config.lr)
+            g = generator(config.seed, 2, step)
+            pick = torch.randint(config.clips, (config.batch,), generator=g)
+            x0 = latents[pick].to(device)
+            prompts = table[pick] * (torch.rand(config.batch, 1, 1, generator=g) >= config.dropout)
+            u, noise = torch.rand(config.batch, generator=g).to(device), torch.randn(x0.shape, generator=g).to(device)
+            losses = teacher_loss(dit, x0, prompts.to(device), u, noise, config.shift)
+            losses.mean().backward()
+            norm = torch.nn.utils.clip_grad_norm_(dit.parameters(), 1.0).item()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            ema.update(dit)
+            if step % 20 == 0:
+                low, high = losses.detach()[u < 0.5], losses.detach()[u >= 0.5]
+                log_row(log, step=step, loss=losses.mean().item(), low=low.mean().item(), high=high.mean().item(), norm=norm)
+                bar.set_postfix(loss=f"{losses.mean().item():.3f}")
+            if stop() or (step + 1) % config.save_every == 0:
+                save_state(state, step + 1, asdict(config), {"dit": (dit, optimiser)}, ema=ema)
+                if stop():
+                    return print(f"stopped at step {step + 1}; run the same command to go on")
+    ema.copy_to(dit)
+    dit.eval()
+    save_dit(dit, out / "teacher.safetensors")
+    scores = report(dit, vae, config, out / "teacher.png")
+    log_row(log, step=config.steps, **scores)
+    print(f"wrote {out / 'teacher.safetensors'}; 64 held-out captions: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+
+
+if __name__ == "__main__":
+    run(main, Config)

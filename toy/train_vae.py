@@ -1,0 +1,140 @@
+"""Train the toy VAE: Wan's causal VAE class at toy size, on the procedural world.
+
+Loss: L1 + 2 MSE + 1.5 L1 of frame differences + a mild KL. The frame differences keep boundaries between latents
+smooth (without them even a reconstruction flickers); the KL stays mild, since a strong one turns latents into codes of
+innovations that mean nothing without their exact past [measured, see README]. At the end the per-channel mean and std
+of the latents are measured and stored in the config, and the PSNR of held-out clips is printed.
+
+All randomness of a step is a function of (seed, step), so an interrupted run continues exactly: run it again.
+
+    python -m toy.train_vae --out toy/weights
+"""
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import trange
+
+from common import UserError, cosine, generator, load_state, log_row, run, save_state, start, stop_signals, trim_log
+from text import toy_caption
+from toy import world
+from vae import PRESETS, VAE, Attention, ResidualBlock, save_vae
+
+HELD_OUT = 1 << 30  # clip seeds from here on are never trained on
+
+
+@dataclass
+class Config:
+    """Train the toy VAE."""
+    out: str = "out/toy"   # folder: vae.safetensors, its log, and the resume state
+    preset: str = "toy"    # a VAE preset
+    size: int = 32         # pixels
+    steps: int = 13000
+    frames: tuple[int, ...] = (1, 5, 17, 33)      # stages: frames a clip. Pictures first, then motion, then a long memory:
+    batch: tuple[int, ...] = (32, 8, 4, 2)        # trained on 17 frames alone, colours drift after 20 [measured]
+    share: tuple[float, ...] = (0.08, 0.24, 0.45, 0.23)  # of the steps
+    lr: float = 7e-4       # Adam, cosine to zero [ours]
+    kl: float = 1e-4       # per latent element [ours]; 1e-2 and more makes latents hang on their past
+    diff: float = 1.5      # L1 of frame differences [ours]
+    seed: int = 0
+    save_every: int = 250
+    device: str = "auto"
+
+
+def clips(seeds: list[int], size: int, frames: int) -> tuple[Tensor, list[str]]:
+    """The clip with a number is always the same: caption and motion follow from it."""
+    captions = [toy_caption(s) for s in seeds]
+    return world.render(captions, seeds, size, frames), captions
+
+
+def vae_loss(vae: VAE, video: Tensor, noise: Tensor, kl: float, diff: float) -> tuple[Tensor, dict[str, float]]:
+    """Reconstruction, smoothness and KL of a batch of clips; noise has the shape of the posterior mean."""
+    mu, logvar = vae.moments(video)
+    made = vae.decoder(vae.conv2(mu + (0.5 * logvar).exp() * noise), None).float()
+    error = made - video
+    change = error.diff(dim=2).abs().mean() if video.shape[2] > 1 else error.new_zeros(())
+    terms = {"l1": error.abs().mean(), "mse": error.square().mean(), "diff": change,
+             "kl": 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()}
+    return terms["l1"] + 2 * terms["mse"] + diff * terms["diff"] + kl * terms["kl"], {k: v.item() for k, v in terms.items()}
+
+
+@torch.no_grad()
+def init_weights(vae: VAE) -> None:
+    """Variance-keeping convolutions, nearly silent residual branches and little posterior noise; from torch's default
+    init, or above a rate of 3e-4, training stays at the mean image for thousands of steps [measured]."""
+    for m in vae.modules():
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            torch.nn.init.kaiming_normal_(m.weight, nonlinearity="linear")
+            torch.nn.init.zeros_(m.bias)
+    for m in vae.modules():
+        if isinstance(m, ResidualBlock):
+            m.residual["6"].weight.mul_(0.1)
+        if isinstance(m, Attention):
+            m.proj.weight.zero_()
+    vae.conv1.bias[vae.config.z_dim:] = -6
+
+
+@torch.no_grad()
+def finish(vae: VAE, config: Config, device: torch.device) -> tuple[VAE, float]:
+    """Measure mean and std of the latents and the PSNR, on 64 held-out clips of 81 frames."""
+    video = torch.cat([clips([HELD_OUT + i], config.size, 81)[0] for i in range(64)]).to(device)
+    c = replace(vae.config, mean=(0.0,) * vae.config.z_dim, std=(1.0,) * vae.config.z_dim)
+    vae.config = c
+    z = torch.cat([vae.encode(v[None], chunk=99) for v in video])  # (64, T, C, h, w), not normalised yet
+    made = torch.cat([vae.decode(x[None], chunk=99) for x in z])
+    psnr = -10 * ((made - video).square().mean() / 4).log10().item()
+    flat = z.transpose(1, 2).flatten(2).transpose(0, 1).flatten(1)  # (C, all)
+    vae.config = replace(c, mean=tuple(round(x, 4) for x in flat.mean(1).tolist()), std=tuple(round(x, 4) for x in flat.std(1).tolist()))
+    return vae, psnr
+
+
+def main(config: Config) -> None:
+    device = start(config.device)[2]
+    if config.preset not in PRESETS:
+        raise UserError(f"unknown preset {config.preset!r}; use {', '.join(PRESETS)}")
+    torch.manual_seed(config.seed)
+    vae = VAE(PRESETS[config.preset]).to(device).train()
+    init_weights(vae)
+    optimiser = torch.optim.Adam(vae.parameters(), lr=config.lr, betas=(0.9, 0.99))
+    out, first = Path(config.out), 0
+    if not len(config.frames) == len(config.batch) == len(config.share):
+        raise UserError(f"--frames {config.frames}, --batch {config.batch} and --share {config.share} need one number a stage each")
+    state, log = out / "vae.state.pt", out / "vae.log.jsonl"
+    if state.exists():
+        first = load_state(state, asdict(config), {"vae": (vae, optimiser)})
+        trim_log(log, first)
+    out.mkdir(parents=True, exist_ok=True)
+    with stop_signals() as stop, trange(first, config.steps, initial=first, total=config.steps, desc="vae") as bar:
+        for step in bar:
+            for group in optimiser.param_groups:
+                group["lr"] = cosine(step, config.steps, config.lr)
+            g = generator(config.seed, 1, step)
+            stage = sum(step >= config.steps * sum(config.share[:i + 1]) for i in range(len(config.share) - 1))
+            frames, batch = config.frames[stage], config.batch[stage]
+            video = clips(torch.randint(HELD_OUT, (batch,), generator=g).tolist(), config.size, frames)[0].to(device)
+            latents = (batch, vae.config.z_dim, 1 + (frames - 1) // vae.config.time, *[config.size // vae.config.space] * 2)
+            loss, terms = vae_loss(vae, video, torch.randn(latents, generator=g).to(device), config.kl, config.diff)
+            loss.backward()
+            for p in vae.parameters():  # pictures do not reach the temporal layers; Adam's state must be whole to be saved
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0).item()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            bar.set_postfix(l1=f"{terms['l1']:.4f}", diff=f"{terms['diff']:.4f}")
+            if step % 20 == 0:
+                log_row(log, step=step, **terms, norm=norm)
+            if stop() or (step + 1) % config.save_every == 0:
+                save_state(state, step + 1, asdict(config), {"vae": (vae, optimiser)})
+                if stop():
+                    return print(f"stopped at step {step + 1}; run the same command to go on")
+    vae, psnr = finish(vae.eval(), config, device)
+    save_vae(vae, out / "vae.safetensors")
+    state.unlink(missing_ok=True)
+    log_row(log, step=config.steps, psnr=psnr)
+    print(f"wrote {out / 'vae.safetensors'}: PSNR {psnr:.2f} dB on 64 held-out clips, "
+          f"latent mean {vae.config.mean}, std {vae.config.std}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -27,6 +27,15 @@ test: .venv/dev
 lint: .venv/dev
 	$(RUN) -m ruff check .
 
+ORDERS := forward backward inbetween loop transition story
+demo: .venv/run
+	@echo "Every order, with random weights: the pictures are noise, the plans are real (rows: steps, columns: latents)."
+	for order in $(ORDERS); do \
+		$(RUN) anchors.py --order $$order --out out/demo/plan_$$order.png > /dev/null && \
+		$(RUN) sampler.py --weights random --order $$order --prompt "a red square moves left over a green wave" \
+			--out out/demo/$$order.mp4 --sheet out/demo/$$order.png || exit 2; done
+	@echo "Look into out/demo: a clip, a sheet of frames and the plan's picture for each order."
+
 bench: .venv/dev
 	PYTHONPATH=. $(RUN) tests/speed.py
 

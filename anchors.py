@@ -241,6 +241,15 @@ def long(length: int, direction: str = "forward", block: int = 3, anchors: int =
     return forward(length, block, **sinks) if direction == "forward" else backward(length, block, anchors, **sinks)
 
 
+def both_directions(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -> list[Plan]:
+    """The forward and the backward plan that train a student, in both stages (paper App. B.1 and B.2).
+
+    head: size of the forward blocks and of the block of latent 0 (0: block). Without anchors, backward blocks of the
+    forward size could be taken for a beginning, so a dummy block comes first."""
+    head = head or block
+    return [forward(length, head), backward(length, block, anchors, head=head, dummy=not anchors and head == block)]
+
+
 ORDERS: dict[str, Callable[..., Plan]] = {f.__name__: f for f in (forward, backward, inbetween, loop, transition, story, long)}
 
 

@@ -152,6 +152,13 @@ def start(device: str = "auto") -> tuple[int, int, torch.device]:
     return rank, world, torch.device(device)
 
 
+def dtype_of(name: str, device: torch.device | str = "cpu") -> torch.dtype:
+    """float32, bfloat16, or auto: bfloat16 on CUDA. Never float16: on a CPU it crawls. raises: UserError"""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype {name!r} must be float32, bfloat16 or auto")
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and torch.device(device).type == "cuda") else torch.float32
+
+
 def generator(*numbers: int) -> torch.Generator:
     """A CPU generator that depends on all the numbers (seed, stream, index, ...): generator(0, 1) != generator(1, 0).
 

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_iter
 
 import dit
 import train_dmd
-from common import UserError, run
+from anchors import both_directions
+from common import UserError, dtype_of, run
 from dit import PRESETS, DiT
 from sampler import generate, noise_from, student_sigmas
 
@@ -75,11 +76,12 @@ def network(name: str, dtype: torch.dtype, trained: bool, checkpointing: bool) -
 
 def peaks(config: train_dmd.Config, student: str, teacher: str, direction: int) -> dict[str, float]:
     """Peak GiB of one student and one critic update of `config.micro` samples, in one direction, without weights."""
-    dtype, (T, h, w), B = getattr(torch, config.dtype), config.latent, config.micro or config.batch
+    dtype, (T, h, w), B = dtype_of(config.dtype), config.latent, config.micro or config.batch
     dit.attend = lambda q, k, v, visible=None: Fused.apply(q, k, v)
     g, f_fake = (network(student, dtype, True, config.checkpointing) for _ in range(2))
     f_real = network(teacher, dtype, False, False)
-    c, plan, sigmas = g.config, train_dmd.stage2_plans(config)[direction], student_sigmas(shift=config.shift)
+    plan = both_directions(T, config.block, config.anchors, config.head)[direction]
+    c, sigmas = g.config, student_sigmas(shift=config.shift)
     empty = {k: torch.empty(s, device="meta") for k, s in {"text": (B, c.text_len, c.text_dim), "u": (B,),
              "noise": (len(sigmas), B, T + config.block, c.in_dim, h, w), "score": (B, T, c.in_dim, h, w)}.items()}
     noise = noise_from(empty["noise"][0], empty["noise"][1:], T)

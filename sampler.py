@@ -26,7 +26,7 @@ from tqdm import tqdm
 import anchors
 import text
 from anchors import HORIZON, Plan
-from common import UserError, generator, run, start
+from common import UserError, dtype_of, generator, run, start
 from dit import KV, PRESETS, DiT, load_dit
 from kvcache import KVCache
 from media import VideoWriter, write_sheet
@@ -238,14 +238,12 @@ def load_models(weights: str, dtype: torch.dtype, device: torch.device) -> tuple
 @torch.no_grad()
 def main(config: Config) -> None:
     device = start(config.device)[2]
-    dtypes = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if config.dtype not in dtypes:
-        raise UserError(f"--dtype {config.dtype!r} must be float32, bfloat16 or auto")
+    dtype = dtype_of(config.dtype, device)
     if not any(p.strip() for p in config.prompt):
         raise UserError('--prompt is empty; say what to show, for instance --prompt "a red square moves left over a green wave"')
     plan, sigmas = make_plan(config), student_sigmas(config.steps, config.shift)
     writer = VideoWriter(config.out, FPS)
-    dit, vae = load_models(config.weights, dtypes[config.dtype], device)
+    dit, vae = load_models(config.weights, dtype, device)
     c, space = dit.config, vae.config.space
     height, width = size = config.size or ((480, 832) if vae.config.dim == 96 else (32, 32))
     unit = space * c.patch_size[1], space * c.patch_size[2]
@@ -266,7 +264,7 @@ def main(config: Config) -> None:
     texts = [dit.text_kv(e[None].to(device)) for e in text.embed(prompts, c.text_dim, c.text_len)]
     h, w = height // space, width // space
     noise = noise_seeded([(config.seed, 0, 0)], (c.in_dim, h, w), device)
-    cache = KVCache(c, 1, plan.capacity, h, w, dtypes[config.dtype], device)
+    cache = KVCache(c, 1, plan.capacity, h, w, dtype, device)
     done = tqdm(rollout(dit, plan, texts, noise, sigmas, cache, commit_anchors=config.commit_anchors),
                 desc="blocks", total=len(plan.steps), unit="block")
     kept = []

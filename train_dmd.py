@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-import anchors
-from anchors import Plan
+from anchors import both_directions
 from common import (
     EMA,
     UserError,
     clip_gradients,
     distribute,
+    dtype_of,
     generator,
     load_state,
     log_row,
@@ -135,13 +135,6 @@ def critic_loss(critic: DiT, x: Tensor, u: Tensor, noise: Tensor, prompt: Tensor
     return (v - (noise - x)).square().flatten(1).mean(1)
 
 
-def stage2_plans(config: Config) -> list[Plan]:
-    """Forward and backward; without anchors, blocks of one size need the dummy (paper App. B.2)."""
-    T, head = config.latent[0], config.head or config.block
-    return [anchors.forward(T, head), anchors.backward(T, config.block, config.anchors, head=head,
-                                                       dummy=not config.anchors and head == config.block)]
-
-
 # ---------------------------------------------------------------- training
 def memory_of_weights(student: int, critic: int, teacher: int, gpus: int, itemsize: int) -> dict[str, float]:
     """GiB a process for networks of so many parameters, sharded over the GPUs as FSDP2 does: float32 masters, gradients
@@ -155,9 +148,9 @@ def main(config: Config) -> None:
     rank, world, device = start(config.device)
     if len(config.latent) != 3 or min(config.latent) < 1:
         raise UserError(f"--latent {config.latent} must be three numbers: latents, height, width")
-    dtype, (T, h, w), out = getattr(torch, config.dtype), config.latent, Path(config.out)
+    dtype, (T, h, w), out = dtype_of(config.dtype), config.latent, Path(config.out)
     micro, rounds = split_batch(config.batch, config.micro, rank, world)
-    plans, sigmas = stage2_plans(config), student_sigmas(shift=config.shift)
+    plans, sigmas = both_directions(T, config.block, config.anchors, config.head), student_sigmas(shift=config.shift)
 
     def network(path: str, trained: bool) -> DiT:
         dit = load_dit(path, torch.float32 if trained or config.parallel == "ddp" else dtype, device).requires_grad_(trained)

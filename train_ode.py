@@ -27,13 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm, trange
 
-import anchors
-from anchors import Layout, Plan, layout
+from anchors import Layout, both_directions, layout
 from common import (
     UserError,
     atomic,
     clip_gradients,
     distribute,
+    dtype_of,
     generator,
     load_state,
     log_row,
@@ -208,14 +208,6 @@ def check_pairs(config: Config) -> None:
 
 
 # ---------------------------------------------------------------- the loss
-def stage1_plans(config: Config) -> list[Plan]:
-    """Forward and backward; without anchors, blocks of one size need the dummy (paper App. B.1)."""
-    T, head = config.latent[0], config.head or config.block
-    forward = anchors.forward(T, head)
-    return [forward, anchors.backward(T, config.block, config.anchors, head=head,
-                                      dummy=not config.anchors and head == config.block)]
-
-
 def ode_loss(dit: DiT, lay: Layout, states: Tensor, levels: Tensor, sigmas: Tensor, prompt: Tensor,
              loss_on_anchors: bool = False) -> Tensor:
     """Regress the end point from every slot's state, in one masked pass (paper Eq. 1).
@@ -242,10 +234,10 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
     where = [(s, i) for s, shard in enumerate(states) for i in range(len(shard))]
     dit = load_dit(config.weights, torch.float32, device).train().requires_grad_(True)
     dit.checkpointing = config.checkpointing
-    distribute(dit, config.parallel, getattr(torch, config.dtype))
+    distribute(dit, config.parallel, dtype_of(config.dtype))
     source = Prompts(config.prompts, dit.config.text_dim, dit.config.text_len)
     sigmas = torch.tensor([*student_sigmas(shift=config.shift), 0.0], device=device)
-    layouts = [layout(plan) for plan in stage1_plans(config)]
+    layouts = [layout(plan) for plan in both_directions(config.latent[0], config.block, config.anchors, config.head)]
     tokens = dit.config.tokens(*config.latent[1:])
     visibles = [lay.visible.prepare(tokens, device) for lay in layouts]
     layouts = [Layout(lay.latent, lay.step, lay.pos, lay.is_target, visible) for lay, visible in zip(layouts, visibles)]

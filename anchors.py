@@ -112,9 +112,10 @@ def _place(latents: Sequence[int], at: int) -> tuple[tuple[int, int], ...]:
     return tuple((i, at + j) for j, i in enumerate(latents))
 
 
-def _context(block: range, done: Sequence[int], window: int | None, sink: bool, far_sink: bool, first: range,
-             second: range, pad: int = 0) -> tuple[list[int], list[int]]:
-    """What a block reads, nearest last: (sink + window, far sink). `done` is ordered from oldest to newest."""
+def _context(done: Sequence[int], window: int | None, sink: bool, far_sink: bool, first: Sequence[int],
+             second: Sequence[int]) -> tuple[list[int], list[int]]:
+    """What a block reads: (sink + window, far sink). `done` and the blocks run from the oldest latent to the newest; a
+    sink counts only once it has left the window, so that no latent is seen twice."""
     local = list(done) if window is None else list(done)[max(len(done) - window, 0):]
     kept = [i for i in first if sink and i not in local and i in done]
     far = [i for i in second if far_sink and i not in local and i in done]
@@ -129,7 +130,7 @@ def forward(length: int = 21, block: int = 3, window: int | None = None, past_si
     window, is read 3 positions *after* the current one (paper A.2). With a window positions restart at 0 each step."""
     blocks, steps = _blocks(length, block), []
     for b in blocks:
-        near, far = _context(b, range(b.start), window, past_sink, future_sink, blocks[0], blocks[min(1, len(blocks) - 1)])
+        near, far = _context(range(b.start), window, past_sink, future_sink, blocks[0], blocks[min(1, len(blocks) - 1)])
         at = len(near)
         steps.append(Step(tuple(b), tuple(range(at, at + block)),
                           reads=_place(near, 0) + _place(far, at + block + SINK_GAP)))
@@ -150,12 +151,11 @@ def backward(length: int = 21, block: int = 3, anchors: int = 3, window: int | N
     if (length - head) % block or length < head:
         _blocks(length, block)
         raise UserError(f"{length} latents are not a head of {head} and blocks of {block}")
-    order = [*_blocks(length - head, block)[::-1], range(-head, 0)] if length > head else [range(-head, 0)]
-    order = [range(b.start + head, b.stop + head) for b in order]
+    order = [range(s, s + block) for s in range(length - block, head - 1, -block)] + [range(head)]
     steps = []
     for n, b in enumerate(order):
         imagined = tuple(range(max(b.start - anchors, 0), b.start))
-        near, far = _context(b, range(length - 1, b.stop - 1, -1), window, future_sink, past_sink,
+        near, far = _context(range(length - 1, b.stop - 1, -1), window, future_sink, past_sink,
                              order[0][::-1], order[min(1, len(order) - 1)])
         far = far if b.start else []  # nothing lies before latent 0
         own = imagined + tuple(b)

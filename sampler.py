@@ -93,33 +93,31 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
         step runs with gradient (where the caller has gradients enabled), and nothing flows through the cache.
     commit_anchors: let the denoised anchors be seen while their targets' keys are computed (an open choice of the
         paper; they are never stored)"""
-    sigmas = list(sigmas)[:None if exit_at is None else exit_at + 1]
+    sigmas, device = list(sigmas)[:None if exit_at is None else exit_at + 1], dit.patch_embedding.weight.device
     for n, step in enumerate(plan.steps):
         past = cache.read(step.reads)
-        device = dit.patch_embedding.weight.device
-        pos, prompt = torch.tensor(step.pos, device=device), texts[step.prompt]
+        own, places = (step.targets, step.pos[len(step.anchors):]) if step.given else (step.own, step.pos)
+        skip = len(own) - len(step.targets)  # anchors come first
+        pos, prompt = torch.tensor(places, device=device), texts[step.prompt]
         if step.given:
-            x0 = torch.stack([given[i] for i in step.targets], dim=1)
-            pos = pos[len(step.anchors):]
+            x0 = torch.stack([given[i] for i in own], dim=1)
         else:
-            x = noise(0, step.own)
+            x = noise(0, own)
             for k, sigma in enumerate(sigmas):
                 if k:
-                    x = (1 - sigma) * x0 + sigma * noise(k, step.own)
+                    x = (1 - sigma) * x0 + sigma * noise(k, own)
                 t = torch.full(x.shape[:2], 1000 * sigma, device=device)
-                with torch.set_grad_enabled(torch.is_grad_enabled() and exit_at is not None and k == exit_at):
+                with torch.set_grad_enabled(torch.is_grad_enabled() and k == exit_at):
                     x0 = x - sigma * dit(x, t, prompt, pos, past=past)
-        latents = step.own if x0.shape[1] == len(step.own) else step.targets
-        targets = x0[:, len(latents) - len(step.targets):]
         keep = {i for i in step.targets if plan.last_read.get(i, -1) > n}
         cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
         if keep:
-            first = 0 if commit_anchors else len(latents) - len(step.targets)
+            first = 0 if commit_anchors else skip
             clean = x0[:, first:].detach()
             with torch.no_grad():
-                kv = dit(clean, clean.new_zeros(clean.shape[:2]), prompt, pos[len(pos) - clean.shape[1]:], past=past, kv_only=True)
-            cache.write(tuple(i if i in keep else None for i in latents[first:]), kv)
-        yield n, targets
+                kv = dit(clean, clean.new_zeros(clean.shape[:2]), prompt, pos[first:], past=past, kv_only=True)
+            cache.write(tuple(i if i in keep else None for i in own[first:]), kv)
+        yield n, x0[:, skip:]
 
 
 def generate(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noise, sigmas: Sequence[float] | None = None,

@@ -22,7 +22,7 @@ export MALLOC_ARENA_MAX = 2
 
 test: .venv/dev
 	$(RUN) -m ruff check .
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadgroup tests
 
 lint: .venv/dev
 	$(RUN) -m ruff check .

@@ -211,6 +211,7 @@ def test_student_is_the_average_from_ema_start_on(files, tmp_path):
     assert any(not torch.equal(last[f"ema0/{k}"], last[f"student0/{k}"]) for k in got)
 
 
+@pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_two_processes_equal_one(files, tmp_path):
     """2 processes, ddp or fsdp, have the weights of 1 to 1e-5; a signal to one of them stops both, and what they saved goes on."""
     flags = files | {"steps": 3}
@@ -227,6 +228,7 @@ def test_two_processes_equal_one(files, tmp_path):
     assert apart(one, train(flags, tmp_path / "stopped", resume=str(tmp_path / "stopped"))) <= 1e-5
 
 
+@pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_shared_rounds_do_not_depend_on_the_number_of_processes(files, tmp_path):
     """With --micro 1 as in the wan preset, 2 processes of 2 rounds have the weights of 1 process of 4 rounds."""
     flags = files | {"steps": 2, "micro": 1}

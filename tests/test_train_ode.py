@@ -279,6 +279,7 @@ def test_each_iteration_draws_anew(files, tmp_path):
     assert a == b and len({r["forward"] for r in a + c}) == 6
 
 
+@pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_two_processes_equal_one(files, tmp_path):
     """Generating and training, by ddp and by fsdp, on 2 processes and on 1: the same shards to the byte, the same weights to 1e-5."""
     common_flags = {**files, "steps": 3, "batch": 4, "warmup": 2, "lr": 1e-3}
@@ -341,6 +342,7 @@ def test_a_killed_run_logs_each_step_once(files, tmp_path, monkeypatch):
     assert [r["step"] for r in rows(train(files, tmp_path, steps=4, save_every=2))] == [0, 1, 2, 3]
 
 
+@pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_a_signal_to_one_process_stops_both(files, tmp_path):
     """Processes get a signal at different times; they still stop at the same step, and save it."""
     two_processes(tmp_path, ("train_ode", {**files, "out": str(tmp_path), "batch": 4, "steps": 50, "sigterm_in_step_0": True}), timeout=25)

@@ -92,7 +92,7 @@ WORDED = {"dim": 24, "num_heads": 2, "ffn_dim": 48, "num_layers": 2, "freq_dim":
           "in_dim": 2, "out_dim": 2}
 WORKER = """import importlib, json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import torch.distributed as dist
+import common
 for name, changes in json.load(open(sys.argv[2])):
     script = importlib.import_module(name)
     if changes.pop("sigterm_in_step_0", False):
@@ -102,7 +102,7 @@ for name, changes in json.load(open(sys.argv[2])):
             return real(*args)
         script.clip_gradients = clip
     script.main(script.Config(**changes | {"latent": tuple(changes["latent"])}))
-dist.destroy_process_group()
+common.leave()
 """
 
 

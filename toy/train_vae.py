@@ -31,8 +31,8 @@ class Config:
     preset: str = "toy"    # a VAE preset
     size: int = 32         # pixels
     steps: int = 13000
-    frames: tuple[int, ...] = (1, 5, 17, 33)      # stages: frames a clip. Pictures first, then motion, then a long memory:
-    batch: tuple[int, ...] = (32, 8, 4, 2)        # trained on 17 frames alone, colours drift after 20 [measured]
+    frames: tuple[int, ...] = (1, 5, 17, 81)      # stages: frames a clip. Pictures first, then motion, then whole clips: the
+    batch: tuple[int, ...] = (32, 8, 4, 1)        # decoder looks far back, past the longest clip trained on colours drift [measured]
     share: tuple[float, ...] = (0.08, 0.24, 0.45, 0.23)  # of the steps
     lr: float = 7e-4       # Adam, cosine to zero [ours]
     kl: float = 1e-4       # per latent element [ours]; 1e-2 and more makes latents hang on their past

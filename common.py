@@ -355,7 +355,7 @@ def clip_gradients(model: nn.Module, limit: float, where: str) -> float:
 
 
 def mean_over_processes(value: float, device: torch.device) -> float:
-    """Average a number over the processes, for the log."""
+    """Average a number over the processes: a loss for the log, or whether anyone was asked to stop."""
     if not dist.is_initialized():
         return value
     x = torch.tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)

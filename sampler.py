@@ -12,7 +12,7 @@ Any order works, since the plan says who reads whom; latents are decoded in temp
 missing. The noise of a latent depends on (seed, prompt, sample, latent, denoising step) and on nothing else: not on the
 batch, the device, the number of processes, or the order of generation.
 
-    python sampler.py --order backward --prompt "a red square moves left over a green wave" --out out/clip.mp4
+    python sampler.py --weights random --order backward --prompt "a red disc moves left over a green wave" --out out/clip.mp4
 """
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,7 +51,7 @@ def student_sigmas(steps: Sequence[float] = (1000, 750, 500, 250), shift: float 
 
 def ode_sigmas(steps: int = 48, shift: float = 5.0) -> list[float]:
     """Noise levels of a many-step ODE solver, from 1 to 0 (both included). With 48 steps, every 12th is a student's
-    level, exactly, for any shift: that is why ODE pairs are made with 48 [RECIPE of Self-Forcing]."""
+    level, exactly, for any shift: that is why ODE pairs are made with 48 [Self-Forcing]."""
     return [shift_sigma(1 - i / steps, shift) for i in range(steps)] + [0.0]
 
 

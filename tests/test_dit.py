@@ -104,7 +104,7 @@ def test_sinusoid_by_hand():
 
 @pytest.mark.parametrize("name, parameters, tensors", [("wan1.3b", 1_418_996_800, 825), ("wan14b", 14_288_491_584, 1095)])
 def test_presets_are_wan(name, parameters, tensors):
-    """The presets have exactly the tensors of Wan2.1's T2V checkpoints: names, shapes and counts (RECIPE 1.1, 1.6)."""
+    """The presets have exactly the tensors of Wan2.1's T2V checkpoints: names, shapes and counts."""
     c = PRESETS[name]
     with torch.device("meta"):
         state = DiT(c).state_dict()

@@ -20,7 +20,7 @@ PROMPT = "a red square moves left over a green wave"
 
 # ---------------------------------------------------------------- schedule and noise
 def test_schedule_numbers():
-    """Wan's shift of 5 makes 1000, 750, 500, 250 into 1000, 937.5, 833.333, 625 (RECIPE 4)."""
+    """Wan's shift of 5 makes 1000, 750, 500, 250 into 1000, 937.5, 833.333, 625."""
     assert [1000 * s for s in SIGMAS] == pytest.approx([1000, 937.5, 2500 / 3, 625], abs=1e-9)
     five = [1000, 952.381, 882.353, 769.231, 555.556]
     assert [1000 * s for s in student_sigmas((1000, 800, 600, 400, 200))] == pytest.approx(five, abs=1e-3)

@@ -19,8 +19,7 @@ SMALL = VAEConfig(dim=4, z_dim=2, num_res_blocks=1)
 
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch):
-    """A preset "small" for both scripts, one thread, and clips of at most 9 frames where the scripts ask for 81."""
-    torch.set_num_threads(1)
+    """A preset "small" for both scripts, and clips of at most 9 frames where the scripts ask for 81."""
     monkeypatch.setitem(train_vae.PRESETS, "small", SMALL)
     monkeypatch.setitem(train_teacher.PRESETS, "small", DiTConfig(**WORDED))
     for module in (train_vae, train_teacher):

@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 from tiny import (
     ROOT,
     apart,
@@ -34,15 +33,6 @@ from sampler import generate, noise_from, student_sigmas
 from train_dmd import Config, critic_loss, dmd_gradient, dmd_loss, main, noised
 
 LATENT = (6, 4, 4)
-
-
-@pytest.fixture(autouse=True)
-def quiet_machine():
-    """One thread, and no process group left behind."""
-    torch.set_num_threads(1)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from tiny import (
     WORDED,
     apart,
@@ -34,15 +33,6 @@ from sampler import ode_sigmas, student_sigmas
 from train_ode import KEEP, Config, main, ode_loss, trajectory
 
 LATENT = (6, 4, 4)
-
-
-@pytest.fixture(autouse=True)
-def quiet_machine():
-    """One thread, and no process group left behind."""
-    torch.set_num_threads(1)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

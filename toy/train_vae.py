@@ -62,7 +62,7 @@ def vae_loss(vae: VAE, video: Tensor, noise: Tensor, kl: float, diff: float) -> 
 @torch.no_grad()
 def init_weights(vae: VAE) -> None:
     """Variance-keeping convolutions, nearly silent residual branches and little posterior noise; from torch's default
-    init, or above a rate of 3e-4, training stays at the mean image for thousands of steps [measured]."""
+    init, or at a rate of 1e-3 on video from the start, training stays at the mean image [measured: 1300 and 240 steps]."""
     for m in vae.modules():
         if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d)):
             torch.nn.init.kaiming_normal_(m.weight, nonlinearity="linear")

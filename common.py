@@ -24,7 +24,7 @@ import types
 import typing
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -165,6 +166,20 @@ def dtype_of(name: str, device: torch.device | str = "cpu") -> torch.dtype:
     if name not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype {name!r} must be float32, bfloat16 or auto")
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and torch.device(device).type == "cuda") else torch.float32
+
+
+@contextmanager
+def computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Linear layers, convolutions and attention in dtype, weights and sums as they are (autocast); float32: no change.
+
+    Casts are not cached: a cast made without gradient would be reused with gradient, and the weight would get none.
+    On a CPU attention is spelt out: under gradients the fused kernel takes twice as long in bfloat16 [measured]."""
+    with ExitStack() as stack:
+        if dtype != torch.float32:
+            stack.enter_context(torch.autocast(device.type, dtype, cache_enabled=False))
+            if device.type == "cpu":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 def generator(*numbers: int) -> torch.Generator:

@@ -34,6 +34,7 @@ from common import (
     EMA,
     UserError,
     clip_gradients,
+    computing,
     distribute,
     dtype_of,
     generator,
@@ -63,7 +64,7 @@ class Config:
     PRESETS = {"toy": {}, "wan": {  # [paper App. A.1]
         "student": "out/ode/student.safetensors", "teacher": "Wan2.1-T2V-14B", "critic": "Wan2.1-T2V-1.3B", "vae": "Wan2.1-T2V-1.3B",
         "prompts": "prompts.txt", "latent": (21, 60, 104), "guidance": 4.0, "steps": 600, "batch": 64, "micro": 1, "lr": 2e-6,
-        "lr_critic": 4e-7, "ratio": 5, "ema": 0.99, "ema_start": 200, "parallel": "fsdp", "checkpointing": True, "dtype": "bfloat16"}}
+        "lr_critic": 4e-7, "ratio": 5, "ema": 0.99, "ema_start": 200, "parallel": "fsdp", "checkpointing": True}}
     PRESETS["wan-small-teacher"] = PRESETS["wan"] | {"teacher": "Wan2.1-T2V-1.3B"}  # for fewer or smaller GPUs
     preset: str = "toy"              # toy, wan (the paper's numbers) or wan-small-teacher (a 1.3B teacher)
     student: str = "toy/weights/ode.safetensors"      # what the student starts from: stage 1
@@ -99,7 +100,7 @@ class Config:
     sheet_every: int = 100           # iterations between sample sheets; 0: none
     parallel: str = "ddp"            # ddp, or fsdp: shard all three networks [paper]
     checkpointing: bool = False      # recompute activations in the backward pass
-    dtype: str = "float32"           # of computation under fsdp
+    dtype: str = "bfloat16"          # of computation and of the teacher; trained weights, optimisers and sums are float32
     device: str = "auto"
 
 
@@ -153,7 +154,7 @@ def main(config: Config) -> None:
     plans, sigmas = both_directions(T, config.block, config.anchors, config.head), student_sigmas(shift=config.shift)
 
     def network(path: str, trained: bool) -> DiT:
-        dit = load_dit(path, torch.float32 if trained or config.parallel == "ddp" else dtype, device).requires_grad_(trained)
+        dit = load_dit(path, torch.float32 if trained else dtype, device).requires_grad_(trained)
         dit.checkpointing = config.checkpointing
         return distribute(dit, config.parallel, dtype)
 
@@ -255,7 +256,9 @@ def main(config: Config) -> None:
                 vae = load_vae(config.vae, device=device)
                 write_sheet(out / f"sheet-{step:05d}.png", torch.cat([vae.decode(x[None]) for x in z]), columns=11)
 
-    with stop_signals() as stop, trange(first, config.steps, initial=first, total=config.steps, desc="stage 2", disable=rank > 0) as bar:
+    casts = dtype if config.parallel == "ddp" else torch.float32  # FSDP2 casts by itself
+    with (stop_signals() as stop, computing(casts, device),
+          trange(first, config.steps, initial=first, total=config.steps, desc="stage 2", disable=rank > 0) as bar):
         for step in bar:
             began = time.perf_counter()
             row = student_step(step) if step % config.ratio == 0 else {}

@@ -32,6 +32,7 @@ from common import (
     UserError,
     atomic,
     clip_gradients,
+    computing,
     distribute,
     dtype_of,
     generator,
@@ -62,7 +63,7 @@ class Config:
     PRESETS = {"toy": {}, "wan": {  # [paper App. A.1]
         "teacher": "Wan2.1-T2V-14B", "weights": "Wan2.1-T2V-1.3B", "prompts": "prompts.txt", "latent": (21, 60, 104), "pairs": 16000,
         "guidance": 3.0, "shard": 16, "steps": 6000, "batch": 128, "micro": 1, "lr": 2e-6, "warmup": 0, "parallel": "fsdp",
-        "checkpointing": True, "dtype": "bfloat16"}}
+        "checkpointing": True}}
     preset: str = "toy"              # toy, or wan: the paper's numbers
     teacher: str = "toy/weights/teacher.safetensors"  # makes the pairs
     weights: str = "toy/weights/teacher.safetensors"  # what the student starts from
@@ -94,7 +95,7 @@ class Config:
     save_every: int = 200            # iterations between resume states
     parallel: str = "ddp"            # ddp, or fsdp: shard the model [paper]
     checkpointing: bool = False      # recompute activations in the backward pass
-    dtype: str = "float32"           # of computation under fsdp
+    dtype: str = "bfloat16"          # of computation; weights, optimiser and sums are float32
     device: str = "auto"
 
 
@@ -257,7 +258,9 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
         clean = [torch.rand(len(k), generator=g) < config.clean for k in levels]
         return number, [k.masked_fill(c, len(sigmas) - 1) for k, c in zip(levels, clean)]
 
-    with stop_signals() as stop, trange(first, config.steps, initial=first, total=config.steps, desc="stage 1", disable=rank > 0) as bar:
+    dtype = dtype_of(config.dtype if config.parallel == "ddp" else "float32")  # FSDP2 casts by itself
+    with (stop_signals() as stop, computing(dtype, device),
+          trange(first, config.steps, initial=first, total=config.steps, desc="stage 1", disable=rank > 0) as bar):
         for step in bar:
             for group in optimiser.param_groups:
                 group["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
@@ -265,7 +268,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
             for r in range(rounds):
                 drawn = [sample(step, (r * world + rank) * micro + m) for m in range(micro)]
                 numbers = [n for n, _ in drawn]
-                x = torch.stack([states[where[n][0]][where[n][1]] for n in numbers]).to(device).float()
+                x = torch.stack([states[where[n][0]][where[n][1]].float() for n in numbers]).to(device)
                 prompt = source(numbers).to(device)
                 for d, lay in enumerate(layouts):
                     levels = torch.stack([k[d] for _, k in drawn]).to(device)

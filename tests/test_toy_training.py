@@ -71,6 +71,21 @@ def test_vae_starts_with_little_posterior_noise():
     assert logvar.mean() < -3 and 0.05 < mu.std() < 5
 
 
+def test_decoder_alone(tmp_path):
+    """--encoder false goes on from --init, leaves the latents bit for bit, trains the decoder, and resumes exactly."""
+    first = train(tmp_path / "first") / "vae.safetensors"
+    flags = {"init": str(first), "encoder": False, "steps": 2}
+    whole = train(tmp_path / "whole", **flags)
+    before, after = load_vae(first), load_vae(whole / "vae.safetensors")
+    video = clips([5], 16, 9)[0]
+    z = before.encode(video)
+    assert torch.equal(z, after.encode(video)) and distance(before.decode(z), after.decode(z)) > 0
+    with pytest.raises(MemoryError), pytest.MonkeyPatch.context() as patch:
+        at_call(patch, train_vae, "vae_loss", 2, crash)
+        train(tmp_path / "halves", **flags, save_every=1)
+    assert same(read_tensors(train(tmp_path / "halves", **flags, save_every=1) / "vae.safetensors")[0], after.state_dict())
+
+
 def test_picture_has_no_frame_differences():
     """A clip of one frame is allowed: its loss is finite and has no term of differences."""
     torch.manual_seed(0)

@@ -40,7 +40,7 @@ def files(tmp_path_factory):
     """The flags of a tiny run: 4 iterations, of which the first and the third update the student; no sheets."""
     paths = tiny_checkpoints(tmp_path_factory.mktemp("dmd"))
     return {**paths, "critic": paths["teacher"], "latent": LATENT, "steps": 4, "ratio": 2, "batch": 4, "lr": 1e-3, "lr_critic": 2e-3,
-            "ema_start": 2, "ema": 0.5, "sheet_every": 0}
+            "ema_start": 2, "ema": 0.5, "sheet_every": 0, "dtype": "float32"}
 
 
 def train(files, out, **changes):
@@ -316,6 +316,18 @@ def test_two_students_are_two_files(files, tmp_path):
     x, y, start = (load_dit(p) for p in (a / "forward.safetensors", a / "backward.safetensors", files["student"]))
     for one, other in ((x, y), (x, start), (y, start)):
         assert distance(one.state_dict().values(), other.state_dict().values()) > 0
+
+
+def test_bfloat16_takes_the_same_steps(files, tmp_path):
+    """Autocast reuses no cast made without gradient: every weight moves, on the whole as in float32, and resume stays exact."""
+    start = read_tensors(files["student"])[0]
+    runs = [read_tensors(train(files, tmp_path / kind, dtype=kind, steps=1) / "student.safetensors")[0] for kind in ("float32", "bfloat16")]
+    steps = [{k: run[k] - start[k] for k in start} for run in runs]
+    assert [k for k in start if steps[0][k].abs().max() and not steps[1][k].abs().max()] == []
+    assert torch.nn.functional.cosine_similarity(*(torch.cat([v.flatten() for v in x.values()]) for x in steps), dim=0) > 0.9
+    halves = train(files, tmp_path / "halves", dtype="bfloat16", steps=1)
+    train(files, halves, dtype="bfloat16", steps=2, resume=str(halves))
+    assert same(saved(halves), saved(train(files, tmp_path / "whole", dtype="bfloat16", steps=2)))
 
 
 def test_recomputing_activations_changes_nothing(files, tmp_path):

@@ -41,7 +41,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ode")
     paths = tiny_checkpoints(folder)
     made = {"teacher": paths["teacher"], "weights": paths["student"], "data": str(folder / "pairs"), "latent": LATENT,
-            "pairs": 6, "shard": 2}
+            "pairs": 6, "shard": 2, "dtype": "float32"}
     main(Config(**made, generate=True))
     return made
 
@@ -351,6 +351,14 @@ def test_ablations_run_and_change_the_result(changes, files, tmp_path):
         usual = {}
     a, b = train(files, tmp_path / "a", steps=1, **usual), train(files, tmp_path / "b", steps=1, **changes)
     assert 0 < apart(a, b) < 1
+
+
+def test_bfloat16_takes_the_same_steps(files, tmp_path):
+    start = read_tensors(files["weights"])[0]
+    runs = [read_tensors(train(files, tmp_path / kind, dtype=kind, steps=2) / "student.safetensors")[0] for kind in ("float32", "bfloat16")]
+    steps = [torch.cat([(run[k] - start[k]).flatten() for k in start]) for run in runs]
+    assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.9
+    assert distance(*steps) > 0  # it is indeed another arithmetic
 
 
 def test_only_speed_and_memory_depend_on_checkpointing_and_micro(files, tmp_path):

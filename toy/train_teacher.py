@@ -17,7 +17,9 @@ import text
 from common import (
     EMA,
     UserError,
+    computing,
     cosine,
+    dtype_of,
     generator,
     load_state,
     log_row,
@@ -53,6 +55,7 @@ class Config:
     guidance: float = 2.0    # of the samples at the end
     seed: int = 0
     save_every: int = 500
+    dtype: str = "bfloat16"  # of computation; weights, sums and norms stay float32
     device: str = "auto"
 
 
@@ -107,7 +110,7 @@ def report(dit: DiT, vae: VAE, config: Config, sheet: Path, n: int = 64) -> dict
 
 def main(config: Config) -> None:
     device = start(config.device)[2]
-    out = Path(config.out)
+    out, dtype = Path(config.out), dtype_of(config.dtype)
     vae = load_vae(out / "vae.safetensors", device=device)
     latents = encode_clips(vae, config, out / "latents.safetensors", device)
     captions = [text.toy_caption(i) for i in range(config.clips)]
@@ -131,7 +134,8 @@ def main(config: Config) -> None:
             x0 = latents[pick].to(device)
             prompts = table[pick] * (torch.rand(config.batch, 1, 1, generator=g) >= config.dropout)
             u, noise = torch.rand(config.batch, generator=g).to(device), torch.randn(x0.shape, generator=g).to(device)
-            losses = teacher_loss(dit, x0, prompts.to(device), u, noise, config.shift)
+            with computing(dtype, device):
+                losses = teacher_loss(dit, x0, prompts.to(device), u, noise, config.shift)
             losses.mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(dit.parameters(), 1.0).item()
             optimiser.step()

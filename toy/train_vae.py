@@ -19,7 +19,7 @@ from tqdm import trange
 from common import UserError, cosine, generator, load_state, log_row, run, save_state, start, stop_signals, trim_log
 from text import toy_caption
 from toy import world
-from vae import PRESETS, VAE, Attention, ResidualBlock, save_vae
+from vae import PRESETS, VAE, Attention, ResidualBlock, load_vae, save_vae
 
 HELD_OUT = 1 << 30  # clip seeds from here on are never trained on
 
@@ -35,6 +35,8 @@ class Config:
     batch: tuple[int, ...] = (32, 8, 4, 1)        # decoder looks far back, past the longest clip trained on colours drift [measured]
     share: tuple[float, ...] = (0.08, 0.24, 0.45, 0.23)  # of the steps
     lr: float = 7e-4       # Adam, cosine to zero [ours]
+    init: str = ""         # go on from these weights instead of fresh ones
+    encoder: bool = True   # False: train the decoder only, so that latents and all that was trained on them stay valid
     kl: float = 1e-4       # per latent element [ours]; 1e-2 and more makes latents hang on their past
     diff: float = 1.5      # L1 of frame differences [ours]
     seed: int = 0
@@ -77,15 +79,17 @@ def init_weights(vae: VAE) -> None:
 
 @torch.no_grad()
 def finish(vae: VAE, config: Config, device: torch.device) -> tuple[VAE, float]:
-    """Measure mean and std of the latents and the PSNR, on 64 held-out clips of 81 frames."""
+    """Measure the PSNR and, unless the encoder was kept, mean and std of the latents, on 64 held-out clips of 81 frames."""
     video = torch.cat([clips([HELD_OUT + i], config.size, 81)[0] for i in range(64)]).to(device)
-    c = replace(vae.config, mean=(0.0,) * vae.config.z_dim, std=(1.0,) * vae.config.z_dim)
-    vae.config = c
-    z = torch.cat([vae.encode(v[None], chunk=99) for v in video])  # (64, T, C, h, w), not normalised yet
+    if config.encoder:
+        vae.config = replace(vae.config, mean=(0.0,) * vae.config.z_dim, std=(1.0,) * vae.config.z_dim)
+    z = torch.cat([vae.encode(v[None], chunk=99) for v in video])  # (64, T, C, h, w)
     made = torch.cat([vae.decode(x[None], chunk=99) for x in z])
     psnr = -10 * ((made - video).square().mean() / 4).log10().item()
-    flat = z.transpose(1, 2).flatten(2).transpose(0, 1).flatten(1)  # (C, all)
-    vae.config = replace(c, mean=tuple(round(x, 4) for x in flat.mean(1).tolist()), std=tuple(round(x, 4) for x in flat.std(1).tolist()))
+    if config.encoder:
+        flat = z.movedim(2, 0).flatten(1)  # (C, all)
+        mean, std = (tuple(round(x, 4) for x in y.tolist()) for y in (flat.mean(1), flat.std(1)))
+        vae.config = replace(vae.config, mean=mean, std=std)
     return vae, psnr
 
 
@@ -94,9 +98,12 @@ def main(config: Config) -> None:
     if config.preset not in PRESETS:
         raise UserError(f"unknown preset {config.preset!r}; use {', '.join(PRESETS)}")
     torch.manual_seed(config.seed)
-    vae = VAE(PRESETS[config.preset]).to(device).train()
-    init_weights(vae)
-    optimiser = torch.optim.Adam(vae.parameters(), lr=config.lr, betas=(0.9, 0.99))
+    vae = (load_vae(config.init) if config.init else VAE(PRESETS[config.preset])).to(device).train().requires_grad_(True)
+    if not config.init:
+        init_weights(vae)
+    vae.encoder.requires_grad_(config.encoder)
+    vae.conv1.requires_grad_(config.encoder)
+    optimiser = torch.optim.Adam([p for p in vae.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.99))
     out, first = Path(config.out), 0
     if not len(config.frames) == len(config.batch) == len(config.share):
         raise UserError(f"--frames {config.frames}, --batch {config.batch} and --share {config.share} need one number a stage each")
@@ -116,8 +123,8 @@ def main(config: Config) -> None:
             latents = (batch, vae.config.z_dim, 1 + (frames - 1) // vae.config.time, *[config.size // vae.config.space] * 2)
             loss, terms = vae_loss(vae, video, torch.randn(latents, generator=g).to(device), config.kl, config.diff)
             loss.backward()
-            for p in vae.parameters():  # pictures do not reach the temporal layers; Adam's state must be whole to be saved
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            for p in optimiser.param_groups[0]["params"]:  # pictures do not reach the temporal layers, but Adam's state
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # must be whole to be saved
             norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0).item()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

@@ -17,10 +17,12 @@ dummy standing at latent i (the paper's baseline without anchors). No tensors of
 
     python anchors.py --order backward --latents 9                 # the picture above; --out plan.png for Fig. 8 and 9
 """
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 
@@ -349,6 +351,12 @@ def picture(plan: Plan) -> np.ndarray:
     return np.concatenate([np.pad(p, ((0, cell), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in panels])
 
 
+def write_picture(path: str | os.PathLike, plan: Plan) -> None:
+    """`picture` as a PNG."""
+    with atomic(path) as tmp:
+        iio.imwrite(tmp, picture(plan))
+
+
 @dataclass
 class Config:
     """Print a plan; write its picture."""
@@ -369,9 +377,7 @@ def main(config: Config) -> None:
     print(text_picture(plan))
     print(f"{plan.length} latents in {len(plan.steps)} steps; the cache holds at most {plan.capacity}")
     if config.out:
-        import imageio.v3 as iio
-        with atomic(config.out) as tmp:
-            iio.imwrite(tmp, picture(plan))
+        write_picture(config.out, plan)
 
 
 if __name__ == "__main__":

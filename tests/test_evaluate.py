@@ -1,0 +1,247 @@
+"""Measures have the values worked out by hand or by another implementation; reports hold what was measured."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import WORDED, command_line, randn, tiny_dit
+
+import anchors
+import evaluate
+from common import UserError
+from dit import save_dit
+from evaluate import (
+    drift,
+    end_flickering,
+    features,
+    flickering_ratio,
+    frame_changes,
+    frechet,
+    measure,
+    round_trip,
+    seam,
+    stat,
+    temporal_flickering,
+)
+from media import VideoWriter
+from toy import world
+from vae import VAE, VAEConfig, save_vae
+
+FORWARD = anchors.forward(9)
+
+
+def brightness(*levels: float) -> torch.Tensor:
+    """A video [1, 3, F, 2, 2] of even frames."""
+    return torch.tensor(levels).view(1, 1, -1, 1, 1).expand(1, 3, -1, 2, 2)
+
+
+def with_steps(*steps: float) -> torch.Tensor:
+    """A video whose picture changes by the given amounts from frame to frame."""
+    return brightness(*np.concatenate([[-1.0], -1 + np.cumsum(steps)]))
+
+
+# ---------------------------------------------------------------- flickering ratio
+def test_constant_speed_has_ratio_one():
+    ratio = flickering_ratio(with_steps(*[0.01] * 32))
+    assert ratio.shape == (1, 7) and torch.allclose(ratio, torch.ones(1, 7), atol=1e-3)
+
+
+@given(st.integers(1, 7), st.floats(1.5, 9))
+@settings(max_examples=25, deadline=None)
+def test_planted_seam_is_found_at_its_boundary(i, k):
+    """k times the change between frames 4i and 4i+1 gives FR_i = k, and no other ratio moves."""
+    steps = [0.01] * 32
+    steps[4 * i] *= k
+    ratio = flickering_ratio(with_steps(*steps))[0]
+    assert ratio[i - 1].item() == pytest.approx(k, rel=1e-3)
+    assert torch.allclose(ratio[torch.arange(7) != i - 1], torch.ones(6), atol=1e-3)
+
+
+def test_only_the_boundary_and_the_change_before_it_count():
+    """Per boundary: frames 4i-1 -> 4i below, 4i -> 4i+1 above; the two other changes of the latent play no role."""
+    steps = torch.rand(32, generator=torch.Generator().manual_seed(0)) / 50 + 0.01
+    ratio = flickering_ratio(with_steps(*steps.tolist()))[0]
+    for i in range(1, 8):
+        assert ratio[i - 1].item() == pytest.approx((steps[4 * i] / steps[4 * i - 1]).item(), rel=1e-3)
+
+
+def test_plan_splits_inter_and_intra():
+    """Blocks of three: boundaries 2|3 and 5|6 of nine latents are inter-block. Seams there leave intra at 1."""
+    steps = [0.01] * 32
+    steps[4 * 2] = steps[4 * 5] = 0.03
+    table = measure(with_steps(*steps), FORWARD)
+    assert table["FR inter"].mean == pytest.approx(3, rel=1e-3) and table["FR intra"].mean == pytest.approx(1, rel=1e-3)
+    other = measure(with_steps(*steps), anchors.backward(9, 6, 0, head=3))
+    assert other["FR inter"].mean == pytest.approx(3, rel=1e-3) and other["FR intra"].mean == pytest.approx(8 / 6, rel=1e-3)
+
+
+def test_vanishing_denominators_are_counted_and_dropped():
+    steps = [0.01] * 32
+    steps[4 * 2 - 1] = 0.0
+    table = measure(with_steps(*steps), FORWARD)
+    assert table["FR inter"].dropped == 1 and table["FR inter"].mean == pytest.approx(1, rel=1e-3) and table["FR intra"].dropped == 0
+
+
+def test_toy_world_has_ratio_one():
+    """Exact clips have no seams: 1 within three standard errors; swapping blocks between clips shows at once."""
+    captions = world.random_captions(16, torch.Generator().manual_seed(0))
+    video, plan = world.render(captions, range(16)), anchors.forward(21)
+    table = measure(video, plan, captions)
+    assert abs(table["FR inter"].mean - 1) < 3 * table["FR inter"].se + 0.02 and table["caption"].mean == 1
+    swapped = video.clone()
+    for start in range(9, 81, 24):
+        swapped[:, :, start:start + 12] = video.roll(1, 0)[:, :, start:start + 12]
+    assert measure(swapped, plan)["FR inter"].mean > 2
+
+
+@pytest.mark.parametrize("frames,says", [(7, "cut the video to 9"), (82, "cut the video to 81"), (1, "cut the video to 9")])
+def test_wrong_number_of_frames_says_how_to_cut(frames, says):
+    with pytest.raises(UserError, match=says):
+        flickering_ratio(brightness(*[0.0] * frames))
+
+
+def test_static_video_is_a_user_error():
+    with pytest.raises(UserError, match="does not move"):
+        measure(brightness(*[0.5] * 33), FORWARD)
+
+
+# ---------------------------------------------------------------- the other measures
+def test_statistics_by_hand():
+    """Mean over all values, standard error over clips' means: std of 1 and 4 is 2.1213, over sqrt 2 is 1.5."""
+    s = stat(torch.tensor([[0.0, 2.0, math.nan], [4.0, 4.0, 4.0]]))
+    assert (s.mean, s.median, s.clips, s.dropped) == (pytest.approx(2.8), 4.0, 2, 1) and s.se == pytest.approx(1.5)
+    assert str(s) == "2.800 ± 1.500"
+
+
+def test_temporal_flickering_by_hand():
+    """From black to white and back is 0; a standstill is 1; a tenth of the range is .9, up to 8-bit rounding."""
+    assert temporal_flickering(brightness(-1, 1, -1)).item() == 0 and temporal_flickering(brightness(0.3, 0.3)).item() == 1
+    assert temporal_flickering(brightness(0, 0.2, 0)).item() == pytest.approx(0.9, abs=0.005)
+
+
+def test_end_flickering_by_hand():
+    """Half the range away at one of two given frames: 0.75; at the other end nothing is different."""
+    video = brightness(0, 0, 0.5, 0.5)
+    assert end_flickering(video, brightness(0, 1)).item() == 0.75
+    assert end_flickering(video, brightness(0.5, 0.5), tail=True).item() == 1
+
+
+def test_seam_by_hand():
+    """Brighter by .1 (12.75 grey levels) where the neighbours change by .02: a jump of 5; nothing changes the sharpness."""
+    texture = torch.linspace(-0.3, 0.3, 8).view(1, 1, 1, 1, 8)
+    video = brightness(0, 0.02, 0.12, 0.14)[..., :1].expand(1, 3, 4, 2, 8) + texture
+    found = {k: v.item() for k, v in seam(video, 2).items()}
+    assert found == {"colour offset": pytest.approx(12.75, rel=1e-4), "jump": pytest.approx(5, rel=1e-3), "sharpness": pytest.approx(1, rel=1e-4)}
+    with pytest.raises(UserError, match="frame 1 "):
+        seam(video, 1)
+
+
+def test_drift_by_hand():
+    """A second piece that is brighter by .2 and of half the contrast and motion."""
+    first = randn(0, 1, 3, 10, 4, 8) * 0.1
+    second = first / 2 - first.mean((2, 3, 4), keepdim=True) / 2 + first.mean((2, 3, 4), keepdim=True) + 0.2
+    found = drift(torch.cat([first, second], 2), piece=10)
+    assert found["colour offset"][0].tolist() == pytest.approx([0, 25.5], abs=1e-3)
+    for name in ("contrast", "sharpness", "motion"):
+        assert found[name][0].tolist() == pytest.approx([1, 0.5], rel=1e-4), name
+
+
+@pytest.mark.parametrize("dim", [1, 5, 40])
+def test_frechet_equals_the_textbook(dim):
+    """Against scipy's matrix square root of the product."""
+    linalg = pytest.importorskip("scipy.linalg")
+    mix = randn(1, dim, dim).double()
+    a, b = randn(2, 200, dim).double() @ mix, randn(3, 150, dim).double() + 0.5
+    A, B = (np.cov(x.numpy(), rowvar=False).reshape(dim, dim) for x in (a, b))
+    want = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(A + B - 2 * linalg.sqrtm(A @ B).real)
+    assert frechet(a, b) == pytest.approx(want, rel=1e-6)
+    assert frechet(a, a) == pytest.approx(0, abs=1e-6 * np.trace(A))
+
+
+def test_frechet_of_known_gaussians():
+    """In one dimension it is (mean difference)^2 + (difference of standard deviations)^2."""
+    x = torch.tensor([[-1.0], [1.0]])
+    assert frechet(x, 3 * x + 5) == pytest.approx(25 + (2 * 2 ** 0.5) ** 2)
+
+
+@pytest.mark.parametrize("a,b", [((3, 2), (3, 4)), ((1, 2), (3, 2)), ((3,), (3, 2))])
+def test_features_of_wrong_shape_are_refused(a, b):
+    with pytest.raises(UserError, match="two rows"):
+        frechet(torch.zeros(a), torch.zeros(b))
+
+
+def small_vae():
+    torch.manual_seed(0)
+    return VAE(VAEConfig(dim=4, z_dim=2, num_res_blocks=1)).eval().requires_grad_(False)
+
+
+def test_round_trip_points_at_the_changed_latents():
+    """With an encoder that returns what was decoded but for the firsts of blocks, the ratio is the planted one; latent 0 is ignored."""
+    class Known:
+        def decode(self, z):
+            return z
+
+        def encode(self, z):
+            z = z.clone()
+            z[:, 0] += 99
+            z[:, [3, 6]] += 3.0
+            z[:, [1, 2, 4, 5, 7, 8]] += 1.0
+            return z
+    assert round_trip(Known(), randn(0, 2, 9, 2, 4, 4), FORWARD).tolist() == pytest.approx([9, 9], rel=1e-4)
+
+
+def test_features_have_a_row_a_clip():
+    video = randn(0, 3, 3, 9, 16, 16)
+    assert features(video, small_vae()).shape == (3, 6)
+    script = torch.jit.script(torch.nn.Sequential(torch.nn.AdaptiveAvgPool3d(1), torch.nn.Flatten()))
+    assert torch.allclose(features(video, script), video.mean((2, 3, 4)), atol=1e-6)
+
+
+def test_frame_changes_do_not_depend_on_precision():
+    video = (randn(0, 1, 3, 5, 4, 4) * 0.5).half()
+    assert torch.equal(frame_changes(video), frame_changes(video.float()))
+
+
+# ---------------------------------------------------------------- command line
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    save_dit(tiny_dit(1, **WORDED), folder / "student.safetensors")
+    save_vae(small_vae(), folder / "vae.safetensors")
+    return folder
+
+
+def test_student_is_measured_and_shown(weights, tmp_path, monkeypatch, capsys):
+    """The table on screen is the one in the .json and in the page; every clip, plan and pair that the pages name is there."""
+    code, _ = command_line(monkeypatch, capsys, evaluate, weights=weights, clips=2, report=tmp_path / "r", out=tmp_path / "t.json")
+    rows = json.loads((tmp_path / "t.json").read_text())
+    assert code == 0 and list(rows) == list(evaluate.PLANS) and {"FR inter", "FR intra", "round trip", "caption"} <= set(rows["forward"])
+    page, ab = ((tmp_path / "r" / name).read_text() for name in ("index.html", "ab.html"))
+    for name, row in rows.items():
+        for column, s in row.items():
+            assert f"{s['mean']:.3f} ± {s['se']:.3f}" in page, (name, column)
+    named = {part.split("'")[0] for text in (page,) for part in text.split("src='")[1:]} | set(
+        json.loads(ab.split("const pairs=")[1].split(", names=")[0])[1].values()) - {None}
+    files = {x for x in named if isinstance(x, str)}
+    assert len(files) >= 14 and all((tmp_path / "r" / x).stat().st_size for x in files)
+
+
+def test_video_file_is_measured(tmp_path, monkeypatch, capsys):
+    """A clip from disk, cut to whole blocks, and said so."""
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path) as writer:
+        writer.write(world.render(["a red disc moves left over a blue wave"], [0], 32, 85)[0])
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--video", str(path), "--order", "backward"])
+    evaluate.run(evaluate.main, evaluate.Config)
+    out = capsys.readouterr().out
+    assert "the first 81 of 85 frames" in out and "a.mp4" in out
+
+
+@pytest.mark.parametrize("flags,says", [
+    ({"video": "missing.mp4"}, "missing.mp4 does not exist"), ({"weights": "nowhere"}, "nowhere"), ({"clips": 0}, "--clips 0")])
+def test_bad_input_is_one_sentence(flags, says, monkeypatch, capsys):
+    code, line = command_line(monkeypatch, capsys, evaluate, **flags)
+    assert code == 2 and says in line

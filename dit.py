@@ -59,8 +59,8 @@ class DiTConfig:
 PRESETS = {
     "wan1.3b": DiTConfig(),                                                                 # 1,418,996,800 parameters
     "wan14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),              # 14,288,491,584
-    "toy": DiTConfig(dim=192, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=64, text_len=12,  # [ours]
-                     in_dim=16, out_dim=16),
+    "toy": DiTConfig(dim=192, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=64, text_len=12),  # [ours]
+    "toy64": DiTConfig(dim=384, ffn_dim=1024, num_heads=6, num_layers=8, freq_dim=64, text_dim=64, text_len=12),  # [ours]
 }
 
 

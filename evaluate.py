@@ -29,10 +29,11 @@ import report
 import text
 from anchors import Plan
 from common import UserError, atomic, run, start
-from dit import DiT
+from dit import DiT, load_dit
 from media import VideoWriter, read_frames, write_sheet
 from sampler import generate, load_models, noise_seeded
 from toy import world
+from train_ode import trajectory
 from vae import VAE
 
 STATIC = 2e-3  # a frame that changes by less than this, a quarter of a grey level of 255, has no ratio [ours]
@@ -205,9 +206,23 @@ def make(dit: DiT, vae: VAE, plan: Plan, captions: Sequence[str | Sequence[str]]
     return z, torch.cat([vae.decode(x[None], chunk=99).cpu() for x in z])
 
 
+@torch.no_grad()
+def make_teacher(teacher: DiT, vae: VAE, captions: Sequence[str], size: int = 32, guidance: float = 2.0, seed: int = 0, batch: int = 16
+                 ) -> tuple[Tensor, Tensor]:
+    """The same of the bidirectional teacher, by 48 steps of its ODE."""
+    device, c, side = teacher.patch_embedding.weight.device, teacher.config, size // vae.config.space
+    prompts, latents = text.embed(captions, c.text_dim, c.text_len).to(device), []
+    for a in tqdm(range(0, len(captions), batch), desc="teacher", leave=False):
+        p = prompts[a:a + batch]
+        noise = noise_seeded([(seed, a + n, 0) for n in range(len(p))], (c.in_dim, side, side), device)(0, tuple(range(21)))
+        latents.append(trajectory(teacher, p, torch.zeros_like(p), noise, guidance, 5.0)[:, -1])
+    z = torch.cat(latents)
+    return z, torch.cat([vae.decode(x[None], chunk=99).cpu() for x in z])
+
+
 def held_out(clips: int) -> list[str]:
     """Captions that no script trains on."""
-    return [text.toy_caption((1 << 30) + n) for n in range(clips)]
+    return [text.toy_caption(text.HELD_OUT + n) for n in range(clips)]
 
 
 def markdown(rows: dict[str, dict[str, Stat]]) -> str:
@@ -258,6 +273,9 @@ def write_report(folder: Path, dit: DiT, vae: VAE, rows: dict[str, dict[str, Sta
 class Config:
     """Measure videos, or the clips that a student makes."""
     weights: str = "toy/weights"    # a folder with student and VAE
+    teacher: str = ""               # also measure this teacher, as if it had made blocks of three
+    guidance: float = 2.0           # of the teacher
+    size: int = 32                  # pixels
     clips: int = 32                 # how many held-out captions
     video: str = ""                 # measure this file instead
     order: str = "forward"          # of --video: forward or backward, in blocks of --block
@@ -286,9 +304,15 @@ def main(config: Config) -> None:
     else:
         dit, vae = load_models(config.weights, torch.float32, device)
         captions, rows, made = held_out(config.clips), {}, {}
+
+        def add(name: str, plan: Plan, z: Tensor, video: Tensor) -> Tensor:
+            rows[name] = measure(video, plan, captions) | {"round trip": stat(round_trip(vae, z, plan).cpu())}
+            return video
+        if config.teacher:
+            teacher = load_dit(config.teacher, torch.float32, device)
+            add("teacher", PLANS["forward"], *make_teacher(teacher, vae, captions, config.size, config.guidance, config.seed))
         for name, plan in PLANS.items():
-            z, made[name] = make(dit, vae, plan, captions, seed=config.seed)
-            rows[name] = measure(made[name], plan, captions) | {"round trip": stat(round_trip(vae, z, plan).cpu())}
+            made[name] = add(name, plan, *make(dit, vae, plan, captions, config.size, config.seed))
         if config.report:
             write_report(Path(config.report), dit, vae, rows, made, captions, config.seed)
             print(f"look at {Path(config.report) / 'index.html'}")

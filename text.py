@@ -15,7 +15,8 @@ from torch import Tensor
 from common import UserError, generator
 from toy.world import VOCABULARY, random_captions
 
-TOY_DIM = 64  # [ours] width of a toy word
+TOY_DIM = 64        # [ours] width of a toy word
+HELD_OUT = 1 << 30  # captions and clips of the toy world from this number on are never trained on
 
 
 def toy_caption(number: int) -> str:

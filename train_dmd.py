@@ -61,12 +61,12 @@ from vae import load_vae
 @dataclass
 class Config:
     """Stage 2: distribution matching on the student's own rollouts, in both directions."""
-    PRESETS = {"toy": {}, "wan": {  # [paper App. A.1]
+    PRESETS = {"toy": {}, "toy64": {"latent": (21, 8, 8)}, "wan": {  # [paper App. A.1]
         "student": "out/ode/student.safetensors", "teacher": "Wan2.1-T2V-14B", "critic": "Wan2.1-T2V-1.3B", "vae": "Wan2.1-T2V-1.3B",
         "prompts": "prompts.txt", "latent": (21, 60, 104), "guidance": 4.0, "steps": 600, "batch": 64, "micro": 1, "lr": 2e-6,
         "lr_critic": 4e-7, "ratio": 5, "ema": 0.99, "ema_start": 200, "parallel": "fsdp", "checkpointing": True}}
     PRESETS["wan-small-teacher"] = PRESETS["wan"] | {"teacher": "Wan2.1-T2V-1.3B"}  # for fewer or smaller GPUs
-    preset: str = "toy"              # toy, wan (the paper's numbers) or wan-small-teacher (a 1.3B teacher)
+    preset: str = "toy"              # toy, toy64 (64 pixels), wan (the paper's numbers), wan-small-teacher (1.3B)
     student: str = "toy/weights/ode.safetensors"      # what the student starts from: stage 1
     teacher: str = "toy/weights/teacher.safetensors"  # the frozen real score
     critic: str = "toy/weights/teacher.safetensors"   # what the fake score starts from

@@ -60,11 +60,11 @@ KEEP = (0, 12, 24, 36, 48)  # of the 49 states: the student's four levels, exact
 @dataclass
 class Config:
     """Stage 1: make ODE pairs (--generate, --check), or train on them."""
-    PRESETS = {"toy": {}, "wan": {  # [paper App. A.1]
+    PRESETS = {"toy": {}, "toy64": {"latent": (21, 8, 8)}, "wan": {  # [paper App. A.1]
         "teacher": "Wan2.1-T2V-14B", "weights": "Wan2.1-T2V-1.3B", "prompts": "prompts.txt", "latent": (21, 60, 104), "pairs": 16000,
-        "guidance": 3.0, "shard": 16, "steps": 6000, "batch": 128, "micro": 1, "lr": 2e-6, "warmup": 0, "parallel": "fsdp",
-        "checkpointing": True}}
-    preset: str = "toy"              # toy, or wan: the paper's numbers
+        "guidance": 3.0, "shard": 16, "steps": 6000, "batch": 128, "micro": 1, "lr": 2e-6, "warmup": 0, "decay": 0.0,
+        "parallel": "fsdp", "checkpointing": True}}
+    preset: str = "toy"              # toy, toy64 (64 pixels), or wan: the paper's numbers
     teacher: str = "toy/weights/teacher.safetensors"  # makes the pairs
     weights: str = "toy/weights/teacher.safetensors"  # what the student starts from
     prompts: str = "toy"             # toy: captions without end; or a text file, a prompt a line
@@ -81,8 +81,9 @@ class Config:
     steps: int = 1000                # training iterations [paper: 6000]
     batch: int = 16                  # samples an iteration, over all processes [paper: 128]
     micro: int = 0                   # samples a forward pass, the rest is accumulated; 0: all of a process's share
-    lr: float = 3e-4                 # AdamW, constant after the warm-up [paper: 2e-6]
+    lr: float = 3e-4                 # AdamW, constant between warm-up and decay [paper: 2e-6]
     warmup: int = 50                 # iterations
+    decay: float = 0.5               # share of the steps, at the end, over which the rate falls to zero [paper: 0]
     betas: tuple[float, ...] = (0.9, 0.999)  # [paper]
     weight_decay: float = 0.01       # [paper]
     clip: float = 10.0               # gradient norm [Self-Forcing]
@@ -263,7 +264,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
           trange(first, config.steps, initial=first, total=config.steps, desc="stage 1", disable=rank > 0) as bar):
         for step in bar:
             for group in optimiser.param_groups:
-                group["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
+                group["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1),
+                                              (config.steps - step) / max(config.steps * config.decay, 1))
             losses = [0.0] * len(layouts)
             for r in range(rounds):
                 drawn = [sample(step, (r * world + rank) * micro + m) for m in range(micro)]

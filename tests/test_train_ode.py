@@ -41,7 +41,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ode")
     paths = tiny_checkpoints(folder)
     made = {"teacher": paths["teacher"], "weights": paths["student"], "data": str(folder / "pairs"), "latent": LATENT,
-            "pairs": 6, "shard": 2, "dtype": "float32"}
+            "pairs": 6, "shard": 2, "dtype": "float32", "decay": 0.0}
     main(Config(**made, generate=True))
     return made
 
@@ -351,6 +351,16 @@ def test_ablations_run_and_change_the_result(changes, files, tmp_path):
         usual = {}
     a, b = train(files, tmp_path / "a", steps=1, **usual), train(files, tmp_path / "b", steps=1, **changes)
     assert 0 < apart(a, b) < 1
+
+
+def test_rate_rises_and_falls(files, tmp_path, monkeypatch):
+    """Warm-up over 2 of 8 steps, decay over the last half: lr * (1/2, 1, 1, 1, 1, 3/4, 2/4, 1/4)."""
+    rates, real = [], train_ode.clip_gradients
+    monkeypatch.setattr(train_ode, "clip_gradients", lambda *args: rates.append(optimisers[0].param_groups[0]["lr"]) or real(*args))
+    optimisers, made = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: optimisers.append(made(*a, **k)) or optimisers[0])
+    train(files, tmp_path / "a", steps=8, lr=4e-4, decay=0.5)
+    assert rates == pytest.approx([2e-4, 4e-4, 4e-4, 4e-4, 4e-4, 3e-4, 2e-4, 1e-4])
 
 
 def test_bfloat16_takes_the_same_steps(files, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm, trange
+from tqdm import trange
 
 import text
 from common import (
@@ -33,9 +33,10 @@ from common import (
 )
 from dit import PRESETS, DiT, save_dit
 from media import write_sheet
-from sampler import ode_sigmas, shift_sigma
+from sampler import shift_sigma
 from toy import world
-from toy.train_vae import HELD_OUT, clips
+from toy.train_vae import clips
+from train_ode import trajectory
 from vae import VAE, load_vae
 
 
@@ -82,27 +83,15 @@ def teacher_loss(dit: DiT, x0: Tensor, prompts: Tensor, u: Tensor, noise: Tensor
 
 
 @torch.no_grad()
-def sample(dit: DiT, prompts: Tensor, noise: Tensor, steps: int = 48, guidance: float = 2.0, shift: float = 5.0) -> Tensor:
-    """Integrate the teacher's ODE from noise [B, T, C, h, w] with guidance uncond + w (cond - uncond)."""
-    x, pos = noise, torch.arange(noise.shape[1], device=noise.device)
-    sigmas = ode_sigmas(steps, shift)
-    both = torch.cat([prompts, torch.zeros_like(prompts)])
-    for sigma, below in zip(tqdm(sigmas[:-1], desc="sample", leave=False), sigmas[1:]):
-        t = torch.full((2 * len(x), x.shape[1]), 1000 * sigma, device=x.device)
-        cond, uncond = dit(torch.cat([x, x]), t, both, pos).chunk(2)
-        x = x + (below - sigma) * (uncond + guidance * (cond - uncond))
-    return x
-
-
-@torch.no_grad()
 def report(dit: DiT, vae: VAE, config: Config, sheet: Path, n: int = 64) -> dict[str, float]:
     """Sample n held-out captions, write a sheet of eight, read the captions back."""
     device = dit.patch_embedding.weight.device
-    captions = [text.toy_caption(HELD_OUT + i) for i in range(n)]
+    captions = [text.toy_caption(text.HELD_OUT + i) for i in range(n)]
     side = config.size // vae.config.space
     noise = torch.stack([torch.randn(21, dit.config.in_dim, side, side, generator=generator(config.seed, 9, i)) for i in range(n)])
     prompts = text.embed(captions, dit.config.text_dim, dit.config.text_len)
-    parts = [sample(dit, p.to(device), x.to(device), guidance=config.guidance) for p, x in zip(prompts.split(16), noise.split(16))]
+    parts = [trajectory(dit, p.to(device), torch.zeros_like(p, device=device), x.to(device), config.guidance, 5.0)[:, -1]
+             for p, x in zip(prompts.split(16), noise.split(16))]
     video = torch.cat([vae.decode(z[None], chunk=99).cpu() for z in torch.cat(parts)])
     write_sheet(sheet, video[:8], columns=11)
     return world.accuracy(video, captions) | {"motion": video.diff(dim=2).abs().mean().item()}

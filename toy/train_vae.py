@@ -17,11 +17,9 @@ from torch import Tensor
 from tqdm import trange
 
 from common import UserError, cosine, generator, load_state, log_row, run, save_state, start, stop_signals, trim_log
-from text import toy_caption
+from text import HELD_OUT, toy_caption
 from toy import world
 from vae import PRESETS, VAE, Attention, ResidualBlock, load_vae, save_vae
-
-HELD_OUT = 1 << 30  # clip seeds from here on are never trained on
 
 
 @dataclass

@@ -15,6 +15,7 @@ that of the others. A latent that does not fit its past does not come back. Abou
     python evaluate.py --video clip.mp4 --order backward
     python evaluate.py --clips 8 --report out/report   # the same and more, as a page to look at
 """
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,10 +29,11 @@ import anchors
 import report
 import text
 from anchors import Plan
-from common import UserError, atomic, run, start
+from common import UserError, atomic, dtype_of, run, start
 from dit import DiT, load_dit
 from media import VideoWriter, read_frames, write_sheet
 from sampler import generate, load_models, noise_seeded
+from text import Prompts
 from toy import world
 from train_ode import trajectory
 from vae import VAE
@@ -189,33 +191,26 @@ SHOWN = {  # the clips of a report
 }
 
 
-@torch.no_grad()
-def make(dit: DiT, vae: VAE, plan: Plan, captions: Sequence[str | Sequence[str]], size: int = 32, seed: int = 0, batch: int = 16
-         ) -> tuple[Tensor, Tensor]:
-    """Latents [B, T, C, h, w] and pixels [B, 3, F, H, W] of the student's clips; clip n has the noise (seed, n, 0).
-
-    captions: one a clip, or one for each prompt of the plan."""
-    device, c, side = dit.patch_embedding.weight.device, dit.config, size // vae.config.space
-    said = [[c] * plan.prompts() if isinstance(c, str) else c for c in captions]
-    prompts, latents = [text.embed(words, c.text_dim, c.text_len).to(device) for words in zip(*said)], []
-    for a in tqdm(range(0, len(captions), batch), desc=plan.name, leave=False):
-        some = range(a, min(a + batch, len(captions)))
-        noise = noise_seeded([(seed, n, 0) for n in some], (c.in_dim, side, side), device)
-        latents.append(generate(dit, plan, [p[a:some.stop] for p in prompts], noise))
-    z = torch.cat(latents)
-    return z, torch.cat([vae.decode(x[None], chunk=99).cpu() for x in z])
+def latent_shape(vae: VAE, size: tuple[int, ...]) -> tuple[int, int, int]:
+    """[C, h, w] of a latent of frames of this height and width."""
+    if len(size) != 2 or min(size) < 1 or any(s % (2 * vae.config.space) for s in size):
+        raise UserError(f"--size {' '.join(map(str, size))} must be a height and a width divisible by {2 * vae.config.space}")
+    return vae.config.z_dim, size[0] // vae.config.space, size[1] // vae.config.space
 
 
 @torch.no_grad()
-def make_teacher(teacher: DiT, vae: VAE, captions: Sequence[str], size: int = 32, guidance: float = 2.0, seed: int = 0, batch: int = 16
-                 ) -> tuple[Tensor, Tensor]:
-    """The same of the bidirectional teacher, by 48 steps of its ODE."""
-    device, c, side = teacher.patch_embedding.weight.device, teacher.config, size // vae.config.space
-    prompts, latents = text.embed(captions, c.text_dim, c.text_len).to(device), []
-    for a in tqdm(range(0, len(captions), batch), desc="teacher", leave=False):
-        p = prompts[a:a + batch]
-        noise = noise_seeded([(seed, a + n, 0) for n in range(len(p))], (c.in_dim, side, side), device)(0, tuple(range(21)))
-        latents.append(trajectory(teacher, p, torch.zeros_like(p), noise, guidance, 5.0)[:, -1])
+def make(dit: DiT, vae: VAE, plan: Plan | None, captions: Sequence[str | Sequence[str]], size: tuple[int, ...] = (32, 32),
+         seed: int = 0, guidance: float = 2.0, batch: int = 16) -> tuple[Tensor, Tensor]:
+    """Latents [B, T, C, h, w] and pixels [B, 3, F, H, W] of clips with the noise (seed, n, 0); captions: one a clip, or one for
+    each prompt of the plan. Without a plan the model is the bidirectional teacher: 48 steps of its ODE, with guidance."""
+    device, c, prompts = dit.patch_embedding.weight.device, dit.config, plan.prompts() if plan else 1
+    said = [[caption] * prompts if isinstance(caption, str) else caption for caption in captions]
+    embedded, latents = [text.embed(words, c.text_dim, c.text_len).to(device) for words in zip(*said)], []
+    for a in tqdm(range(0, len(captions), batch), desc=plan.name if plan else "teacher", leave=False):
+        texts = [e[a:a + batch] for e in embedded]
+        noise = noise_seeded([(seed, a + n, 0) for n in range(len(texts[0]))], latent_shape(vae, size), device)
+        latents.append(generate(dit, plan, texts, noise) if plan else trajectory(
+            dit, texts[0], torch.zeros_like(texts[0]), noise(0, tuple(range(anchors.HORIZON))), guidance, 5.0)[:, -1])
     z = torch.cat(latents)
     return z, torch.cat([vae.decode(x[None], chunk=99).cpu() for x in z])
 
@@ -223,13 +218,6 @@ def make_teacher(teacher: DiT, vae: VAE, captions: Sequence[str], size: int = 32
 def held_out(clips: int) -> list[str]:
     """Captions that no script trains on."""
     return [text.toy_caption(text.HELD_OUT + n) for n in range(clips)]
-
-
-def markdown(rows: dict[str, dict[str, Stat]]) -> str:
-    """A table with a row per name; columns as in the first row."""
-    columns = list(next(iter(rows.values())))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for name, row in rows.items()])
 
 
 def write_clip(path: Path, video: Tensor) -> str:
@@ -268,6 +256,53 @@ def write_report(folder: Path, dit: DiT, vae: VAE, rows: dict[str, dict[str, Sta
         ("Which one flickers less?", "<p><a href=ab.html>Look at pairs and choose</a></p>")])
 
 
+# ---------------------------------------------------------------- the official VBench
+def lines_of(path: str) -> list[str]:
+    return Prompts(path, text.TOY_DIM, 0).lines
+
+
+@torch.no_grad()
+def export(config: "Config", rank: int, world_size: int, device: torch.device) -> None:
+    """Write `{original prompt}-{k}.mp4`, as VBench wants them, made from the extended prompts; then score them, if vbench is here.
+
+    Process r makes clips r, r + processes, ...; clip (n, k) has the noise (seed, n, k) whoever makes it; those that are
+    there already are kept, so an interrupted export goes on. raises: UserError for prompts that cannot be file names."""
+    if not config.prompts:
+        raise UserError("--vbench needs --prompts FILE: VBench's original prompts, one a line")
+    folder, original = Path(config.vbench), lines_of(config.prompts)
+    said = lines_of(config.extended) if config.extended else original
+    if len(said) != len(original):
+        raise UserError(f"{config.extended} has {len(said)} prompts but {config.prompts} has {len(original)}; they go line by line")
+    if bad := [p for p in original if "/" in p or "\0" in p or len(p.encode()) > 240]:
+        raise UserError(f"the prompt {bad[0][:80]!r} cannot be a file name: VBench names clips after prompts")
+    dit, vae = load_models(config.weights, dtype_of("auto", device), device)
+    plan = PLANS[config.order]
+    jobs = [(n, k) for n in range(len(original)) for k in range(config.samples)]
+    for n, k in tqdm(jobs[rank::world_size], desc="vbench", disable=rank > 0):
+        path = folder / f"{original[n]}-{k}.mp4"
+        if not path.exists():
+            texts = [text.embed([said[n]], dit.config.text_dim, dit.config.text_len).to(device)] * plan.prompts()
+            noise = noise_seeded([(config.seed, n, k)], latent_shape(vae, config.size), device)
+            write_clip(path, vae.decode(generate(dit, plan, texts, noise))[0])
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    if rank == 0 and importlib.util.find_spec("vbench") is None:
+        print(f"{len(jobs)} clips in {folder}; install the vbench package and run this again to score them")
+    elif rank == 0:
+        vbench = importlib.import_module("vbench")
+        judge = vbench.VBench(device, str(Path(vbench.__file__).parent / "VBench_full_info.json"), str(folder / "scores"))
+        judge.evaluate(videos_path=str(folder), name="unitemp", dimension_list=judge.build_full_dimension_list())
+        print(report.markdown({"VBench": read_vbench(folder / "scores" / "unitemp_eval_results.json")}))
+
+
+def read_vbench(path: Path) -> dict[str, float]:
+    """Dimension -> score of VBench's result file, {dimension: [score, per clip]}. raises: UserError"""
+    try:
+        return {k: float(v[0]) for k, v in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+        raise UserError(f"{path} is not a result file of VBench ({{dimension: [score, clips]}})") from None
+
+
 # ---------------------------------------------------------------- command line
 @dataclass
 class Config:
@@ -275,11 +310,15 @@ class Config:
     weights: str = "toy/weights"    # a folder with student and VAE
     teacher: str = ""               # also measure this teacher, as if it had made blocks of three
     guidance: float = 2.0           # of the teacher
-    size: int = 32                  # pixels
+    size: tuple[int, ...] = (32, 32)  # height width
     clips: int = 32                 # how many held-out captions
     video: str = ""                 # measure this file instead
-    order: str = "forward"          # of --video: forward or backward, in blocks of --block
+    order: str = "forward"          # of --video (in blocks of --block) and --vbench: forward or backward
     block: int = 3
+    vbench: str = ""                # a folder: write clips named as the official VBench wants them, and score them if it is installed
+    prompts: str = ""               # of --vbench: original prompts, one a line
+    extended: str = ""              # of --vbench: what the model is told instead, line by line
+    samples: int = 5                # clips a prompt [VBench]
     seed: int = 0
     report: str = ""                # a folder: also write a page with clips, plans, curves and an A/B test
     out: str = ""                   # also write the table as .json
@@ -287,14 +326,19 @@ class Config:
 
 
 def main(config: Config) -> None:
-    device = start(config.device)[2]
+    rank, world_size, device = start(config.device)
+    if config.order not in ("forward", "backward"):
+        raise UserError(f"--order {config.order} must be forward or backward")
+    if config.vbench:
+        export(config, rank, world_size, device)
+        return
     if config.video:
         video = read_frames(config.video)
         whole = (video.shape[2] - 1) // 4
         latents = (whole + 1) // config.block * config.block
-        if config.order not in ("forward", "backward") or latents < 3:
-            raise UserError(f"--order {config.order} must be forward or backward, and {config.video} with {video.shape[2]} frames "
-                            f"must hold a block of {config.block} latents and more than two")
+        if latents < 3:
+            raise UserError(f"{config.video} has {video.shape[2]} frames, too few for {max(config.block, 3)} latents: "
+                            f"{4 * max(config.block, 3) - 3} or more are needed")
         plan = anchors.forward(latents, config.block) if config.order == "forward" else anchors.backward(latents, config.block)
         used = 4 * latents - 3
         print(f"the first {used} of {video.shape[2]} frames: {latents} latents in blocks of {config.block}, {config.order}")
@@ -310,13 +354,13 @@ def main(config: Config) -> None:
             return video
         if config.teacher:
             teacher = load_dit(config.teacher, torch.float32, device)
-            add("teacher", PLANS["forward"], *make_teacher(teacher, vae, captions, config.size, config.guidance, config.seed))
+            add("teacher", PLANS["forward"], *make(teacher, vae, None, captions, config.size, config.seed, config.guidance))
         for name, plan in PLANS.items():
             made[name] = add(name, plan, *make(dit, vae, plan, captions, config.size, config.seed))
         if config.report:
             write_report(Path(config.report), dit, vae, rows, made, captions, config.seed)
             print(f"look at {Path(config.report) / 'index.html'}")
-    print(markdown(rows))
+    print(report.markdown(rows))
     if config.out:
         with atomic(config.out) as tmp:
             tmp.write_text(json.dumps({name: {k: vars(s) for k, s in row.items()} for name, row in rows.items()}, indent=1))

@@ -56,6 +56,13 @@ def table(rows: dict[str, dict[str, object]]) -> str:
     return f"<div class=wide><table><tr><th>{head}{body}</table></div>"
 
 
+def markdown(rows: dict[str, dict[str, object]]) -> str:
+    """The same for a terminal or a README."""
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for name, row in rows.items()])
+
+
 def timeline(curves: dict[str, Sequence[float]], marked: Sequence[int] = (), start: int = 0, height: int = 220,
              rule: float | None = 1.0) -> str:
     """Curves over a common integer axis that begins at `start`, as SVG; grey bands at `marked`, a dashed line at `rule`."""

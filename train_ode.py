@@ -96,7 +96,7 @@ class Config:
     save_every: int = 200            # iterations between resume states
     parallel: str = "ddp"            # ddp, or fsdp: shard the model [paper]
     checkpointing: bool = False      # recompute activations in the backward pass
-    dtype: str = "bfloat16"          # of computation; weights, optimiser and sums are float32
+    dtype: str = "bfloat16"          # of computation; trained weights, optimiser, sums and the ODE's state are float32
     device: str = "auto"
 
 
@@ -126,7 +126,7 @@ def pair_noise(config: Config, channels: int, number: int) -> Tensor:
 
 def generate_pairs(config: Config, rank: int, world: int, device: torch.device) -> None:
     """Write the missing shards; process r makes shards r, r + world, ...; at the end rank 0 writes the index."""
-    folder, dtype = Path(config.data), torch.bfloat16 if device.type == "cuda" else torch.float32
+    folder, dtype = Path(config.data), dtype_of(config.dtype)
     shards = range(0, config.pairs, config.shard)
     todo = [s for n, s in enumerate(shards) if n % world == rank and not (folder / f"pairs-{s:06d}.safetensors").exists()]
     teacher = load_dit(config.teacher, dtype, device)

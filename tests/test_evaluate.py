@@ -1,6 +1,10 @@
 """Measures have the values worked out by hand or by another implementation; reports hold what was measured."""
+import importlib.util
 import json
 import math
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,8 +245,73 @@ def test_video_file_is_measured(tmp_path, monkeypatch, capsys):
     assert "the first 81 of 85 frames" in out and "a.mp4" in out
 
 
+def vbench_config(weights, folder, **changes):
+    """Three prompts, two clips each; what the model is told differs from what the files are called."""
+    (folder / "prompts.txt").write_text("one\ntwo words\nthree\n")
+    (folder / "extended.txt").write_text("a red disc\na blue disc\na cyan disc\n")
+    return evaluate.Config(**{"weights": str(weights), "vbench": str(folder / "clips"), "prompts": str(folder / "prompts.txt"),
+                              "extended": str(folder / "extended.txt"), "samples": 2} | changes)
+
+
+def test_export_names_every_clip_and_does_not_depend_on_processes(weights, tmp_path):
+    """Processes 0 and 1 of 2 together write, byte for byte, what one process writes: every prompt, every sample, no more."""
+    cpu, made = torch.device("cpu"), []
+    for name, world_size in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        for rank in reversed(range(world_size)):
+            evaluate.export(vbench_config(weights, tmp_path / name), rank, world_size, cpu)
+        made.append({p.name: p.read_bytes() for p in (tmp_path / name / "clips").iterdir()})
+    assert set(made[0]) == {f"{p}-{k}.mp4" for p in ("one", "two words", "three") for k in range(2)}
+    assert made[0] == made[1] and len(set(made[0].values())) == 6
+
+
+def test_export_goes_on_and_is_scored_where_vbench_is(weights, tmp_path, monkeypatch, capsys):
+    """Clips that are there are not made again; the scores printed are those of VBench's own file."""
+    class Judge:
+        def __init__(self, device, info, out):
+            self.out = Path(out)
+
+        def build_full_dimension_list(self):
+            return ["color", "scene"]
+
+        def evaluate(self, videos_path, name, dimension_list):
+            self.out.mkdir()
+            scores = {d: [0.25 * (n + 1), [{"video_path": "x"}]] for n, d in enumerate(dimension_list)}
+            (self.out / f"{name}_eval_results.json").write_text(json.dumps(scores))
+    config = vbench_config(weights, tmp_path)
+    evaluate.export(config, 1, 2, torch.device("cpu"))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "clips").iterdir()}
+    assert len(before) == 3
+    module = types.ModuleType("vbench")
+    module.VBench, module.__file__, module.__spec__ = Judge, __file__, importlib.util.spec_from_loader("vbench", None)
+    monkeypatch.setitem(sys.modules, "vbench", module)
+    evaluate.export(config, 0, 1, torch.device("cpu"))
+    assert {p: p.stat().st_mtime_ns for p in before} == before and len(list((tmp_path / "clips").glob("*.mp4"))) == 6
+    out = capsys.readouterr().out
+    assert "| color | scene |" in out and "| 0.25 | 0.5 |" in out
+
+
+@pytest.mark.parametrize("prompts,extended,says", [
+    ("a/b\n", "", "cannot be a file name"), ("a\nb\n", "c\n", "has 1 prompts but"), ("\n", "", "holds no prompts")])
+def test_prompts_that_cannot_be_exported(prompts, extended, says, weights, tmp_path):
+    config = vbench_config(weights, tmp_path, extended=str(tmp_path / "extended.txt") if extended else "")
+    (tmp_path / "prompts.txt").write_text(prompts)
+    (tmp_path / "extended.txt").write_text(extended)
+    with pytest.raises(UserError, match=says):
+        evaluate.export(config, 0, 1, torch.device("cpu"))
+    assert not (tmp_path / "clips").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"color": 3}', '{"color": []}'])
+def test_damaged_scores_are_a_user_error(text, tmp_path):
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(UserError, match="not a result file of VBench"):
+        evaluate.read_vbench(tmp_path / "scores.json")
+
+
 @pytest.mark.parametrize("flags,says", [
-    ({"video": "missing.mp4"}, "missing.mp4 does not exist"), ({"weights": "nowhere"}, "nowhere"), ({"clips": 0}, "--clips 0")])
+    ({"video": "missing.mp4"}, "missing.mp4 does not exist"), ({"weights": "nowhere"}, "nowhere"), ({"clips": 0}, "--clips 0"),
+    ({"vbench": "x"}, "--prompts"), ({"order": "loop"}, "--order loop"), ({"weights": "random", "size": (32, 20)}, "--size 32 20")])
 def test_bad_input_is_one_sentence(flags, says, monkeypatch, capsys):
     code, line = command_line(monkeypatch, capsys, evaluate, **flags)
     assert code == 2 and says in line

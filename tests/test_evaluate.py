@@ -1,4 +1,5 @@
 """Measures have the values worked out by hand or by another implementation; reports hold what was measured."""
+import importlib
 import importlib.util
 import json
 import math
@@ -15,9 +16,10 @@ from tiny import WORDED, command_line, randn, tiny_dit
 
 import anchors
 import evaluate
-from common import UserError
+from common import UserError, from_cli
 from dit import save_dit
-from evaluate import (
+from media import VideoWriter
+from metrics import (
     drift,
     end_flickering,
     features,
@@ -30,8 +32,7 @@ from evaluate import (
     stat,
     temporal_flickering,
 )
-from media import VideoWriter
-from toy import world
+from toy import tables, world
 from vae import VAE, VAEConfig, save_vae
 
 FORWARD = anchors.forward(9)
@@ -243,6 +244,63 @@ def test_video_file_is_measured(tmp_path, monkeypatch, capsys):
     evaluate.run(evaluate.main, evaluate.Config)
     out = capsys.readouterr().out
     assert "the first 81 of 85 frames" in out and "a.mp4" in out
+
+
+@pytest.fixture
+def runs(weights, tmp_path):
+    """A student for every name and two seeds; the separate ones have two files."""
+    for n, name in enumerate(tables.STAGE2):
+        for seed in (0, 1):
+            out = tables.folder(str(tmp_path), name, seed)
+            out.mkdir()
+            files = ("forward", "backward") if name == "separate" else ("student",)
+            for k, file in enumerate(files):
+                save_dit(tiny_dit(10 * n + 3 * seed + k, **WORDED), out / f"{file}.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", [2, 3, 6])
+def test_table_has_its_rows_and_averages_over_seeds(number, runs, weights, monkeypatch, capsys):
+    """Each row: the paper's number, and the mean of what each seed alone gives, with the error over seeds."""
+    monkeypatch.setitem(tables.TABLES, 2, tables.TABLES[2][1:3])
+    monkeypatch.setitem(tables.TABLES, 3, (tables.Row("long", "exp7", anchors.long(24, "backward")),))
+    one, other, both = (evaluate.table(evaluate.Config(weights=str(weights), runs=str(runs), table=number, seeds=seeds, clips=2),
+                                       torch.device("cpu")) for seeds in ((0,), (1,), (0, 1)))
+    assert list(both) == [row.label for row in tables.TABLES[number]]
+    for row in tables.TABLES[number]:
+        assert both[row.label].get("paper", "") == row.paper
+        for column in set(both[row.label]) - {"paper"}:
+            x, y, mean = (t[row.label][column] for t in (one, other, both))
+            assert mean.mean == pytest.approx((x.mean + y.mean) / 2, rel=1e-4, abs=1e-6), (row.label, column)
+            assert mean.se == pytest.approx(abs(x.mean - y.mean) / 2, rel=1e-3, abs=1e-6), (row.label, column)
+
+
+def test_table_uses_the_student_of_its_direction(runs, weights, monkeypatch):
+    """Separate students: the forward row is made by forward.safetensors, the backward row by the other."""
+    monkeypatch.setitem(tables.TABLES, 2, tables.TABLES[2][::3])  # separate forward and backward
+    config = evaluate.Config(weights=str(weights), runs=str(runs), table=2, seeds=(0,), clips=2)
+    before = evaluate.table(config, torch.device("cpu"))
+    (runs / "separate-0" / "backward.safetensors").write_bytes((runs / "exp1-0" / "student.safetensors").read_bytes())
+    after = evaluate.table(config, torch.device("cpu"))
+    changed = {label for label in before if before[label]["Fréchet"].mean != after[label]["Fréchet"].mean}
+    assert changed == {"backward, separate student and critic"}
+
+
+def test_missing_students_come_with_their_command(weights, tmp_path):
+    with pytest.raises(UserError, match=r"exp10-0, exp11-0, exp7-0 are not .* --students exp10 exp11 exp7"):
+        evaluate.table(evaluate.Config(weights=str(weights), runs=str(tmp_path), table=6, seeds=(0,)), torch.device("cpu"))
+
+
+def test_every_student_of_a_table_is_trained_by_some_command():
+    """The commands parse, write the file that ends them, and start stage 2 from the stage 1 of the same seed."""
+    commands = tables.commands("out", "w", "pairs", [4])
+    ends = {end.parent.name for end, _, _ in commands}
+    assert {f"{row.student}-4" for table in tables.TABLES.values() for row in table} <= ends
+    for end, need, line in commands:
+        script, *words = line.split()
+        config = from_cli(importlib.import_module(script[:-3]).Config, words)
+        assert config.seed == 4 and Path(config.out) == end.parent
+        assert need is None or (config.student == str(need) and need in {e for e, _, _ in commands})
 
 
 def vbench_config(weights, folder, **changes):

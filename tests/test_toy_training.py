@@ -1,4 +1,5 @@
 """The toy's VAE and teacher: they learn, go on exactly after an interruption, and write weights that load."""
+import hashlib
 import json
 from functools import partial
 
@@ -10,7 +11,7 @@ import text
 from common import UserError, generator, read_tensors
 from dit import DiTConfig, load_dit
 from text import HELD_OUT
-from toy import train_teacher, train_vae
+from toy import pack, train_teacher, train_vae
 from toy.train_teacher import teacher_loss
 from toy.train_vae import clips, init_weights, vae_loss
 from vae import VAE, VAEConfig, load_vae
@@ -243,3 +244,25 @@ def test_prompts_are_dropped_at_the_stated_rate(both, monkeypatch):
     g = generator(0, 2, 0)
     torch.randint(6, (20,), generator=g)
     assert torch.equal(dropped[:20], torch.rand(20, 1, 1, generator=g).flatten() < 0.1)
+
+
+# ---------------------------------------------------------------- shipping
+def test_packed_models_load_and_compute_the_same_but_for_rounding(both, tmp_path):
+    """Half the bytes and less; outputs within a few per mille (bfloat16) and a few per cent (eight bits); logs and hashes beside."""
+    trained = train(both[0], train_teacher)
+    for name in ("ode", "student"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "student.safetensors").write_bytes((trained / "teacher.safetensors").read_bytes())
+        (tmp_path / name / "log.jsonl").write_text('{"step": 0}\n')
+    out = tmp_path / "packed"
+    pack.main(pack.Config(vae=str(trained), teacher=str(trained), ode=str(tmp_path / "ode"), student=str(tmp_path / "student"), out=str(out)))
+    whole, half, eighth = (load_dit(p) for p in (trained / "teacher.safetensors", out / "student.safetensors", out / "ode.safetensors"))
+    inputs = randn(0, 1, 3, 2, 2, 2), torch.full((1, 3), 500.0), randn(1, 1, 9, 64), torch.arange(3)
+    want = whole(*inputs)
+    near, far = ((model(*inputs) - want).norm() / want.norm() for model in (half, eighth))
+    assert 0 < near < 0.02 and near < far < 0.2
+    for line in (out / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split()
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
+    assert load_vae(out / "vae.safetensors").config == load_vae(trained / "vae.safetensors").config
+    assert (out / "teacher.log.jsonl").read_text() == (trained / "teacher.log.jsonl").read_text()

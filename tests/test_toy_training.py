@@ -255,7 +255,7 @@ def test_packed_models_load_and_compute_the_same_but_for_rounding(both, tmp_path
         (tmp_path / name / "student.safetensors").write_bytes((trained / "teacher.safetensors").read_bytes())
         (tmp_path / name / "log.jsonl").write_text('{"step": 0}\n')
     out = tmp_path / "packed"
-    pack.main(pack.Config(vae=str(trained), teacher=str(trained), ode=str(tmp_path / "ode"), student=str(tmp_path / "student"), out=str(out)))
+    pack.main(pack.Config(*map(str, (trained, trained, tmp_path / "ode", tmp_path / "student", out))))
     whole, half, eighth = (load_dit(p) for p in (trained / "teacher.safetensors", out / "student.safetensors", out / "ode.safetensors"))
     inputs = randn(0, 1, 3, 2, 2, 2), torch.full((1, 3), 500.0), randn(1, 1, 9, 64), torch.arange(3)
     want = whole(*inputs)

@@ -2,7 +2,7 @@
 
     python evaluate.py --clips 32                        # the student in toy/weights: captions, motion, FR, round trip
     python evaluate.py --clips 8 --report out/report     # the same and more, as a page to look at
-    python evaluate.py --video clip.mp4 --order backward
+    python evaluate.py --video clip.mp4                  # or a folder of videos
     python evaluate.py --table 1                         # a table of the paper, from students of `python -m toy.tables`
     python evaluate.py --vbench out/vbench --prompts prompts.txt
 """
@@ -113,9 +113,34 @@ def write_report(folder: Path, dit: DiT, vae: VAE, rows: dict[str, dict[str, Sta
         ("Which one flickers less?", "<p><a href=ab.html>Look at pairs and choose</a></p>")])
 
 
+def measure_files(config: "Config") -> dict[str, dict[str, Stat]]:
+    """A row for the video --video, or for each in that folder and one for all; each is cut to whole blocks."""
+    path = Path(config.video)
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".mp4", ".gif", ".mov", ".webm")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path} holds no videos (.mp4, .gif, .mov, .webm)")
+    rows, least = {}, -(-3 // config.block) * config.block
+    for file in files:
+        video = read_frames(file)
+        latents = (video.shape[2] + 3) // 4 // config.block * config.block
+        if latents < least:
+            raise UserError(f"{file} has {video.shape[2]} frames; blocks of {config.block} latents need {4 * least - 3} or more")
+        print(f"{file.name}: the first {4 * latents - 3} of {video.shape[2]} frames, {latents} latents in blocks of {config.block}")
+        plan = anchors.forward(latents, config.block)  # backward blocks of the same size end at the same frames
+        try:
+            rows[file.name] = measure(video[:, :, :4 * latents - 3], plan) | {"flicker (VBench)": stat(temporal_flickering(video))}
+        except UserError as error:
+            if len(files) == 1:
+                raise
+            print(f"{file.name} is left out: {error}")
+    if not rows:
+        raise UserError(f"none of the {len(files)} videos in {path} moves")
+    return rows if len(files) == 1 else rows | {f"all {len(rows)}": over_runs(list(rows.values()))}
+
+
 # ---------------------------------------------------------------- the paper's tables
-def over_seeds(runs: Sequence[dict[str, Stat]]) -> dict[str, Stat]:
-    """Mean over training seeds, standard error over them too; a single seed keeps its error over clips."""
+def over_runs(runs: Sequence[dict[str, Stat]]) -> dict[str, Stat]:
+    """Mean over runs (training seeds, files) and its standard error; a single run keeps its error over clips."""
     if len(runs) == 1:
         return runs[0]
     columns = {k: torch.tensor([run[k].mean for run in runs]) for k in runs[0]}
@@ -158,7 +183,7 @@ def table(config: "Config", device: torch.device) -> dict[str, dict[str, object]
             way = ways[row.plan.name == "backward"]
             path = path / (f"{way}.safetensors" if (path / f"{way}.safetensors").exists() else "student.safetensors")
             runs.append(table_row(row, load_dit(path, torch.float32, device), vae, captions, config, real))
-        result[row.label] = ({"paper": row.paper} if row.paper else {}) | over_seeds(runs)
+        result[row.label] = ({"paper": row.paper} if row.paper else {}) | over_runs(runs)
     return result
 
 
@@ -218,9 +243,9 @@ class Config:
     guidance: float = 2.0           # of the teacher
     size: tuple[int, ...] = (32, 32)  # height width
     clips: int = 32                 # how many held-out captions
-    video: str = ""                 # measure this file instead
-    order: str = "forward"          # of --video (in blocks of --block) and --vbench: forward or backward
-    block: int = 3
+    video: str = ""                 # measure this file, or every video in this folder, instead
+    block: int = 3                  # of --video: latents a block
+    order: str = "forward"          # of --vbench: forward or backward
     table: int = 0                  # regenerate this table of the paper from the students in --runs (`python -m toy.tables`)
     runs: str = "out/tables"        # where they are
     seeds: tuple[int, ...] = (0, 1, 2)  # training seeds of --table
@@ -234,6 +259,7 @@ class Config:
     device: str = "auto"
 
 
+@torch.no_grad()
 def main(config: Config) -> None:
     rank, world_size, device = start(config.device)
     if config.order not in ("forward", "backward"):
@@ -242,16 +268,7 @@ def main(config: Config) -> None:
         export(config, rank, world_size, device)
         return
     if config.video:
-        video = read_frames(config.video)
-        whole = (video.shape[2] - 1) // 4
-        latents = (whole + 1) // config.block * config.block
-        if latents < 3:
-            raise UserError(f"{config.video} has {video.shape[2]} frames, too few for {max(config.block, 3)} latents: "
-                            f"{4 * max(config.block, 3) - 3} or more are needed")
-        plan = anchors.forward(latents, config.block) if config.order == "forward" else anchors.backward(latents, config.block)
-        used = 4 * latents - 3
-        print(f"the first {used} of {video.shape[2]} frames: {latents} latents in blocks of {config.block}, {config.order}")
-        rows = {Path(config.video).name: measure(video[:, :, :used], plan)}
+        rows = measure_files(config)
     elif config.clips < 2:
         raise UserError(f"--clips {config.clips} must be at least 2, for a standard error")
     elif config.table:
@@ -263,6 +280,9 @@ def main(config: Config) -> None:
         def add(name: str, plan: Plan, z: Tensor, video: Tensor) -> Tensor:
             rows[name] = measure(video, plan, captions) | {"round trip": stat(round_trip(vae, z, plan).cpu())}
             return video
+        real = world.render(captions, [text.HELD_OUT + n for n in range(config.clips)], config.size[0]).to(device)
+        z = torch.cat([vae.encode(x[None]) for x in real])
+        add("real clips, decoded", PLANS["forward"], z, torch.cat([vae.decode(x[None]).cpu() for x in z]))
         if config.teacher:
             teacher = load_dit(config.teacher, torch.float32, device)
             add("teacher", PLANS["forward"], *make(teacher, vae, None, captions, config.size, config.seed, config.guidance))

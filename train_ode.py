@@ -20,6 +20,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -133,17 +134,19 @@ def generate_pairs(config: Config, rank: int, world: int, device: torch.device) 
     c, (T, h, w) = teacher.config, config.latent
     source = Prompts(config.prompts, c.text_dim, c.text_len)
     negative = source.embed([config.negative]).to(device)
-    began = time.perf_counter()
-    teacher(torch.zeros(2, T, c.in_dim, h, w, device=device), torch.zeros(2, T, device=device), negative.expand(2, -1, -1),
-            torch.arange(T, device=device))
-    hours = (time.perf_counter() - began) * KEEP[-1] * len(todo) * config.shard / 3600
-    print(f"{config.pairs} pairs in {len(shards)} shards, {len(todo)} to make here: about {hours:.2f} hours and "
-          f"{config.pairs * len(KEEP) * T * c.in_dim * h * w * 2 / 1e9:.2f} GB on disk in all", flush=True)
+    micro = config.micro or 16
+    shapes = (torch.zeros(2 * micro, T, c.in_dim, h, w, device=device), torch.zeros(2 * micro, T, device=device))
+    for _ in range(2):  # the first pass warms up
+        began = time.perf_counter()
+        teacher(*shapes, negative.expand(2 * micro, -1, -1), torch.arange(T, device=device)).sum().item()
+    cost = timedelta(seconds=round((time.perf_counter() - began) * KEEP[-1] * len(todo) * config.shard / micro))
+    print(f"{config.pairs} pairs in {len(shards)} shards, {len(todo)} to make here: about {cost} (h:mm:ss) and "
+          f"{config.pairs * len(KEEP) * T * c.in_dim * h * w * 2 / 1e9:.2g} GB on disk in all", flush=True)
     with tqdm(total=len(todo) * config.shard * KEEP[-1], desc=f"pairs {rank}", unit="step") as bar, stop_signals() as stop:
         for s in todo:
             states, numbers = [], range(s, min(s + config.shard, config.pairs))
-            for a in range(s, numbers.stop, config.micro or 16):
-                some = range(a, min(a + (config.micro or 16), numbers.stop))
+            for a in range(s, numbers.stop, micro):
+                some = range(a, min(a + micro, numbers.stop))
                 noise = torch.stack([pair_noise(config, c.in_dim, i) for i in some]).to(device)
                 prompt = source(some).to(device)
                 states.append(trajectory(teacher, prompt, negative.expand_as(prompt), noise, config.guidance, config.shift, bar).cpu())

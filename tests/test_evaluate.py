@@ -224,7 +224,8 @@ def test_student_is_measured_and_shown(weights, tmp_path, monkeypatch, capsys):
     """The table on screen is the one in the .json and in the page; every clip, plan and pair that the pages name is there."""
     code, _ = command_line(monkeypatch, capsys, evaluate, weights=weights, clips=2, report=tmp_path / "r", out=tmp_path / "t.json")
     rows = json.loads((tmp_path / "t.json").read_text())
-    assert code == 0 and list(rows) == list(evaluate.PLANS) and {"FR inter", "FR intra", "round trip", "caption"} <= set(rows["forward"])
+    assert code == 0 and list(rows) == ["real clips, decoded", *evaluate.PLANS]
+    assert {"FR inter", "FR intra", "round trip", "caption"} <= set(rows["forward"])
     page, ab = ((tmp_path / "r" / name).read_text() for name in ("index.html", "ab.html"))
     for name, row in rows.items():
         for column, s in row.items():
@@ -240,10 +241,39 @@ def test_video_file_is_measured(tmp_path, monkeypatch, capsys):
     path = tmp_path / "a.mp4"
     with VideoWriter(path) as writer:
         writer.write(world.render(["a red disc moves left over a blue wave"], [0], 32, 85)[0])
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--video", str(path), "--order", "backward"])
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--video", str(path)])
     evaluate.run(evaluate.main, evaluate.Config)
     out = capsys.readouterr().out
-    assert "the first 81 of 85 frames" in out and "a.mp4" in out
+    assert "a.mp4: the first 81 of 85 frames, 21 latents" in out and "| a.mp4 |" in out
+
+
+def test_folder_of_videos_is_measured(tmp_path, monkeypatch, capsys):
+    """A row each and one for all; a clip that stands still is named and left out; other files are no videos."""
+    for n in range(2):
+        with VideoWriter(tmp_path / f"{n}.mp4") as writer:
+            writer.write(world.render(["a red disc moves left over a blue wave"], [n], 32, 33)[0])
+    with VideoWriter(tmp_path / "still.mp4") as writer:
+        writer.write(torch.zeros(3, 33, 32, 32))
+    (tmp_path / "notes.txt").write_text("no video")
+    code, _ = command_line(monkeypatch, capsys, evaluate, video=tmp_path, out=tmp_path / "t.json")
+    rows = json.loads((tmp_path / "t.json").read_text())
+    assert code == 0 and list(rows) == ["0.mp4", "1.mp4", "all 2"]
+    assert rows["all 2"]["FR inter"]["mean"] == pytest.approx((rows["0.mp4"]["FR inter"]["mean"] + rows["1.mp4"]["FR inter"]["mean"]) / 2)
+
+
+@pytest.mark.parametrize("content,says", [
+    ({}, "holds no videos"), ({"a.mp4": b"no video"}, "cannot be read as a video"),
+    ({"a.mp4": torch.zeros(3, 33, 32, 32)}, "does not move"),
+    ({"a.mp4": torch.zeros(3, 8, 32, 32)}, "has 8 frames; blocks of 3 latents need 9")])
+def test_videos_that_cannot_be_measured(content, says, tmp_path, monkeypatch, capsys):
+    for name, data in content.items():
+        if isinstance(data, bytes):
+            (tmp_path / name).write_bytes(data)
+        else:
+            with VideoWriter(tmp_path / name) as writer:
+                writer.write(data)
+    code, line = command_line(monkeypatch, capsys, evaluate, video=tmp_path / "a.mp4" if content else tmp_path)
+    assert code == 2 and says in line
 
 
 @pytest.fixture

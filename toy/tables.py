@@ -32,7 +32,8 @@ STAGE2 = {  # student: (its stage 1, flags of train_dmd.py)
     "separate": ("p3", "--anchors 3 --shared_student false --shared_critic false"),
     "separate-critic": ("p3", "--anchors 3 --shared_critic false"),
 }
-BUDGET = ("--steps 400 --batch 16 --lr 5e-4", "--steps 200 --ratio 2 --batch 8 --ema_start 100 --sheet_every 0")  # [ours] a laptop's
+BUDGET = ("--steps 300 --batch 16 --lr 5e-4",  # [ours] a laptop's
+          "--steps 120 --ratio 2 --batch 8 --lr 2e-5 --ema_start 60 --sheet_every 0")
 
 FORWARD = anchors.forward(21)
 DUMMY = anchors.backward(21, anchors=0, dummy=True)          # no anchors (Fig. 9b)

@@ -23,8 +23,21 @@ from anchors import Plan
 from common import UserError, atomic, dtype_of, run, start
 from dit import DiT, load_dit
 from media import VideoWriter, read_frames, write_sheet
-from metrics import Stat, drift, features, flickering_ratio, frechet, measure, round_trip, stat, temporal_flickering
-from sampler import generate, load_models, noise_seeded
+from metrics import (
+    Stat,
+    drift,
+    end_flickering,
+    features,
+    flickering_ratio,
+    frame_changes,
+    frechet,
+    measure,
+    round_trip,
+    seam,
+    stat,
+    temporal_flickering,
+)
+from sampler import generate, load_models, noise_seeded, ode_sigmas
 from text import Prompts
 from toy import tables, world
 from train_ode import trajectory
@@ -84,13 +97,17 @@ def write_clip(path: Path, video: Tensor) -> str:
     return path.name
 
 
-def write_report(folder: Path, dit: DiT, vae: VAE, rows: dict[str, dict[str, Stat]], made: dict[str, Tensor],
-                 captions: Sequence[str], seed: int) -> None:
-    """index.html and ab.html with their clips: every order, the table, FR along time, pairs with and without anchors."""
-    cards = []
-    for name, (plan, words) in SHOWN.items():
+def write_report(config: "Config", dit: DiT, vae: VAE, rows: dict[str, dict[str, Stat]], made: dict[str, Tensor],
+                 captions: Sequence[str]) -> None:
+    """index.html and ab.html with their clips: every order, the table, FR along time, drift, pairs with and without anchors."""
+    folder, cards, shown = Path(config.report), [], dict(SHOWN)
+    without = tables.folder(config.runs, "exp1", config.seeds[0]) / "student.safetensors"
+    if without.exists():
+        shown["backward, P = 0"] = (tables.DUMMY, f"No anchors: another student, {without.parent}.")
+    for name, (plan, words) in shown.items():
         said = captions[:plan.prompts()]
-        video = made[name][:1] if name in made else make(dit, vae, plan, [said], seed=seed)[1]
+        student = load_dit(without, torch.float32, dit.patch_embedding.weight.device) if plan is tables.DUMMY else dit
+        video = made[name][:1] if name in made else make(student, vae, plan, [said], config.size, config.seed)[1]
         file = name.replace(", ", "-").replace(" ", "-")
         anchors.write_picture(folder / f"plan-{file}.png", plan)
         write_sheet(folder / f"{file}.png", made.get(name, video)[:6], columns=11)
@@ -101,15 +118,22 @@ def write_report(folder: Path, dit: DiT, vae: VAE, rows: dict[str, dict[str, Sta
     pairs = [{"a": write_clip(folder / f"pair-{n}-a.mp4", x), "b": write_clip(folder / f"pair-{n}-b.mp4", y),
               "fr_a": measure(x[None], PLANS[a])["FR inter"].mean, "fr_b": measure(y[None], PLANS[b])["FR inter"].mean}
              for n, (x, y) in enumerate(zip(made[a][:20], made[b]))]
+    long = {f"{way}, sink: {sink}": make(dit, vae, anchors.long(123, way, sink=sink), captions[:2], config.size, config.seed)[1]
+            for way in ("forward", "backward") for sink in ("none", "both")}
+    curves = {name: drift(video) for name, video in long.items()}
     report.write_ab(folder / "ab.html", (a, b), pairs)
     report.write_page(folder / "index.html", "Any order", [
         ("Clips", report.paragraph("Below each clip its plan: a row a step, a column a latent; green is made, yellow imagined and "
                                    "dropped, light green read from the cache.") + report.clips(cards)),
         (f"{len(captions)} held-out captions", report.table(rows) + report.paragraph(
-            "Caption: colour, shape and direction all right. FR and round trip are about 1 in real clips; "
+            "Caption: colour, shape and direction all right. FR (paper) and round trip (ours) are about 1 in real clips; "
             "read FR beside motion, since blur has a low FR. ± is one standard error over clips.")),
         ("Flickering ratio along time", report.timeline(ratios, sorted({*ends[0]} & {*ends[1]}), 1) + report.paragraph(
             "Mean over clips for each boundary between latents; grey bands are boundaries between blocks of three.")),
+        ("Drift over 30 s", "".join(report.paragraph(words) + report.timeline(
+            {name: found[key].mean(0).tolist() for name, found in curves.items()}, start=1, rule=rule) for key, words, rule in (
+                ("colour offset", "Change of the mean colour since the first 5 s, in grey levels, for each 5 s of two clips:", None),
+                ("motion", "Motion over that of the first 5 s:", 1.0)))),
         ("Which one flickers less?", "<p><a href=ab.html>Look at pairs and choose</a></p>")])
 
 
@@ -162,10 +186,52 @@ def table_row(row: tables.Row, dit: DiT, vae: VAE, captions: Sequence[str], conf
 
 
 @torch.no_grad()
+def fill_in(teacher: DiT, prompts: Tensor, z: Tensor, known: list[int], noise: Tensor, guidance: float, shift: float = 5.0) -> Tensor:
+    """The bidirectional teacher between given latents z[:, known]: 48 steps, the known ones set to their noised selves in each."""
+    x, pos, sigmas = noise.clone(), torch.arange(z.shape[1], device=z.device), ode_sigmas(48, shift)
+    for sigma, below in zip(sigmas[:-1], sigmas[1:]):
+        x[:, known] = (1 - sigma) * z[:, known] + sigma * noise[:, known]
+        t = torch.full((2 * len(x), x.shape[1]), 1000 * sigma, device=x.device)
+        cond, uncond = teacher(torch.cat([x, x]), t, torch.cat([prompts, torch.zeros_like(prompts)]), pos).chunk(2)
+        x = x + (below - sigma) * (uncond + guidance * (cond - uncond))
+    x[:, known] = z[:, known]
+    return x
+
+
+@torch.no_grad()
+def table_4(config: "Config", device: torch.device) -> dict[str, dict[str, object]]:
+    """Inbetween (paper Table 4): the first 9 and last 12 frames of real clips are given, four ways to fill the 60 between."""
+    dit, vae = load_models(config.weights, torch.float32, device)
+    teacher, captions = load_dit(config.teacher or f"{config.weights}/teacher.safetensors", torch.float32, device), held_out(config.clips)
+    plan, c = anchors.inbetween(given=True), dit.config
+    real = world.render(captions, [text.HELD_OUT + n for n in range(config.clips)], config.size[0]).to(device)
+    z, prompts = torch.cat([vae.encode(x[None]) for x in real]), text.embed(captions, c.text_dim, c.text_len).to(device)
+    known = [i for step in plan.steps if step.given for i in step.targets]
+    noise = noise_seeded([(config.seed, n, 0) for n in range(config.clips)], latent_shape(vae, config.size), device)
+    blend, share = real.clone(), torch.linspace(0, 1, 62, device=device)[1:-1].view(1, 1, -1, 1, 1)
+    blend[:, :, 9:69] = (1 - share) * real[:, :, 8:9] + share * real[:, :, 69:70]
+
+    def decoded(z: Tensor) -> Tensor:
+        return torch.cat([vae.decode(x[None]) for x in z])
+    filled = fill_in(teacher, prompts, z, known, noise(0, tuple(range(plan.length))), config.guidance)
+    videos = {"true clip, through the VAE": decoded(z), "linear blending of frames 8 and 69": blend,
+              "teacher, 48 steps, ends held": decoded(filled),
+              "student, 4 steps": decoded(generate(dit, plan, [prompts], noise, given={i: z[:, i] for i in known}))}
+    return {name: {"head": stat(end_flickering(video, real[:, :, :9])), "tail": stat(end_flickering(video, real[:, :, 69:], tail=True)),
+                   "jump at 9": stat(seam(video, 9)["jump"]), "jump at 69": stat(seam(video, 69)["jump"]),
+                   "flicker (VBench)": stat(temporal_flickering(video)), "motion": stat(frame_changes(video)),
+                   "caption": measure(video, plan, captions)["caption"],
+                   "Fréchet": Stat(frechet(features(video, vae), features(real, vae)), float("nan"), 0.0, config.clips)}
+            for name, video in videos.items()}
+
+
+@torch.no_grad()
 def table(config: "Config", device: torch.device) -> dict[str, dict[str, object]]:
     """The rows of `toy.tables` number --table, measured; prints the training commands of students that are missing."""
+    if config.table == 4:
+        return table_4(config, device)
     if config.table not in tables.TABLES:
-        raise UserError(f"--table {config.table} must be one of {', '.join(map(str, sorted(tables.TABLES)))}")
+        raise UserError(f"--table {config.table} must be 1 to 6")
     rows, ways = tables.TABLES[config.table], ("forward", "backward")
     needed = {tables.folder(config.runs, row.student, seed) for row in rows for seed in config.seeds}
     missing = sorted(f.name for f in needed if not any(f.glob("*ward.safetensors")) and not (f / "student.safetensors").exists())
@@ -289,7 +355,7 @@ def main(config: Config) -> None:
         for name, plan in PLANS.items():
             made[name] = add(name, plan, *make(dit, vae, plan, captions, config.size, config.seed))
         if config.report:
-            write_report(Path(config.report), dit, vae, rows, made, captions, config.seed)
+            write_report(config, dit, vae, rows, made, captions)
             print(f"look at {Path(config.report) / 'index.html'}")
     print(report.markdown(rows))
     if config.out:

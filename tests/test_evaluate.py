@@ -316,6 +316,32 @@ def test_table_uses_the_student_of_its_direction(runs, weights, monkeypatch):
     assert changed == {"backward, separate student and critic"}
 
 
+def test_teacher_fills_in_between_what_is_held():
+    """A teacher of constant velocity 1 (0 without prompt): known latents come back as given, the others are noise - guidance, and
+    at every step the known ones were shown at the level of the others."""
+    shown = []
+
+    def teacher(x, t, prompts, pos):
+        shown.append((x[:1, [0, 3]].clone(), t[0, 0].item() / 1000))
+        return prompts.mean((1, 2)).view(-1, 1, 1, 1, 1).expand_as(x)
+    z, noise = randn(0, 1, 4, 1, 2, 2), randn(1, 1, 4, 1, 2, 2)
+    made = evaluate.fill_in(teacher, torch.ones(1, 2, 3), z, [0, 3], noise, 2.0)
+    assert torch.equal(made[:, [0, 3]], z[:, [0, 3]]) and torch.allclose(made[:, [1, 2]], noise[:, [1, 2]] - 2, atol=1e-5)
+    assert len(shown) == 48 and shown[0][1] == 1
+    for x, sigma in shown:
+        assert torch.allclose(x, (1 - sigma) * z[:, [0, 3]] + sigma * noise[:, [0, 3]], atol=1e-5)
+
+
+def test_inbetween_table(weights):
+    """Four rows; blending keeps the given frames exactly and hardly moves."""
+    config = evaluate.Config(weights=str(weights), teacher=str(weights / "student.safetensors"), table=4, clips=2)
+    rows = evaluate.table(config, torch.device("cpu"))
+    true, blend, teacher, student = rows.values()
+    assert blend["head"].mean == blend["tail"].mean == 1 and blend["jump at 9"].mean < 0.5 and blend["motion"].mean < 0.04
+    assert true["head"].mean == pytest.approx(teacher["head"].mean) == pytest.approx(student["head"].mean)  # the same latents, decoded
+    assert len({row["Fréchet"].mean for row in rows.values()}) == 4
+
+
 def test_missing_students_come_with_their_command(weights, tmp_path):
     with pytest.raises(UserError, match=r"exp10-0, exp11-0, exp7-0 are not .* --students exp10 exp11 exp7"):
         evaluate.table(evaluate.Config(weights=str(weights), runs=str(tmp_path), table=6, seeds=(0,)), torch.device("cpu"))

@@ -247,6 +247,15 @@ def test_video_file_is_measured(tmp_path, monkeypatch, capsys):
     assert "a.mp4: the first 81 of 85 frames, 21 latents" in out and "| a.mp4 |" in out
 
 
+def test_long_video_is_measured(tmp_path, monkeypatch, capsys):
+    """Beyond the horizon of 21 latents too: 24 latents of 114 frames in blocks of 8."""
+    with VideoWriter(tmp_path / "a.mp4") as writer:
+        writer.write(world.render(["a red disc moves left over a blue wave"], [0], 32, 114)[0])
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--video", str(tmp_path / "a.mp4"), "--block", "8"])
+    evaluate.run(evaluate.main, evaluate.Config)
+    assert "the first 93 of 114 frames, 24 latents in blocks of 8" in capsys.readouterr().out
+
+
 def test_folder_of_videos_is_measured(tmp_path, monkeypatch, capsys):
     """A row each and one for all; a clip that stands still is named and left out; other files are no videos."""
     for n in range(2):

@@ -8,6 +8,7 @@
 """
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,14 +102,15 @@ def write_report(config: "Config", dit: DiT, vae: VAE, rows: dict[str, dict[str,
                  captions: Sequence[str]) -> None:
     """index.html and ab.html with their clips: every order, the table, FR along time, drift, pairs with and without anchors."""
     folder, cards, shown = Path(config.report), [], dict(SHOWN)
-    without = tables.folder(config.runs, "exp1", config.seeds[0]) / "student.safetensors"
-    if without.exists():
-        shown["backward, P = 0"] = (tables.DUMMY, f"No anchors: another student, {without.parent}.")
+    path = tables.folder(config.runs, "exp1", config.seeds[0]) / "student.safetensors"
+    without = load_dit(path, torch.float32, dit.patch_embedding.weight.device) if path.exists() else None
+    if without is not None and without.config == dit.config:
+        shown["backward, P = 0"] = (tables.DUMMY, f"No anchors: another student, {path.parent}.")
     for name, (plan, words) in shown.items():
         said = captions[:plan.prompts()]
-        student = load_dit(without, torch.float32, dit.patch_embedding.weight.device) if plan is tables.DUMMY else dit
+        student = without if plan is tables.DUMMY else dit
         video = made[name][:1] if name in made else make(student, vae, plan, [said], config.size, config.seed)[1]
-        file = name.replace(", ", "-").replace(" ", "-")
+        file = re.sub(r"\W+", "-", name)
         anchors.write_picture(folder / f"plan-{file}.png", plan)
         write_sheet(folder / f"{file}.png", made.get(name, video)[:6], columns=11)
         cards.append((name, write_clip(folder / f"{file}.mp4", video[0]), f"plan-{file}.png", f"{words} “{', then '.join(said)}”"))

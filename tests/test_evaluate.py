@@ -222,7 +222,10 @@ def weights(tmp_path_factory):
 
 def test_student_is_measured_and_shown(weights, tmp_path, monkeypatch, capsys):
     """The table on screen is the one in the .json and in the page; every clip, plan and pair that the pages name is there."""
-    code, _ = command_line(monkeypatch, capsys, evaluate, weights=weights, clips=2, report=tmp_path / "r", out=tmp_path / "t.json")
+    (tmp_path / "exp1-0").mkdir()
+    save_dit(tiny_dit(5, **WORDED), tmp_path / "exp1-0" / "student.safetensors")  # a student without anchors to compare with
+    code, _ = command_line(monkeypatch, capsys, evaluate, weights=weights, clips=2, report=tmp_path / "r", out=tmp_path / "t.json",
+                           runs=tmp_path)
     rows = json.loads((tmp_path / "t.json").read_text())
     assert code == 0 and list(rows) == ["real clips, decoded", *evaluate.PLANS]
     assert {"FR inter", "FR intra", "round trip", "caption"} <= set(rows["forward"])
@@ -233,7 +236,7 @@ def test_student_is_measured_and_shown(weights, tmp_path, monkeypatch, capsys):
     named = {part.split("'")[0] for text in (page,) for part in text.split("src='")[1:]} | set(
         json.loads(ab.split("const pairs=")[1].split(", names=")[0])[1].values()) - {None}
     files = {x for x in named if isinstance(x, str)}
-    assert len(files) >= 14 and all((tmp_path / "r" / x).stat().st_size for x in files)
+    assert len(files) >= 16 and "backward-P-0.mp4" in files and all((tmp_path / "r" / x).stat().st_size for x in files)
 
 
 def test_video_file_is_measured(tmp_path, monkeypatch, capsys):

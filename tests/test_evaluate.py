@@ -33,6 +33,7 @@ from metrics import (
     temporal_flickering,
 )
 from toy import tables, world
+from toy.causality import with_wrong_past
 from vae import VAE, VAEConfig, save_vae
 
 FORWARD = anchors.forward(9)
@@ -441,3 +442,19 @@ def test_damaged_scores_are_a_user_error(text, tmp_path):
 def test_bad_input_is_one_sentence(flags, says, monkeypatch, capsys):
     code, line = command_line(monkeypatch, capsys, evaluate, **flags)
     assert code == 2 and says in line
+
+
+# ---------------------------------------------------------------- when do anchors help
+@pytest.mark.parametrize("p", [0, 1, 2])
+def test_only_the_firsts_of_blocks_get_a_wrong_past(p):
+    """Latents 3 and 6 are those of a clip that was glued together at the right frame; all others, and all with their whole past,
+    are the plain ones."""
+    vae, video = small_vae(), randn(0, 2, 3, 33, 16, 16).clamp(-1, 1)
+    plain, made = vae.encode(video, chunk=99), with_wrong_past(vae, video, [3, 6], p)
+    same_latents = [i for i in range(9) if i not in (3, 6)]
+    assert torch.equal(made[:, same_latents], plain[:, same_latents])
+    for i in (3, 6):
+        start = 4 * (i - p) - 3  # latent i shows frames 4i-3 .. 4i
+        glued = torch.cat([video.roll(1, 0)[:, :, :start], video[:, :, start:]], 2)
+        assert torch.allclose(made[:, i], vae.encode(glued)[:, i], atol=1e-5) and not torch.equal(made[:, i], plain[:, i])
+    assert torch.allclose(with_wrong_past(vae, video, [3, 6], 6), plain, atol=1e-6)

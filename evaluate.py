@@ -50,8 +50,6 @@ PLANS = {  # the rows of a student's table
     "backward": anchors.backward(21, 3, 3),
     "backward, anchors as output": anchors.backward(21, 6, 0, head=3),
 }
-
-
 SHOWN = {  # the clips of a report
     "forward": (PLANS["forward"], "From left to right."),
     "backward": (PLANS["backward"], "From the end to the beginning, each block with three imagined latents before it."),
@@ -89,6 +87,11 @@ def make(dit: DiT, vae: VAE, plan: Plan | None, captions: Sequence[str | Sequenc
 def held_out(clips: int) -> list[str]:
     """Captions that no script trains on."""
     return [text.toy_caption(text.HELD_OUT + n) for n in range(clips)]
+
+
+def real_clips(config: "Config", device: torch.device) -> Tensor:
+    """The true clips [B, 3, 81, H, W] of the held-out captions."""
+    return world.render(held_out(config.clips), [text.HELD_OUT + n for n in range(config.clips)], config.size[0]).to(device)
 
 
 def write_clip(path: Path, video: Tensor) -> str:
@@ -206,7 +209,7 @@ def table_4(config: "Config", device: torch.device) -> dict[str, dict[str, objec
     dit, vae = load_models(config.weights, torch.float32, device)
     teacher, captions = load_dit(config.teacher or f"{config.weights}/teacher.safetensors", torch.float32, device), held_out(config.clips)
     plan, c = anchors.inbetween(given=True), dit.config
-    real = world.render(captions, [text.HELD_OUT + n for n in range(config.clips)], config.size[0]).to(device)
+    real = real_clips(config, device)
     z, prompts = torch.cat([vae.encode(x[None]) for x in real]), text.embed(captions, c.text_dim, c.text_len).to(device)
     known = [i for step in plan.steps if step.given for i in step.targets]
     noise = noise_seeded([(config.seed, n, 0) for n in range(config.clips)], latent_shape(vae, config.size), device)
@@ -229,7 +232,7 @@ def table_4(config: "Config", device: torch.device) -> dict[str, dict[str, objec
 
 @torch.no_grad()
 def table(config: "Config", device: torch.device) -> dict[str, dict[str, object]]:
-    """The rows of `toy.tables` number --table, measured; prints the training commands of students that are missing."""
+    """The rows of `toy.tables` number --table, measured. raises: UserError with the command that trains what is missing."""
     if config.table == 4:
         return table_4(config, device)
     if config.table not in tables.TABLES:
@@ -241,9 +244,7 @@ def table(config: "Config", device: torch.device) -> dict[str, dict[str, object]
         raise UserError(f"students {', '.join(missing)} are not trained yet: python -m toy.tables --out {config.runs} --seeds "
                         f"{' '.join(map(str, config.seeds))} --students {' '.join(sorted({m.rsplit('-', 1)[0] for m in missing}))}")
     vae, captions, result = load_vae(config.weights, device=device), held_out(config.clips), {}
-    real = None
-    if config.table == 2:  # the real clips of the same captions
-        real = features(world.render(captions, [text.HELD_OUT + n for n in range(len(captions))], config.size[0]).to(device), vae)
+    real = features(real_clips(config, device), vae) if config.table == 2 else None
     for row in tqdm(rows, desc=f"table {config.table}"):
         runs = []
         for seed in config.seeds:
@@ -257,6 +258,7 @@ def table(config: "Config", device: torch.device) -> dict[str, dict[str, object]
 
 # ---------------------------------------------------------------- the official VBench
 def lines_of(path: str) -> list[str]:
+    """The prompts of a text file, one a line."""
     return Prompts(path, text.TOY_DIM, 0).lines
 
 
@@ -348,8 +350,7 @@ def main(config: Config) -> None:
         def add(name: str, plan: Plan, z: Tensor, video: Tensor) -> Tensor:
             rows[name] = measure(video, plan, captions) | {"round trip": stat(round_trip(vae, z, plan).cpu())}
             return video
-        real = world.render(captions, [text.HELD_OUT + n for n in range(config.clips)], config.size[0]).to(device)
-        z = torch.cat([vae.encode(x[None]) for x in real])
+        z = torch.cat([vae.encode(x[None]) for x in real_clips(config, device)])
         add("real clips, decoded", PLANS["forward"], z, torch.cat([vae.decode(x[None]).cpu() for x in z]))
         if config.teacher:
             teacher = load_dit(config.teacher, torch.float32, device)

@@ -4,7 +4,7 @@ One noise level per clip, shifted towards noise; loss |v - (noise - x0)|^2; one 
 the unconditional velocity that guidance needs. Small batches and many steps learn most per second on a CPU. The
 exponential moving average is what is kept. Caption accuracy of samples is read back from their pixels at the end.
 
-    python -m toy.train_teacher --out toy/weights          # after toy.train_vae with the same --out
+    python -m toy.train_teacher --out out/toy          # after toy.train_vae with the same --out
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -2,12 +2,12 @@
 
 Loss: L1 + 2 MSE + 1.5 L1 of frame differences + a mild KL. The frame differences keep boundaries between latents
 smooth (without them even a reconstruction flickers); the KL stays mild, since a strong one turns latents into codes of
-innovations that mean nothing without their exact past [measured, see README]. At the end the per-channel mean and std
+innovations that mean nothing without their exact past [measured]. At the end the per-channel mean and std
 of the latents are measured and stored in the config, and the PSNR of held-out clips is printed.
 
 All randomness of a step is a function of (seed, step), so an interrupted run continues exactly: run it again.
 
-    python -m toy.train_vae --out toy/weights
+    python -m toy.train_vae --out out/toy
 """
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

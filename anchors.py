@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import imageio.v3 as iio
 import numpy as np
@@ -260,40 +261,45 @@ ORDERS: dict[str, Callable[..., Plan]] = {f.__name__: f for f in (forward, backw
 class Layout:
     """All steps of a plan side by side, for one masked pass (paper Fig. 8). One entry per sequence slot:
 
-    latent, step, pos: which latent stands there, for which step, at which position; is_target: not an anchor.
-    A latent that is anchor and target has a slot for each (replicated anchors). visible: who sees whom."""
+    latent, step, pos: which latent stands there, for which step, at which position; is_target: not an anchor;
+    is_clean: a finished latent of teacher forcing, only there to be read. A latent that is anchor and target has a slot
+    for each (replicated anchors). visible: who sees whom."""
     latent: tuple[int, ...]
     step: tuple[int, ...]
     pos: tuple[int, ...]
     is_target: tuple[bool, ...]
+    is_clean: tuple[bool, ...]
     visible: Visible
 
 
-def layout(plan: Plan) -> Layout:
+def layout(plan: Plan, teacher_forcing: bool = False) -> Layout:
     """Targets of all steps in order of generation, then the anchors of all steps. A slot sees its own step, and the
-    *target* slots of the latents its step reads. forward(6): spans ((0, 3, ((0, 3),)), (3, 6, ((0, 6),)))."""
-    slots = [(i, n, p, target) for target in (True, False) for n, step in enumerate(plan.steps)
+    *target* slots of the latents its step reads. forward(6): spans ((0, 3, ((0, 3),)), (3, 6, ((0, 6),))).
+
+    teacher_forcing: [clean | noisy]. The targets of every step that is read stand at the front once more, for the data;
+    they see each other and the clean slots their step reads, and what others read is they, as in a rollout's cache.
+    forward(6): clean 0-2, then 0-2 and 3-5: spans ((0, 3, ((0, 3),)), (3, 6, ((3, 6),)), (6, 9, ((0, 3), (6, 9))))."""
+    slots = [(i, n, p, target, False) for target in (True, False) for n, step in enumerate(plan.steps)
              for i, p in zip(step.own, step.pos) if (i in step.targets) == target]
-    home = {i: s for s, (i, _, _, target) in enumerate(slots) if target}  # where a latent's target stands
-    keys = [(s, pos) for s, (_, _, pos, _) in enumerate(slots)]
+    if teacher_forcing:
+        slots = [(i, n, p, True, True) for n, step in enumerate(plan.steps) if plan.last_read.keys() & step.targets
+                 for i, p in zip(step.targets, step.pos[len(step.anchors):])] + slots
+    home = {slot[0]: s for s, slot in enumerate(slots) if slot[3] and slot[4] == teacher_forcing}  # where a latent is read
+    keys = [(s, slot[2]) for s, slot in enumerate(slots)]
     extra = {(home[i], p): None for step in plan.steps for i, p in step.reads}  # a key at another position: one more key
     keys += [key for key in extra if key not in keys]
     column = {key: j for j, key in enumerate(keys)}
-    seen_by_step = []
-    for n, step in enumerate(plan.steps):
-        seen = [s for s, slot in enumerate(slots) if slot[1] == n] + [column[home[i], p] for i, p in step.reads]
-        edges = np.flatnonzero(np.diff(np.array([-2, *sorted(seen), len(keys) + 2])) > 1)
-        ordered = sorted(seen)
-        seen_by_step.append(tuple((ordered[a], ordered[b - 1] + 1) for a, b in zip(edges[:-1], edges[1:])))
     spans: list[tuple] = []
-    for s, (_, n, _, _) in enumerate(slots):
-        if spans and spans[-1][2] is seen_by_step[n]:
-            spans[-1] = (spans[-1][0], s + 1, seen_by_step[n])
-        else:
-            spans.append((s, s + 1, seen_by_step[n]))
+    for _, group in groupby(enumerate(slots), lambda x: x[1][1::3]):  # (step, clean): they see the same
+        members = [s for s, _ in group]
+        _, n, _, _, clean = slots[members[0]]
+        own = [s for s, slot in enumerate(slots) if slot[1::3] == (n, clean)]
+        seen = sorted(own + [column[home[i], p] for i, p in plan.steps[n].reads])
+        edges = np.flatnonzero(np.diff(np.array([-2, *seen, len(keys) + 2])) > 1)
+        spans.append((members[0], members[-1] + 1, tuple((seen[a], seen[b - 1] + 1) for a, b in zip(edges[:-1], edges[1:]))))
     moved = len(keys) > len(slots)
     visible = Visible(tuple(spans), *(torch.tensor(x) if moved else None for x in zip(*keys)))
-    return Layout(*zip(*((i, n, p, t) for i, n, p, t in slots)), visible)
+    return Layout(*zip(*slots), visible)
 
 
 # ---------------------------------------------------------------- pictures

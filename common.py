@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -401,6 +401,9 @@ class EMA:
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Make the average the model's weights."""
+        for m in model.modules():  # FSDP2 leaves parts gathered after a forward pass without a backward one
+            if isinstance(m, FSDPModule):
+                m.reshard()
         for k, p in model.named_parameters():
             p.copy_(self.shadow[k])
 

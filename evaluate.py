@@ -38,10 +38,10 @@ from metrics import (
     stat,
     temporal_flickering,
 )
+from pairs import is_causal, many_steps, teacher_file
 from sampler import generate, load_models, noise_seeded, ode_sigmas
 from text import Prompts
 from toy import tables, world
-from train_ode import trajectory
 from vae import VAE, load_vae
 
 # ---------------------------------------------------------------- clips to measure
@@ -69,17 +69,17 @@ def latent_shape(vae: VAE, size: tuple[int, ...]) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def make(dit: DiT, vae: VAE, plan: Plan | None, captions: Sequence[str | Sequence[str]], size: tuple[int, ...] = (32, 32),
-         seed: int = 0, guidance: float = 2.0, batch: int = 16) -> tuple[Tensor, Tensor]:
+         seed: int = 0, guidance: float | None = None, batch: int = 16) -> tuple[Tensor, Tensor]:
     """Latents [B, T, C, h, w] and pixels [B, 3, F, H, W] of clips with the noise (seed, n, 0); captions: one a clip, or one for
-    each prompt of the plan. Without a plan the model is the bidirectional teacher: 48 steps of its ODE, with guidance."""
+    each prompt of the plan. With guidance the model is a teacher: 48 steps a block, or without a plan all latents at once."""
     device, c, prompts = dit.patch_embedding.weight.device, dit.config, plan.prompts() if plan else 1
     said = [[caption] * prompts if isinstance(caption, str) else caption for caption in captions]
     embedded, latents = [text.embed(words, c.text_dim, c.text_len).to(device) for words in zip(*said)], []
     for a in tqdm(range(0, len(captions), batch), desc=plan.name if plan else "teacher", leave=False):
         texts = [e[a:a + batch] for e in embedded]
         noise = noise_seeded([(seed, a + n, 0) for n in range(len(texts[0]))], latent_shape(vae, size), device)
-        latents.append(generate(dit, plan, texts, noise) if plan else trajectory(
-            dit, texts[0], torch.zeros_like(texts[0]), noise(0, tuple(range(anchors.HORIZON))), guidance, 5.0)[:, -1])
+        latents.append(generate(dit, plan, texts, noise) if guidance is None else
+                       many_steps(dit, plan, texts[0], torch.zeros_like(texts[0]), noise, guidance))
     z = torch.cat(latents)
     return z, torch.cat([vae.decode(x[None], chunk=99).cpu() for x in z])
 
@@ -309,7 +309,7 @@ def read_vbench(path: Path) -> dict[str, float]:
 class Config:
     """Measure videos, or the clips that a student makes."""
     weights: str = "toy/weights"    # a folder with student and VAE
-    teacher: str = ""               # also measure this teacher, as if it had made blocks of three
+    teacher: str = ""               # also measure this teacher, as if it had made blocks of three; or an autoregressive one: ar:FILE
     guidance: float = 2.0           # of the teacher
     size: tuple[int, ...] = (32, 32)  # height width
     clips: int = 32                 # how many held-out captions
@@ -353,8 +353,10 @@ def main(config: Config) -> None:
         z = torch.cat([vae.encode(x[None]) for x in real_clips(config, device)])
         add("real clips, decoded", PLANS["forward"], z, torch.cat([vae.decode(x[None]).cpu() for x in z]))
         if config.teacher:
-            teacher = load_dit(config.teacher, torch.float32, device)
-            add("teacher", PLANS["forward"], *make(teacher, vae, None, captions, config.size, config.seed, config.guidance))
+            teacher = load_dit(teacher_file(config), torch.float32, device)
+            for name in ("forward", "backward") if is_causal(config) else ("",):
+                z, video = make(teacher, vae, PLANS.get(name), captions, config.size, config.seed, config.guidance)
+                add(f"teacher {name}".strip(), PLANS[name or "forward"], z, video)
         for name, plan in PLANS.items():
             made[name] = add(name, plan, *make(dit, vae, plan, captions, config.size, config.seed))
         if config.report:

@@ -84,7 +84,7 @@ def noise_seeded(seeds: Sequence[tuple[int, ...]], shape: tuple[int, ...], devic
 # ---------------------------------------------------------------- rollout
 def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noise, sigmas: Sequence[float],
             cache: KVCache, given: dict[int, Tensor] | None = None, exit_at: int | None = None,
-            commit_anchors: bool = False) -> Iterator[tuple[int, Tensor]]:
+            commit_anchors: bool = False, first: tuple[Sequence[float], int | None] | None = None) -> Iterator[tuple[int, Tensor]]:
     """Generate block by block; yield (n, x0 [B, len(targets), C, h, w]) as step n of the plan is finished.
 
     texts: one per prompt of the plan, embeddings [B, L, text_dim] or `dit.text_kv` of them;  sigmas: noise levels
@@ -92,9 +92,11 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
     exit_at: stop every block after this denoising step (0-based) and yield its x0: stage 2's random exit. Only this
         step runs with gradient (where the caller has gradients enabled), and nothing flows through the cache.
     commit_anchors: let the denoised anchors be seen while their targets' keys are computed (an open choice of the
-        paper; they are never stored)"""
-    sigmas, device = list(sigmas)[:None if exit_at is None else exit_at + 1], dit.patch_embedding.weight.device
+        paper; they are never stored)
+    first: (sigmas, exit_at) of the first step of the plan, where it has noise levels of its own (Causal Forcing++)"""
+    device = dit.patch_embedding.weight.device
     for n, step in enumerate(plan.steps):
+        levels, last = first if first and n == 0 else (sigmas, exit_at)
         past = cache.read(step.reads)
         own, places = (step.targets, step.pos[len(step.anchors):]) if step.given else (step.own, step.pos)
         skip = len(own) - len(step.targets)  # anchors come first
@@ -103,11 +105,11 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
             x0 = torch.stack([given[i] for i in own], dim=1)
         else:
             x = noise(0, own)
-            for k, sigma in enumerate(sigmas):
+            for k, sigma in enumerate(levels[:None if last is None else last + 1]):
                 if k:
                     x = (1 - sigma) * x0 + sigma * noise(k, own)
                 t = torch.full(x.shape[:2], 1000 * sigma, device=device)
-                with torch.set_grad_enabled(torch.is_grad_enabled() and k == exit_at):
+                with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
                     x0 = x - sigma * dit(x, t, prompt, pos, past=past)
         keep = {i for i in step.targets if plan.last_read.get(i, -1) > n}
         cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
@@ -122,7 +124,7 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
 
 def generate(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noise, sigmas: Sequence[float] | None = None,
              given: dict[int, Tensor] | None = None, exit_at: int | None = None, commit_anchors: bool = False,
-             dtype: torch.dtype | None = None) -> Tensor:
+             first: tuple[Sequence[float], int | None] | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Run a whole rollout: latents [B, plan.length, C, h, w] in temporal order, anchors and dummies dropped.
 
     dtype: of the cache, where it is not that of the weights (mixed precision under FSDP); the rest as in `rollout`."""
@@ -130,7 +132,7 @@ def generate(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: No
     B, _, _, h, w = noise(0, (0,)).shape
     weight = dit.patch_embedding.weight
     cache = KVCache(dit.config, B, plan.capacity, h, w, dtype or weight.dtype, weight.device)
-    for n, x0 in rollout(dit, plan, texts, noise, sigmas or student_sigmas(), cache, given, exit_at, commit_anchors):
+    for n, x0 in rollout(dit, plan, texts, noise, sigmas or student_sigmas(), cache, given, exit_at, commit_anchors, first):
         made.update(zip(plan.steps[n].targets, x0.unbind(1)))
     return torch.stack([made[i] for i in range(plan.length)], dim=1)
 
@@ -171,6 +173,7 @@ class Config:
     window: int = 0                 # how many neighbours stay in view; 0: all within 21 latents, 6 beyond [paper]
     size: tuple[int, ...] = ()      # height width; default 480 832 for Wan's VAE, 32 32 for the toy's
     steps: tuple[float, ...] = (1000, 750, 500, 250)  # denoising steps before the shift [paper]
+    first_steps: tuple[float, ...] = ()  # other ones for the block that is made first (students of one or two steps)
     shift: float = 5.0              # of the noise levels [paper]
     commit_anchors: bool = False    # let anchors be seen while their block is written to the cache
     device: str = "auto"            # cpu, cuda or auto
@@ -240,6 +243,7 @@ def main(config: Config) -> None:
     if not any(p.strip() for p in config.prompt):
         raise UserError('--prompt is empty; say what to show, for instance --prompt "a red square moves left over a green wave"')
     plan, sigmas = make_plan(config), student_sigmas(config.steps, config.shift)
+    first = student_sigmas(config.first_steps or config.steps, config.shift), None
     writer = VideoWriter(config.out, FPS)
     dit, vae = load_models(config.weights, dtype, device)
     c, space = dit.config, vae.config.space
@@ -263,7 +267,7 @@ def main(config: Config) -> None:
     h, w = height // space, width // space
     noise = noise_seeded([(config.seed, 0, 0)], (c.in_dim, h, w), device)
     cache = KVCache(c, 1, plan.capacity, h, w, dtype, device)
-    done = tqdm(rollout(dit, plan, texts, noise, sigmas, cache, commit_anchors=config.commit_anchors),
+    done = tqdm(rollout(dit, plan, texts, noise, sigmas, cache, commit_anchors=config.commit_anchors, first=first),
                 desc="blocks", total=len(plan.steps), unit="block")
     kept = []
     with writer:

@@ -53,6 +53,7 @@ from common import (
 )
 from dit import DiT, load_dit, read_dit
 from media import write_curves, write_sheet
+from pairs import dummies_of
 from sampler import generate, noise_from, shift_sigma, student_sigmas
 from text import Prompts
 from vae import load_vae
@@ -66,7 +67,12 @@ class Config:
         "prompts": "prompts.txt", "latent": (21, 60, 104), "guidance": 4.0, "steps": 600, "batch": 64, "micro": 1, "lr": 2e-6,
         "lr_critic": 4e-7, "ratio": 5, "ema": 0.99, "ema_start": 200, "parallel": "fsdp", "checkpointing": True}}
     PRESETS["wan-small-teacher"] = PRESETS["wan"] | {"teacher": "Wan2.1-T2V-1.3B"}  # for fewer or smaller GPUs
-    preset: str = "toy"              # toy, toy64 (64 pixels), wan (the paper's numbers), wan-small-teacher (1.3B)
+    PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}  # [Causal Forcing]
+    PRESETS["wan-2step"] = PRESETS["wan-framewise"] | {  # [Causal Forcing++]: the first block still takes four
+        "denoising": (1000.0, 500.0), "first_denoising": (1000.0, 750.0, 500.0, 250.0)}
+    PRESETS["wan-1step"] = PRESETS["wan-2step"] | {"denoising": (1000.0,)}
+    preset: str = "toy"              # toy, toy64 (64 pixels), wan (the paper's numbers), wan-small-teacher (1.3B), wan-framewise,
+                                     # wan-2step or wan-1step (Causal Forcing's)
     student: str = "toy/weights/ode.safetensors"      # what the student starts from: stage 1
     teacher: str = "toy/weights/teacher.safetensors"  # the frozen real score
     critic: str = "toy/weights/teacher.safetensors"   # what the fake score starts from
@@ -88,6 +94,8 @@ class Config:
     ema_start: int = 100             # iteration from which it averages [paper: 200]
     guidance: float = 2.0            # of the real score, conventional w [paper's code: 4]
     negative: str = ""               # prompt of the real score's unconditional pass
+    denoising: tuple[float, ...] = (1000, 750, 500, 250)  # the student's steps, before the shift [paper]
+    first_denoising: tuple[float, ...] = ()  # of the block that is made first, if others [Causal Forcing++: all four of them]
     shift: float = 5.0               # of all noise levels [paper]
     block: int = 3                   # B: latents a step [paper]
     anchors: int = 3                 # P: anchors before each backward block [paper]; 0 uses the dummy block
@@ -151,7 +159,8 @@ def main(config: Config) -> None:
         raise UserError(f"--latent {config.latent} must be three numbers: latents, height, width")
     dtype, (T, h, w), out = dtype_of(config.dtype), config.latent, Path(config.out)
     micro, rounds = split_batch(config.batch, config.micro, rank, world)
-    plans, sigmas = both_directions(T, config.block, config.anchors, config.head), student_sigmas(shift=config.shift)
+    plans, sigmas = both_directions(T, config.block, config.anchors, config.head), student_sigmas(config.denoising, config.shift)
+    first_sigmas = student_sigmas(config.first_denoising or config.denoising, config.shift)
 
     def network(path: str, trained: bool) -> DiT:
         dit = load_dit(path, torch.float32 if trained else dtype, device).requires_grad_(trained)
@@ -175,7 +184,7 @@ def main(config: Config) -> None:
     c = teacher.config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
     negative = source.embed([config.negative]).to(device)
-    rows = T + max(-min(0, *(i for step in plan.steps for i in step.own)) for plan in plans)  # dummies have noise of their own
+    rows, most = T + dummies_of(plans), max(len(sigmas), len(first_sigmas))  # dummies have noise of their own
     log, first = out / "log.jsonl", 0
     if config.resume:
         first = load_state(Path(config.resume) / "state.pt", asdict(config), trained, **averages)
@@ -184,20 +193,23 @@ def main(config: Config) -> None:
         raise UserError(f"{out} holds a run already; go on with --resume {out} or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
 
-    def draw(step: int, role: int, r: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    def draw(step: int, role: int, r: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int]]:
         """This process's share of round r: prompts, noise and re-noise of the rollout, level and noise of the score;
-        and the exit step, which depends on nothing that differs between processes."""
+        and the exit steps, of the first block and the others, which depend on nothing that differs between processes."""
         gs = [generator(config.seed, role, step, (r * world + rank) * micro + m, d) for m in range(micro)]
         numbers = [int(torch.randint(1 << 30, (1,), generator=g)) for g in gs]
-        noise = torch.stack([torch.randn(len(sigmas), rows, c.in_dim, h, w, generator=g) for g in gs], 1).to(device)
+        noise = torch.stack([torch.randn(most, rows, c.in_dim, h, w, generator=g) for g in gs], 1).to(device)
         u = torch.cat([torch.rand(1, generator=g) for g in gs]).to(device)
         score_noise = torch.stack([torch.randn(T, c.in_dim, h, w, generator=g) for g in gs]).to(device)
-        exit_at = int(torch.randint(len(sigmas), (1,), generator=generator(config.seed, role, step, d, 99)))
-        return source(numbers).to(device), noise[0], noise[1:], u, score_noise, exit_at
+        g = generator(config.seed, role, step, d, 99)
+        exit_at = int(torch.randint(len(sigmas), (1,), generator=g))
+        exit_first = int(torch.randint(len(first_sigmas), (1,), generator=g)) if config.first_denoising else exit_at
+        return source(numbers).to(device), noise[0], noise[1:], u, score_noise, (exit_first, exit_at)
 
-    def roll(d: int, prompt: Tensor, noise: Tensor, renoise: Tensor, exit_at: int | None) -> Tensor:
-        return generate(students[d % len(students)], plans[d], [prompt], noise_from(noise, renoise, T), sigmas, exit_at=exit_at,
-                        commit_anchors=config.commit_anchors, dtype=dtype if config.parallel == "fsdp" else None)
+    def roll(d: int, prompt: Tensor, noise: Tensor, renoise: Tensor, exits: tuple[int | None, int | None]) -> Tensor:
+        return generate(students[d % len(students)], plans[d], [prompt], noise_from(noise, renoise, T), sigmas, exit_at=exits[1],
+                        commit_anchors=config.commit_anchors, first=(first_sigmas, exits[0]),
+                        dtype=dtype if config.parallel == "fsdp" else None)
 
     def update(models: list[DiT], step: int, what: str) -> float:
         norms = []
@@ -218,8 +230,8 @@ def main(config: Config) -> None:
         size, moved = [0.0, 0.0], [0.0, 0.0]
         for r in range(rounds):
             for d in range(2):
-                prompt, noise, renoise, u, score_noise, exit_at = draw(step, 5, r, d)
-                x = roll(d, prompt, noise, renoise, exit_at)
+                prompt, noise, renoise, u, score_noise, exits = draw(step, 5, r, d)
+                x = roll(d, prompt, noise, renoise, exits)
                 gradient = dmd_gradient(teacher, critics[d % len(critics)], x.detach(), u, score_noise, prompt, negative,
                                         config.guidance, config.shift)
                 (dmd_loss(x, gradient).mean() / rounds).backward()
@@ -237,9 +249,9 @@ def main(config: Config) -> None:
         losses = [0.0, 0.0]
         for r in range(rounds):
             for d in range(2):
-                prompt, noise, renoise, u, score_noise, exit_at = draw(step, 6, r, d)
+                prompt, noise, renoise, u, score_noise, exits = draw(step, 6, r, d)
                 with torch.no_grad():
-                    x = roll(d, prompt, noise, renoise, exit_at)
+                    x = roll(d, prompt, noise, renoise, exits)
                 loss = critic_loss(critics[d % len(critics)], x, u, score_noise, prompt, config.shift).mean() / rounds
                 loss.backward()
                 losses[d] += loss.item()
@@ -249,9 +261,9 @@ def main(config: Config) -> None:
     def sheet(step: int) -> None:
         """Fixed prompts and noise, all denoising steps: two clips forward, the same two backward."""
         gs = [generator(config.seed, 8, i) for i in range(2)]
-        noise = torch.stack([torch.randn(len(sigmas), rows, c.in_dim, h, w, generator=g) for g in gs], 1).to(device)
+        noise = torch.stack([torch.randn(most, rows, c.in_dim, h, w, generator=g) for g in gs], 1).to(device)
         with torch.no_grad():
-            z = torch.cat([roll(d, source(range(2)).to(device), noise[0], noise[1:], None) for d in range(2)])
+            z = torch.cat([roll(d, source(range(2)).to(device), noise[0], noise[1:], (None, None)) for d in range(2)])
             if rank == 0:
                 vae = load_vae(config.vae, device=device)
                 write_sheet(out / f"sheet-{step:05d}.png", torch.cat([vae.decode(x[None]) for x in z]), columns=11)

@@ -1,7 +1,7 @@
 """Stage 1: teach the student the teacher's ODE, block by block, in both directions.
 
     --generate   the teacher integrates noise to video in 48 steps; the states at the student's four noise levels and
-                 the end point x0 are kept: one *pair* per prompt
+                 the end point x0 are kept: one *pair* per prompt (pairs.py)
     (default)    the student predicts x0 from these states in one masked pass (paper Eq. 1, App. A.1 and B.1):
 
         for plan in forward, backward with anchors:            both in every iteration
@@ -9,29 +9,31 @@
             x = state k of the latent, for every slot          a latent that is anchor and target is there twice
             loss = |G(x, t_k) - x0|^2 on targets               anchors get no loss, they only see and are seen
 
+Two more ways to begin, from Causal Forcing, in both directions here; the loop is the same:
+
+    --teacher ar     pairs of the autoregressive teacher (train_ar.py), read after clean latents of real clips
+    --method cd      no pairs: the student at one level of the 48 must agree with its own average one level lower, where
+                     one step of the autoregressive teacher leads (causal consistency distillation)
+
 Every random number is a function of (seed, step, sample), so the result does not depend on the number of processes and
 an interrupted run goes on exactly: run the same command again. No rollout and no cache here: see train_dmd.py.
 
     python train_ode.py --generate --pairs 512 && python train_ode.py
     torchrun --nproc_per_node=8 train_ode.py --preset wan --teacher Wan2.1-T2V-14B --weights Wan2.1-T2V-1.3B
 """
-import hashlib
-import json
 import math
-import time
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm, trange
+from tqdm import trange
 
 from anchors import Layout, both_directions, layout
 from common import (
+    EMA,
     UserError,
-    atomic,
     clip_gradients,
     computing,
     distribute,
@@ -40,7 +42,6 @@ from common import (
     load_state,
     log_row,
     mean_over_processes,
-    read_tensors,
     run,
     save_state,
     split_batch,
@@ -52,10 +53,10 @@ from common import (
     write_safetensors,
 )
 from dit import DiT, load_dit
+from latents import Clips
+from pairs import KEEP, check_pairs, generate_pairs, is_causal, pairs_in, read_pairs, slot_states, teacher_file
 from sampler import ode_sigmas, student_sigmas
 from text import Prompts
-
-KEEP = (0, 12, 24, 36, 48)  # of the 49 states: the student's four levels, exactly, and the end point [Self-Forcing]
 
 
 @dataclass
@@ -65,11 +66,17 @@ class Config:
         "teacher": "Wan2.1-T2V-14B", "weights": "Wan2.1-T2V-1.3B", "prompts": "prompts.txt", "latent": (21, 60, 104), "pairs": 16000,
         "guidance": 3.0, "shard": 16, "steps": 6000, "batch": 128, "micro": 1, "lr": 2e-6, "warmup": 0, "decay": 0.0,
         "parallel": "fsdp", "checkpointing": True}}
-    preset: str = "toy"              # toy, toy64 (64 pixels), or wan: the paper's numbers
-    teacher: str = "toy/weights/teacher.safetensors"  # makes the pairs
+    PRESETS["wan-causal"] = PRESETS["wan"] | {  # [Causal Forcing]
+        "teacher": "ar", "weights": "out/ar/teacher.safetensors", "prompts": "out/latents/prompts.txt", "guidance": 6.0, "steps": 1000,
+        "batch": 64}
+    PRESETS["wan-cd"] = PRESETS["wan-causal"] | {"method": "cd", "guidance": 3.0, "steps": 3000, "betas": (0.0, 0.999)}  # [and its ++]
+    preset: str = "toy"              # toy, toy64 (64 pixels), wan (the paper's numbers), wan-causal or wan-cd (Causal Forcing's)
+    method: str = "ode"              # ode: regress end points; cd: causal consistency distillation, without pairs
+    teacher: str = "toy/weights/teacher.safetensors"  # makes the pairs; or ar:FILE, one of train_ar.py (ar: out/ar)
     weights: str = "toy/weights/teacher.safetensors"  # what the student starts from
     prompts: str = "toy"             # toy: captions without end; or a text file, a prompt a line
     data: str = "out/pairs"          # folder of the pairs
+    latents: str = "out/latents"     # folder of real clips (latents.py), for an autoregressive teacher
     out: str = "out/ode"             # folder of student.safetensors, log.jsonl and the resume state
     generate: bool = False           # make pairs instead of training
     check: bool = False              # check the pairs instead of training
@@ -93,6 +100,8 @@ class Config:
     head: int = 0                    # size of the block of latent 0 if not --block (--block 6 --anchors 0 --head 3: Fig. 8c)
     loss_on_anchors: bool = False    # ablation of the paper's Table 5
     clean: float = 0.0               # share of steps at t = 0, without loss: clean context [paper: 0]
+    teacher_forcing: bool = False    # all context clean, [clean | noisy]; always so with an autoregressive teacher
+    ema: float = 0.99                # of --method cd: the average that is agreed with [Causal Forcing++]
     seed: int = 0
     save_every: int = 200            # iterations between resume states
     parallel: str = "ddp"            # ddp, or fsdp: shard the model [paper]
@@ -101,183 +110,92 @@ class Config:
     device: str = "auto"
 
 
-# ---------------------------------------------------------------- pairs
-@torch.no_grad()
-def trajectory(teacher: DiT, prompt: Tensor, negative: Tensor, noise: Tensor, guidance: float, shift: float,
-               bar: tqdm | None = None) -> Tensor:
-    """Euler on the 48-step grid with guidance on the velocity: noise [B, T, C, h, w] -> states [B, 5, T, C, h, w]."""
-    sigmas, x, kept = ode_sigmas(KEEP[-1], shift), noise, [noise]
-    both, pos = torch.cat([prompt, negative]), torch.arange(noise.shape[1], device=noise.device)
-    for i, (sigma, below) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-        t = torch.full((2 * len(x), x.shape[1]), 1000 * sigma, device=x.device)
-        cond, uncond = teacher(torch.cat([x, x]), t, both, pos).chunk(2)
-        x = x + (below - sigma) * (uncond + guidance * (cond - uncond))
-        if i + 1 in KEEP:
-            kept.append(x)
-        if bar is not None:
-            bar.update(len(x))
-    return torch.stack(kept, dim=1)
+# ---------------------------------------------------------------- the losses
+def per_slot(lay: Layout, by_step: Tensor, clean: float) -> Tensor:
+    """Values [B, steps of the plan] -> [B, slots]; `clean` where the slot is clean context."""
+    device = by_step.device
+    value = by_step[:, torch.tensor(lay.step, device=device)]
+    return value.masked_fill(torch.tensor(lay.is_clean, device=device), clean)
 
 
-def pair_noise(config: Config, channels: int, number: int) -> Tensor:
-    """The noise [T, C, h, w] from which pair `number` starts."""
-    T, h, w = config.latent
-    return torch.randn(T, channels, h, w, generator=generator(config.seed, 3, number))
+def mean_over(lay: Layout, error: Tensor, with_anchors: bool = False, with_dummies: bool = False,
+              scored: Tensor | None = None) -> Tensor:
+    """Mean [B] of each sample's squared error [B, slots, C, h, w] over its targets and what else is asked for.
+
+    Never over clean context. scored: the slots [B, slots] that may count at all."""
+    counts = torch.tensor([not c and (i >= 0 or with_dummies) and (t or with_anchors)
+                           for i, t, c in zip(lay.latent, lay.is_target, lay.is_clean)], device=error.device)
+    counts = counts.expand(error.shape[:2]) if scored is None else counts & scored
+    return (error.flatten(2).mean(2) * counts).sum(1) / counts.sum(1).clamp_min(1)
 
 
-def generate_pairs(config: Config, rank: int, world: int, device: torch.device) -> None:
-    """Write the missing shards; process r makes shards r, r + world, ...; at the end rank 0 writes the index."""
-    folder, dtype = Path(config.data), dtype_of(config.dtype)
-    shards = range(0, config.pairs, config.shard)
-    todo = [s for n, s in enumerate(shards) if n % world == rank and not (folder / f"pairs-{s:06d}.safetensors").exists()]
-    teacher = load_dit(config.teacher, dtype, device)
-    c, (T, h, w) = teacher.config, config.latent
-    source = Prompts(config.prompts, c.text_dim, c.text_len)
-    negative = source.embed([config.negative]).to(device)
-    micro = config.micro or 16
-    shapes = (torch.zeros(2 * micro, T, c.in_dim, h, w, device=device), torch.zeros(2 * micro, T, device=device))
-    for _ in range(2):  # the first pass warms up
-        began = time.perf_counter()
-        teacher(*shapes, negative.expand(2 * micro, -1, -1), torch.arange(T, device=device)).sum().item()
-    cost = timedelta(seconds=round((time.perf_counter() - began) * KEEP[-1] * len(todo) * config.shard / micro))
-    print(f"{config.pairs} pairs in {len(shards)} shards, {len(todo)} to make here: about {cost} (h:mm:ss) and "
-          f"{config.pairs * len(KEEP) * T * c.in_dim * h * w * 2 / 1e9:.2g} GB on disk in all", flush=True)
-    with tqdm(total=len(todo) * config.shard * KEEP[-1], desc=f"pairs {rank}", unit="step") as bar, stop_signals() as stop:
-        for s in todo:
-            states, numbers = [], range(s, min(s + config.shard, config.pairs))
-            for a in range(s, numbers.stop, micro):
-                some = range(a, min(a + micro, numbers.stop))
-                noise = torch.stack([pair_noise(config, c.in_dim, i) for i in some]).to(device)
-                prompt = source(some).to(device)
-                states.append(trajectory(teacher, prompt, negative.expand_as(prompt), noise, config.guidance, config.shift, bar).cpu())
-                if stop():
-                    return print(f"stopped; {folder} keeps its whole shards, run the same command to go on")
-            sigmas = torch.tensor([ode_sigmas(KEEP[-1], config.shift)[k] for k in KEEP])
-            write_safetensors(folder / f"pairs-{s:06d}.safetensors", {"states": torch.cat(states).half(), "sigmas": sigmas},
-                              {k: asdict(config)[k] for k in ("teacher", "prompts", "guidance", "negative", "shift", "seed", "latent")})
-    if dist.is_initialized():
-        dist.barrier()
-    if rank == 0:
-        names = sorted(p.name for p in folder.glob("pairs-*.safetensors"))
-        index = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
-        with atomic(folder / "index.json") as tmp:
-            tmp.write_text(json.dumps({"pairs": config.pairs, "shard": config.shard, "shards": index}, indent=1))
-        print(f"wrote {len(index)} shards and {folder / 'index.json'}")
+def denoise(dit: DiT, lay: Layout, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+    """x0 as the network sees it from every slot: x [B, slots, C, h, w], sigma [B, slots]."""
+    v = dit(x, 1000 * sigma, prompt, torch.tensor(lay.pos, device=x.device), lay.visible)
+    return x - sigma[..., None, None, None] * v
 
 
-def read_pairs(config: Config) -> tuple[list[Tensor], dict]:
-    """All shards, memory-mapped: states [S, 5, T, C, h, w] each, and their settings. raises: UserError."""
-    folder = Path(config.data)
-    if not (folder / "index.json").is_file():
-        raise UserError(f"{folder / 'index.json'} does not exist: make pairs first with python train_ode.py --generate --data {folder}")
-    index, states, first = json.loads((folder / "index.json").read_text()), [], None
-    want = torch.tensor([ode_sigmas(KEEP[-1], config.shift)[k] for k in KEEP])
-    for name in index["shards"]:
-        tensors, made = read_tensors(folder / name)
-        if tensors["sigmas"].shape != want.shape or (tensors["sigmas"] - want).abs().max() > 1e-6:
-            raise UserError(f"{name} has noise levels {tensors['sigmas'].tolist()}, but shift {config.shift} needs {want.tolist()}")
-        if tuple(made["latent"]) != tuple(config.latent):
-            raise UserError(f"{name} holds latents {made['latent']}, but --latent is {list(config.latent)}")
-        if made["prompts"] != config.prompts:
-            raise UserError(f"{name} was made with --prompts {made['prompts']}, not {config.prompts}; use the same prompts")
-        if differ := [k for k in made if made[k] != (first := first or made)[k]]:
-            raise UserError(f"{name} differs from the other shards in {', '.join(f'{k}={made[k]!r}' for k in differ)}; delete it "
-                            "and run --generate again")
-        states.append(tensors["states"])
-    return states, made
-
-
-def check_pairs(config: Config) -> None:
-    """Validate every shard: its hash, its noise levels, finite numbers, the first state is the seeded noise, and the
-    share of noise falls from state to state to the end point."""
-    folder = Path(config.data)
-    states, made = read_pairs(config)
-    index = json.loads((folder / "index.json").read_text())
-    for (name, digest), x in zip(index["shards"].items(), tqdm(states, desc="check", unit="shard")):
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-            raise UserError(f"{name} is not the file the index names (its hash differs); delete it and run --generate again")
-        first = int(name[6:12])
-        noise = torch.stack([pair_noise(config, x.shape[3], first + i) for i in range(len(x))]).flatten(1)
-        if not torch.isfinite(x).all():
-            raise UserError(f"{name} holds NaN or infinite latents; delete it and run --generate again")
-        flat = x.float().flatten(2)
-        if (flat[:, 0] - noise).abs().max() > 2e-3:
-            raise UserError(f"{name} does not start from the noise of seed {config.seed}; was it made with another --seed?")
-        share = torch.stack([torch.nn.functional.cosine_similarity(flat[:, k], noise) for k in range(len(KEEP))]).mean(1)
-        near = torch.stack([torch.nn.functional.cosine_similarity(flat[:, k], flat[:, -1]) for k in range(len(KEEP))]).mean(1)
-        if not (share.diff() < 0).all() or not (near.diff() > 0).all():
-            raise UserError(f"{name}: the states do not fall from noise to a clean end (likeness to the noise "
-                            f"{share.tolist()}, to the end {near.tolist()})")
-    print(f"{sum(map(len, states))} pairs in {len(states)} shards are good: made by {made['teacher']}, guidance {made['guidance']}, "
-          f"shift {made['shift']}, likeness to the noise from 1 to {share[-1]:.2f}")
-
-
-# ---------------------------------------------------------------- the loss
 def ode_loss(dit: DiT, lay: Layout, states: Tensor, levels: Tensor, sigmas: Tensor, prompt: Tensor,
              loss_on_anchors: bool = False) -> Tensor:
     """Regress the end point from every slot's state, in one masked pass (paper Eq. 1).
 
-    states: [B, K+1, T, C, h, w], noisiest first, the end point last;  levels: [B, steps of the plan], in 0 .. K, where K
-    is clean context without loss;  sigmas: [K+1], the last is 0.  returns: the mean squared error of each sample [B]"""
-    device = states.device
-    latent = torch.tensor([i if i >= 0 else ~i for i in lay.latent], device=device)
-    level = levels[:, torch.tensor(lay.step, device=device)]                        # (B, slots)
-    x = states[torch.arange(len(states), device=device)[:, None], level, latent]    # (B, slots, C, h, w)
+    states: [B, K+1, slots, C, h, w], noisiest first, the end point last;  levels: [B, steps of the plan], in 0 .. K, where
+    K is clean context without loss;  sigmas: [K+1], the last is 0.  returns: the mean squared error of each sample [B]"""
+    level = per_slot(lay, levels, len(sigmas) - 1)
+    batch, slot = (torch.arange(n, device=states.device) for n in level.shape)
     sigma = sigmas[level]
-    v = dit(x, 1000 * sigma, prompt, torch.tensor(lay.pos, device=device), lay.visible)
-    x0 = x - sigma[..., None, None, None] * v
-    error = (x0 - states[:, -1, latent]).square().flatten(2).mean(2)                # (B, slots)
-    scored = torch.tensor([i >= 0 and (t or loss_on_anchors) for i, t in zip(lay.latent, lay.is_target)], device=device)
-    scored = scored & (sigma > 0)
-    return (error * scored).sum(1) / scored.sum(1).clamp_min(1)
+    x0 = denoise(dit, lay, states[batch[:, None], level, slot], sigma, prompt)
+    return mean_over(lay, (x0 - states[:, -1]).square(), loss_on_anchors, scored=sigma > 0)
+
+
+def cd_loss(dit: DiT, average: DiT, teacher: DiT, lay: Layout, x0: Tensor, noise: Tensor, index: Tensor, grid: Tensor,
+            prompt: Tensor, negative: Tensor, guidance: float, loss_on_anchors: bool = False) -> Tensor:
+    """Agree with the average one level lower on the teacher's ODE (Causal Forcing++), after clean context.
+
+    x0, noise: [B, slots, C, h, w];  index: [B, steps of the plan], in 0 .. K-2;  grid: [K+1] noise levels from 1 to 0"""
+    sigma, below = (per_slot(lay, grid[index + k], 0.0) for k in (0, 1))
+    high, low = (s[..., None, None, None] for s in (sigma, below))
+    x = (1 - high) * x0 + high * noise
+    with torch.no_grad():
+        pos = torch.tensor(lay.pos, device=x.device)
+        both = torch.cat([prompt, negative.expand_as(prompt)])
+        cond, uncond = teacher(torch.cat([x, x]), 1000 * torch.cat([sigma, sigma]), both, pos, lay.visible).chunk(2)
+        target = denoise(average, lay, x + (low - high) * (uncond + guidance * (cond - uncond)), below, prompt)
+    return mean_over(lay, (denoise(dit, lay, x, sigma, prompt) - target).square(), loss_on_anchors)
 
 
 # ---------------------------------------------------------------- training
-def train(config: Config, rank: int, world: int, device: torch.device) -> None:
+Loss = Callable[[int, list[int], int, Layout], Tensor]  # (step, samples, direction, layout) -> [B]
+
+
+def fit(config, dit: DiT, lays: list[Layout], loss_of: Loss, rank: int, world: int, device: torch.device, name: str,
+        average: tuple[EMA, DiT] | None = None) -> None:
+    """Train on the mean of `loss_of` in every layout, both in each iteration; write `name`.safetensors.
+
+    config: has what `Config` has from `steps` to `device`;  average: kept up to date, and part of the resume state"""
     micro, rounds = split_batch(config.batch, config.micro, rank, world)
-    states, _ = read_pairs(config)
-    where = [(s, i) for s, shard in enumerate(states) for i in range(len(shard))]
-    dit = load_dit(config.weights, torch.float32, device).train().requires_grad_(True)
-    dit.checkpointing = config.checkpointing
-    distribute(dit, config.parallel, dtype_of(config.dtype))
-    source = Prompts(config.prompts, dit.config.text_dim, dit.config.text_len)
-    sigmas = torch.tensor([*student_sigmas(shift=config.shift), 0.0], device=device)
-    layouts = [layout(plan) for plan in both_directions(config.latent[0], config.block, config.anchors, config.head)]
-    tokens = dit.config.tokens(*config.latent[1:])
-    visibles = [lay.visible.prepare(tokens, device) for lay in layouts]
-    layouts = [Layout(lay.latent, lay.step, lay.pos, lay.is_target, visible) for lay, visible in zip(layouts, visibles)]
     optimiser = torch.optim.AdamW(dit.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
+    averages = {"ema": average[0]} if average else {}
     out, first = Path(config.out), 0
     state, log = out / "state.pt", out / "log.jsonl"
     if state.exists():
-        first = load_state(state, asdict(config), {"dit": (dit, optimiser)})
+        first = load_state(state, asdict(config), {"dit": (dit, optimiser)}, **averages)
         trim_log(log, first)
     out.mkdir(parents=True, exist_ok=True)
-
-    def sample(step: int, j: int) -> tuple[int, list[Tensor]]:
-        """Sample j of an iteration: a pair and, for each plan, a noise level per step."""
-        g = generator(config.seed, 4, step, j)
-        number = int(torch.randint(len(where), (1,), generator=g))
-        levels = [torch.randint(len(sigmas) - 1, (max(lay.step) + 1,), generator=g) for lay in layouts]
-        clean = [torch.rand(len(k), generator=g) < config.clean for k in levels]
-        return number, [k.masked_fill(c, len(sigmas) - 1) for k, c in zip(levels, clean)]
-
     dtype = dtype_of(config.dtype if config.parallel == "ddp" else "float32")  # FSDP2 casts by itself
     with (stop_signals() as stop, computing(dtype, device),
-          trange(first, config.steps, initial=first, total=config.steps, desc="stage 1", disable=rank > 0) as bar):
+          trange(first, config.steps, initial=first, total=config.steps, desc=name, disable=rank > 0) as bar):
         for step in bar:
             for group in optimiser.param_groups:
                 group["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1),
                                               (config.steps - step) / max(config.steps * config.decay, 1))
-            losses = [0.0] * len(layouts)
+            if average:
+                average[0].copy_to(average[1])
+            losses = [0.0] * len(lays)
             for r in range(rounds):
-                drawn = [sample(step, (r * world + rank) * micro + m) for m in range(micro)]
-                numbers = [n for n, _ in drawn]
-                x = torch.stack([states[where[n][0]][where[n][1]].float() for n in numbers]).to(device)
-                prompt = source(numbers).to(device)
-                for d, lay in enumerate(layouts):
-                    levels = torch.stack([k[d] for _, k in drawn]).to(device)
-                    loss = ode_loss(dit, lay, x, levels, sigmas, prompt, config.loss_on_anchors).mean() / rounds
+                samples = [(r * world + rank) * micro + m for m in range(micro)]
+                for d, lay in enumerate(lays):
+                    loss = loss_of(step, samples, d, lay).mean() / rounds
                     loss.backward()
                     losses[d] += loss.item()
             sync_gradients(dit, config.parallel)
@@ -287,30 +205,98 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
             norm = clip_gradients(dit, config.clip, f"step {step}")
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+            if average:
+                average[0].update(dit)
             last, stopping = step + 1 == config.steps, mean_over_processes(float(stop()), device) > 0
             if rank == 0:
                 log_row(log, step=step, forward=losses[0], backward=losses[1], norm=norm)
                 bar.set_postfix(forward=f"{losses[0]:.4f}", backward=f"{losses[1]:.4f}")
             if (step + 1) % config.save_every == 0 or last or stopping:
-                save_state(state, step + 1, asdict(config), {"dit": (dit, optimiser)})
+                save_state(state, step + 1, asdict(config), {"dit": (dit, optimiser)}, **averages)
                 if stopping and not last:
                     return print(f"stopped at step {step + 1}; run the same command to go on") if rank == 0 else None
     weights = whole_state(dit)
     if rank == 0:
-        write_safetensors(out / "student.safetensors", weights, asdict(dit.config))
-        print(f"wrote {out / 'student.safetensors'}")
+        write_safetensors(out / f"{name}.safetensors", weights, asdict(dit.config))
+        print(f"wrote {out / name}.safetensors")
+
+
+def network(config, path: str, device: torch.device, trained: bool = True, dtype: torch.dtype = torch.float32) -> DiT:
+    """Load a network for training, or one that is only asked."""
+    dit = load_dit(path, dtype, device).requires_grad_(trained)
+    dit.checkpointing = config.checkpointing
+    return distribute(dit.train(trained), config.parallel, dtype_of(config.dtype))
+
+
+def layouts(config, dit: DiT, teacher_forcing: bool, device: torch.device) -> list[Layout]:
+    """The two directions as masked sequences, their masks on the device."""
+    lays = [layout(plan, teacher_forcing) for plan in both_directions(config.latent[0], config.block, config.anchors, config.head)]
+    return [replace(lay, visible=lay.visible.prepare(dit.config.tokens(*config.latent[1:]), device)) for lay in lays]
+
+
+def train_ode(config: Config, rank: int, world: int, device: torch.device) -> None:
+    shards, _ = read_pairs(config)
+    where = [(shard, i) for shard in shards for i in range(pairs_in(shard))]
+    dit = network(config, config.weights, device)
+    source = Prompts(config.prompts, dit.config.text_dim, dit.config.text_len)
+    sigmas = torch.tensor([*student_sigmas(shift=config.shift), 0.0], device=device)
+    lays = layouts(config, dit, config.teacher_forcing or is_causal(config), device)
+
+    def loss_of(step: int, samples: list[int], d: int, lay: Layout) -> Tensor:
+        """Sample j of an iteration: a pair and, for each plan, a noise level per step."""
+        numbers, levels = [], []
+        for j in samples:
+            g = generator(config.seed, 4, step, j)
+            numbers.append(int(torch.randint(len(where), (1,), generator=g)))
+            drawn = [torch.randint(len(sigmas) - 1, (max(each.step) + 1,), generator=g) for each in lays]
+            clean = [torch.rand(len(k), generator=g) < config.clean for k in drawn]
+            levels.append(drawn[d].masked_fill(clean[d], len(sigmas) - 1))
+        states = torch.stack([slot_states(*where[n], lay, d) for n in numbers]).to(device)
+        return ode_loss(dit, lay, states, torch.stack(levels).to(device), sigmas, source(numbers).to(device), config.loss_on_anchors)
+    fit(config, dit, lays, loss_of, rank, world, device, "student")
+
+
+def train_cd(config: Config, rank: int, world: int, device: torch.device) -> None:
+    if not is_causal(config):
+        raise UserError(f"--method cd follows an autoregressive teacher, not --teacher {config.teacher}; train one with train_ar.py and "
+                        "name it as ar:FILE")
+    dit, average = network(config, config.weights, device), network(config, config.weights, device, trained=False)
+    teacher = network(config, teacher_file(config), device, trained=False, dtype=dtype_of(config.dtype))
+    c = dit.config
+    source = Prompts(config.prompts, c.text_dim, c.text_len)
+    clips, negative = Clips(config.latents, config.latent, c.in_dim, source), source.embed([config.negative]).to(device)
+    grid = torch.tensor(ode_sigmas(KEEP[-1], config.shift), device=device)
+    lays = layouts(config, dit, True, device)
+
+    def loss_of(step: int, samples: list[int], d: int, lay: Layout) -> Tensor:
+        """Sample j of an iteration: a clip, its noise in each slot, and a level of the grid per step."""
+        numbers, index, noise = [], [], []
+        for j in samples:
+            g = generator(config.seed, 12, step, j, d)
+            numbers.append(int(torch.randint(len(clips), (1,), generator=g)))
+            index.append(torch.randint(len(grid) - 2, (max(lay.step) + 1,), generator=g))
+            noise.append(torch.randn(len(lay.latent), *clips[0].shape[1:], generator=g))
+        latent = [i if i >= 0 else ~i for i in lay.latent]
+        x0 = torch.stack([clips[n][latent] for n in numbers]).to(device)
+        return cd_loss(dit, average, teacher, lay, x0, torch.stack(noise).to(device), torch.stack(index).to(device), grid,
+                       source(numbers).to(device), negative, config.guidance, config.loss_on_anchors)
+    fit(config, dit, lays, loss_of, rank, world, device, "student", (EMA(dit, config.ema), average))
 
 
 def main(config: Config) -> None:
     rank, world, device = start(config.device)
     if len(config.latent) != 3 or min(config.latent) < 1:
         raise UserError(f"--latent {config.latent} must be three numbers: latents, height, width")
+    if config.method not in ("ode", "cd"):
+        raise UserError(f"--method {config.method!r} must be ode or cd")
     if config.check:
         check_pairs(config)
     elif config.generate:
         generate_pairs(config, rank, world, device)
+    elif config.method == "cd":
+        train_cd(config, rank, world, device)
     else:
-        train(config, rank, world, device)
+        train_ode(config, rank, world, device)
 
 
 if __name__ == "__main__":

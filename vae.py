@@ -67,6 +67,10 @@ class VAEConfig:
         """21 latents -> 81 frames."""
         return 1 + self.time * (latents - 1)
 
+    def latents(self, frames: int) -> int:
+        """81 frames -> 21 latents."""
+        return 1 + (frames - 1) // self.time
+
 
 PRESETS = {"wan": VAEConfig(), "toy": VAEConfig(dim=16, z_dim=16, num_res_blocks=1)}  # toy [ours]
 LAYOUT = torch.channels_last_3d  # channels innermost: the norm over channels, else as dear as a convolution, becomes cheap

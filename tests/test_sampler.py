@@ -188,7 +188,7 @@ def drawn(plan: Plan, B: int = 2, seed: int = 10) -> tuple:
     return randn(seed, B, rows, 4, H, W), randn(seed + 1, 3, B, rows, 4, H, W), randn(seed + 2, B, rows, 4, H, W)
 
 
-def obvious_rollout(model, plan: Plan, text, noise, renoise, own_latents, sigmas, commit_anchors) -> torch.Tensor:
+def obvious_rollout(model, plan: Plan, text, noise, renoise, own_latents, sigmas, commit_anchors, first=None) -> torch.Tensor:
     """No cache: for each denoising step of each block, everything before it runs again, clean, in one masked sequence."""
     row = {-1: plan.length, -2: plan.length + 1, -3: plan.length + 2} | {i: i for i in range(plan.length)}
     steps, clean, made = [], [], {}  # finished steps as they are seen later, and their clean latents
@@ -197,7 +197,7 @@ def obvious_rollout(model, plan: Plan, text, noise, renoise, own_latents, sigmas
         if step.given:
             x0, step = own_latents[:, list(step.targets)], seen
         else:
-            for k, sigma in enumerate(sigmas):
+            for k, sigma in enumerate(first if first and not steps else sigmas):
                 fresh = torch.stack([(noise if k == 0 else renoise[k - 1])[:, row[i]] for i in step.own], 1)
                 x = fresh if k == 0 else (1 - sigma) * x0 + sigma * fresh
                 z = torch.cat([*clean, x], 1)
@@ -240,6 +240,16 @@ def test_exit_stops_every_block_there(name, exit_at):
     noise, renoise, _ = drawn(plan)
     got = generate(model, plan, [text], noise_from(noise, renoise), exit_at=exit_at)
     assert distance(got, obvious_rollout(model, plan, text, noise, renoise, None, SIGMAS[:exit_at + 1], False)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["forward", "backward P=3"])
+def test_first_block_may_take_more_steps(name):
+    """One step a block, but four for the first; and with exits, two of these four."""
+    model, text, plan = tiny_dit(), randn(5, 2, 5, 32), PLANS[name]
+    noise, renoise, _ = drawn(plan)
+    for levels, first in ((SIGMAS, (SIGMAS, None)), (SIGMAS[:2], (SIGMAS, 1))):
+        got = generate(model, plan, [text], noise_from(noise, renoise), SIGMAS[:1], first=first)
+        assert distance(got, obvious_rollout(model, plan, text, noise, renoise, None, SIGMAS[:1], False, levels)) <= 1e-5
 
 
 def leaves(B: int = 1):

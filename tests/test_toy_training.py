@@ -24,8 +24,8 @@ def small_world(monkeypatch):
     """A preset "small" for both scripts, and clips of at most 9 frames where the scripts ask for 81."""
     monkeypatch.setitem(train_vae.PRESETS, "small", SMALL)
     monkeypatch.setitem(train_teacher.PRESETS, "small", DiTConfig(**WORDED))
-    for module in (train_vae, train_teacher):
-        monkeypatch.setattr(module, "clips", lambda seeds, size, frames: clips(seeds, size, min(frames, 9)))
+    monkeypatch.setattr(train_teacher, "FRAMES", 9)
+    monkeypatch.setattr(train_vae, "clips", lambda seeds, size, frames: clips(seeds, size, min(frames, 9)))
     monkeypatch.setattr(train_teacher, "report", partial(train_teacher.report, n=2))
 
 
@@ -212,18 +212,18 @@ def test_teacher_learns_and_writes_its_average(both, monkeypatch):
 
 
 def test_clips_are_encoded_once(both, capsys):
-    """Latents are those of clips 0, 1, ..., kept in a file; another --clips does not take a file of other length."""
+    """Latents are those of clips 0, 1, ..., kept in a folder; another --clips makes the missing ones."""
     a, _ = both
     train(a, train_teacher, steps=1)
-    kept = a / "latents.safetensors"
+    kept = a / "latents" / "latents-000000.safetensors"
     before, vae = kept.stat().st_mtime_ns, load_vae(a / "vae.safetensors")
     latents = read_tensors(kept)[0]["latents"]
-    assert latents.shape == (6, 3, 2, 2, 2) and distance(latents[4], vae.encode(clips([4], 16, 9)[0])[0]) <= 1e-5
-    (a / "teacher.state.pt").unlink(missing_ok=True)
-    train(a, train_teacher, steps=1)
-    assert kept.stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="holds 6 clips, not 7; delete it or use --clips 6"):
-        train(a, train_teacher, clips=7)
+    assert latents.shape == (6, 3, 2, 2, 2) and distance(latents[4].float(), vae.encode(clips([4], 16, 9)[0])[0]) <= 5e-3
+    for clips_flag in (6, 7):
+        (a / "teacher.state.pt").unlink(missing_ok=True)
+        train(a, train_teacher, steps=1, clips=clips_flag)
+        assert (kept.stat().st_mtime_ns == before) == (clips_flag == 6)
+    assert len(read_tensors(kept)[0]["latents"]) == 7
 
 
 @pytest.mark.parametrize("script", [train_vae, train_teacher])

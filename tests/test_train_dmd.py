@@ -298,7 +298,8 @@ def test_a_killed_run_logs_each_step_once(files, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{"anchors": 0}, {"latent": (9, 4, 4), "block": 6, "anchors": 0, "head": 3}, {"commit_anchors": True},
-                                     {"shared_critic": False}, {"anchors": 1}], ids=str)
+                                     {"shared_critic": False}, {"anchors": 1}, {"denoising": (1000.0, 500.0)}, {"block": 1, "anchors": 1},
+                                     {"denoising": (1000.0,), "first_denoising": (1000.0, 750.0, 500.0, 250.0)}], ids=str)
 def test_ablations_run_and_change_the_result(changes, files, tmp_path):
     """Every ablation trains, and is no dead flag. (9 latents: in a rollout of two blocks nobody reads committed anchors' traces.)"""
     usual = {"latent": (9, 4, 4), "steps": 3}

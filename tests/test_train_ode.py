@@ -25,12 +25,15 @@ from tiny import (
 from torch import nn
 
 import anchors
+import pairs
 import train_ode
 from anchors import layout
 from common import UserError, read_tensors, write_safetensors
 from dit import load_dit, save_dit
-from sampler import ode_sigmas, student_sigmas
-from train_ode import KEEP, Config, main, ode_loss, trajectory
+from pairs import KEEP, integrate, pair_noise
+from sampler import noise_from, ode_sigmas, student_sigmas
+from text import Prompts
+from train_ode import Config, main, ode_loss
 
 LATENT = (6, 4, 4)
 
@@ -74,8 +77,9 @@ def by_hand(plan, *levels, v=(18., 20.), **options):
     """ode_loss of a network that answers v, for each list of levels one sample. v = 18 errs by 2 sigma in one of two cells, so a
     slot's mean square is 2 at sigma 1 and .5 at sigma .5."""
     dit = Constant(torch.tensor(v))
-    states = STATES.expand(len(levels), -1, -1, -1, -1, -1)
-    return ode_loss(dit, layout(plan), states, torch.tensor(levels), LEVELS, torch.zeros(1), **options).tolist(), dit
+    lay = layout(plan)
+    states = STATES[:, :, [i if i >= 0 else ~i for i in lay.latent]].expand(len(levels), -1, -1, -1, -1, -1)
+    return ode_loss(dit, lay, states, torch.tensor(levels), LEVELS, torch.zeros(1), **options).tolist(), dit
 
 
 def test_loss_by_hand():
@@ -123,7 +127,14 @@ def test_student_is_trained_on_the_levels_it_samples_with():
 class Towards(nn.Module):
     """The velocity of the flow from noise to one point, the mean of the prompt: v = (x - mean) / sigma."""
 
-    def forward(self, x, t, prompt, pos):
+    def __init__(self):
+        super().__init__()
+        self.patch_embedding = nn.Linear(1, 1)
+
+    def text_kv(self, prompt):
+        return prompt
+
+    def forward(self, x, t, prompt, pos, past=None):
         return (x - prompt.mean((1, 2)).view(-1, 1, 1, 1, 1)) / (t / 1000)[..., None, None, None]
 
 
@@ -131,7 +142,7 @@ class Towards(nn.Module):
 def test_trajectory_of_a_known_flow(shift):
     """Euler is exact on straight lines: the states are mean + sigma (noise - mean), where guidance 3 makes the mean 1 + 3 (2 - 1)."""
     noise, prompt = randn(0, 2, 3, 1, 2, 2).double(), torch.full((2, 1, 1), 2.0).double()
-    states = trajectory(Towards(), prompt, torch.ones_like(prompt), noise, 3.0, shift)
+    (_, states), = integrate(Towards(), anchors.forward(3), prompt, torch.ones_like(prompt), noise_from(noise), 3.0, shift, keep=KEEP)
     sigmas = torch.tensor([ode_sigmas(48, shift)[k] for k in (0, 12, 24, 36, 48)]).double()
     want = 4 + sigmas.view(1, 5, 1, 1, 1, 1) * (noise[:, None] - 4)
     assert distance(states, want) <= 1e-5 and torch.equal(states[:, 0], noise)
@@ -139,10 +150,10 @@ def test_trajectory_of_a_known_flow(shift):
 
 def test_pairs_are_the_teachers_trajectories(files):
     """Pair n starts from the noise of (seed, n), follows the teacher with caption n, and is stored as float16 states of all five levels."""
-    teacher, source = load_dit(files["teacher"]), train_ode.Prompts("toy", 64, 12)
+    teacher, source = load_dit(files["teacher"]), Prompts("toy", 64, 12)
     tensors, made = read_tensors(f"{files['data']}/pairs-000004.safetensors")
-    noise = train_ode.pair_noise(Config(**files), 2, 5)[None]
-    states = trajectory(teacher, source([5]), source.embed([""]), noise, 2.0, 5.0)
+    noise = noise_from(pair_noise(Config(**files), 2, 5)[None])
+    (_, states), = integrate(teacher, anchors.forward(6, 6), source([5]), source.embed([""]), noise, 2.0, keep=KEEP)
     assert tensors["states"].shape == (2, 5, 6, 2, 4, 4) and tensors["states"].dtype == torch.float16
     assert distance(tensors["states"][1].float(), states[0]) <= 4e-3
     assert tensors["sigmas"].tolist() == pytest.approx([1, .9375, 5 / 6, .625, 0]) and made["guidance"] == 2.0
@@ -169,7 +180,7 @@ def test_only_the_missing_shard_is_made_again(files, tmp_path, capsys):
 def test_interrupted_generation_goes_on(files, tmp_path, monkeypatch, capsys):
     """SIGTERM in the second shard: the first stays, no index claims that all is there, and the same command makes the rest."""
     made = files | {"data": str(tmp_path)}
-    at_call(monkeypatch, train_ode, "trajectory", 2, terminate)
+    at_call(monkeypatch, pairs, "make_pairs", 2, terminate)
     main(Config(**made, generate=True))
     assert [p.name for p in tmp_path.iterdir()] == ["pairs-000000.safetensors"] and "stopped" in capsys.readouterr().out
     main(Config(**made, generate=True))
@@ -199,7 +210,7 @@ DAMAGES = {
     "NaN": (lambda data: rewrite(data, lambda x: x[1, 2].fill_(float("nan"))), {}, "pairs-000000.safetensors holds NaN"),
     "another seed": (lambda data: None, {"seed": 1}, "does not start from the noise of seed 1"),
     "another shift": (lambda data: None, {"shift": 8}, "but shift 8.0 needs"),
-    "another size": (lambda data: None, {"latent": (9, 4, 4)}, "but --latent is [9, 4, 4]"),
+    "another size": (lambda data: None, {"latent": (9, 4, 4)}, "with --latent 6 4 4, but --latent is 9 4 4"),
     "start noise as end": (lambda data: rewrite(data, lambda x: x[:, 4].copy_(x[:, 0])), {}, "do not fall from noise to a clean end"),
     "fresh noise as end": (lambda data: rewrite(data, lambda x: x[:, 4].copy_(randn(9, *x[:, 4].shape))), {},
                            "do not fall from noise to a clean end"),
@@ -210,7 +221,8 @@ DAMAGES = {
 
 def test_good_pairs_pass_the_check(files, monkeypatch, capsys):
     """The check says how many pairs, of whom, and how far the end is from noise."""
-    assert command_line(monkeypatch, capsys, train_ode, "--check", latent=LATENT, data=files["data"]) == (0, "")
+    flags = {k: files[k] for k in ("latent", "data", "teacher")}
+    assert command_line(monkeypatch, capsys, train_ode, "--check", **flags) == (0, "")
     assert "6 pairs in 3 shards are good" in capsys.readouterr().out
 
 
@@ -220,7 +232,8 @@ def test_check_names_the_damage(name, files, tmp_path, monkeypatch, capsys):
     damage, flags, says = DAMAGES[name]
     data = shutil.copytree(files["data"], tmp_path / "pairs")
     damage(data)
-    code, error = command_line(monkeypatch, capsys, train_ode, "--check", **{"latent": LATENT, "data": data} | flags)
+    flags = {"latent": LATENT, "data": data, "teacher": files["teacher"]} | flags
+    code, error = command_line(monkeypatch, capsys, train_ode, "--check", **flags)
     assert code == 2 and says in error
 
 
@@ -231,6 +244,12 @@ def test_shards_of_two_makings_are_refused(files, tmp_path):
     with pytest.raises(UserError, match="guidance"):
         main(Config(**files | {"data": str(data)}, generate=True, guidance=3.0))
         main(Config(**files | {"data": str(data)}, check=True, guidance=3.0))
+
+
+def test_pairs_of_another_teacher_are_refused(files, tmp_path):
+    """Which teacher made the pairs is recorded in the shards and compared with the flag."""
+    with pytest.raises(UserError, match="--teacher .*teacher.safetensors, but --teacher is other"):
+        train(files, tmp_path, teacher="other")
 
 
 def test_pairs_of_other_prompts_are_refused(files, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
+import latents
 import text
 from common import (
     EMA,
@@ -23,21 +24,20 @@ from common import (
     generator,
     load_state,
     log_row,
-    read_tensors,
     run,
     save_state,
     start,
     stop_signals,
     trim_log,
-    write_safetensors,
 )
 from dit import PRESETS, DiT, save_dit
 from media import write_sheet
-from sampler import shift_sigma
+from pairs import many_steps
+from sampler import noise_from, shift_sigma
 from toy import world
-from toy.train_vae import clips
-from train_ode import trajectory
 from vae import VAE, load_vae
+
+FRAMES = 81  # [Wan]
 
 
 @dataclass
@@ -60,20 +60,6 @@ class Config:
     device: str = "auto"
 
 
-@torch.no_grad()
-def encode_clips(vae: VAE, config: Config, path: Path, device: torch.device, batch: int = 8) -> Tensor:
-    """Latents [clips, 21, C, h, w] of clips 0 .. clips-1, made once and kept in a file."""
-    if path.exists():
-        latents = read_tensors(path)[0]["latents"]
-        if len(latents) != config.clips:
-            raise UserError(f"{path} holds {len(latents)} clips, not {config.clips}; delete it or use --clips {len(latents)}")
-        return latents
-    parts = [vae.encode(clips(list(range(a, min(a + batch, config.clips))), config.size, 81)[0].to(device), chunk=99).cpu()
-             for a in trange(0, config.clips, batch, desc="encode clips")]
-    write_safetensors(path, {"latents": torch.cat(parts)})
-    return torch.cat(parts)
-
-
 def teacher_loss(dit: DiT, x0: Tensor, prompts: Tensor, u: Tensor, noise: Tensor, shift: float) -> Tensor:
     """Flow matching, per clip: x0, noise [B, T, C, h, w], u [B] in [0, 1] before the shift -> [B]."""
     sigma = shift_sigma(u, shift).view(-1, 1, 1, 1, 1)
@@ -90,7 +76,7 @@ def report(dit: DiT, vae: VAE, config: Config, sheet: Path, n: int = 64) -> dict
     side = config.size // vae.config.space
     noise = torch.stack([torch.randn(21, dit.config.in_dim, side, side, generator=generator(config.seed, 9, i)) for i in range(n)])
     prompts = text.embed(captions, dit.config.text_dim, dit.config.text_len)
-    parts = [trajectory(dit, p.to(device), torch.zeros_like(p, device=device), x.to(device), config.guidance, 5.0)[:, -1]
+    parts = [many_steps(dit, None, p.to(device), torch.zeros_like(p, device=device), noise_from(x.to(device)), config.guidance)
              for p, x in zip(prompts.split(16), noise.split(16))]
     video = torch.cat([vae.decode(z[None], chunk=99).cpu() for z in torch.cat(parts)])
     write_sheet(sheet, video[:8], columns=11)
@@ -101,13 +87,14 @@ def main(config: Config) -> None:
     device = start(config.device)[2]
     out, dtype = Path(config.out), dtype_of(config.dtype)
     vae = load_vae(out / "vae.safetensors", device=device)
-    latents = encode_clips(vae, config, out / "latents.safetensors", device)
-    captions = [text.toy_caption(i) for i in range(config.clips)]
+    latents.encode(latents.Config(vae=str(out), out=str(out / "latents"), clips=config.clips, frames=FRAMES,
+                                   size=(config.size, config.size)), device=device)
     if config.preset not in PRESETS:
         raise UserError(f"unknown preset {config.preset!r}; use {', '.join(PRESETS)}")
     torch.manual_seed(config.seed)
     dit = DiT(PRESETS[config.preset]).to(device)
-    table = text.embed(captions, dit.config.text_dim, dit.config.text_len)
+    source, side = text.Prompts("toy", dit.config.text_dim, dit.config.text_len), config.size // vae.config.space
+    clips = latents.Clips(str(out / "latents"), (vae.config.latents(FRAMES), side, side), vae.config.z_dim, source)
     optimiser = torch.optim.AdamW(dit.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
     ema, first = EMA(dit, config.ema), 0
     state, log = out / "teacher.state.pt", out / "teacher.log.jsonl"
@@ -120,8 +107,8 @@ def main(config: Config) -> None:
                 group["lr"] = cosine(step, config.steps, config.lr)
             g = generator(config.seed, 2, step)
             pick = torch.randint(config.clips, (config.batch,), generator=g)
-            x0 = latents[pick].to(device)
-            prompts = table[pick] * (torch.rand(config.batch, 1, 1, generator=g) >= config.dropout)
+            x0 = torch.stack([clips[i] for i in pick.tolist()]).to(device)
+            prompts = source(pick.tolist()) * (torch.rand(config.batch, 1, 1, generator=g) >= config.dropout)
             u, noise = torch.rand(config.batch, generator=g).to(device), torch.randn(x0.shape, generator=g).to(device)
             with computing(dtype, device):
                 losses = teacher_loss(dit, x0, prompts.to(device), u, noise, config.shift)

@@ -1,0 +1,113 @@
+"""The autoregressive teacher (Causal Forcing, stage 1): flow matching by teacher forcing, in both directions.
+
+A bidirectional teacher's end point depends on the future, which a causal student does not see; regressing it gives a
+mean of what might come, and jumps between blocks. So first make a teacher that sees what the student will see:
+
+    sequence = [clean | noisy]                             one masked pass a direction (`anchors.layout`)
+    a noisy block sees the clean latents its plan's step reads, and its own block with its anchors
+    one time per step of the plan, independent; loss = w(t) |v - (noise - x0)|^2
+
+Data are latents of real clips (latents.py); it starts from the bidirectional teacher. Its end points are then what
+train_ode.py --teacher ar regresses. Anchors and dummies get a loss here: its ODE moves them, too [ours].
+
+    python latents.py && python train_ar.py && python train_ode.py --generate --teacher ar && python train_ode.py --teacher ar
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anchors import Layout
+from common import UserError, generator, run, start
+from dit import DiT
+from latents import Clips
+from sampler import shift_sigma
+from text import Prompts
+from train_ode import fit, layouts, mean_over, network, per_slot
+
+
+@dataclass
+class Config:
+    """Train the autoregressive teacher on latents of real clips."""
+    PRESETS = {"toy": {}, "toy64": {"latent": (21, 8, 8)}, "wan": {  # [Causal Forcing]
+        "weights": "Wan2.1-T2V-1.3B", "prompts": "out/latents/prompts.txt", "latent": (21, 60, 104), "steps": 2000, "batch": 64,
+        "micro": 1, "lr": 2e-6, "warmup": 0, "decay": 0.0, "betas": (0.0, 0.999), "dropout": 0.0, "shift": 5.0, "parallel": "fsdp",
+        "checkpointing": True}}
+    PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}
+    preset: str = "toy"              # toy, toy64 (64 pixels), wan or wan-framewise: the published numbers
+    weights: str = "toy/weights/teacher.safetensors"  # the bidirectional teacher it starts from
+    latents: str = "out/latents"     # folder of real clips, made by latents.py
+    prompts: str = "toy"             # toy; or the prompts.txt beside the latents (or its embeddings)
+    out: str = "out/ar"              # folder of teacher.safetensors, log.jsonl and the resume state
+    latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
+    shift: float = 3.0               # of the training times [ours; Causal Forcing: 5]
+    dropout: float = 0.1             # share of prompts replaced by the empty one, for guidance [Causal Forcing: 0]
+    loss_on_anchors: bool = True     # and on dummies: the teacher's ODE moves them, too
+    steps: int = 2000                # training iterations [Causal Forcing: 2000 or more]
+    batch: int = 16                  # samples an iteration, over all processes [Causal Forcing: 64]
+    micro: int = 0                   # samples a forward pass, the rest is accumulated; 0: all of a process's share
+    lr: float = 5e-4                 # AdamW, constant between warm-up and decay [Causal Forcing: 2e-6]
+    warmup: int = 50                 # iterations
+    decay: float = 0.5               # share of the steps, at the end, over which the rate falls to zero
+    betas: tuple[float, ...] = (0.9, 0.999)  # [Causal Forcing: 0, 0.999]
+    weight_decay: float = 0.01       # [Causal Forcing]
+    clip: float = 10.0               # gradient norm
+    block: int = 3                   # B: latents a step
+    anchors: int = 3                 # P: anchors before each backward block; 0 uses the dummy block
+    head: int = 0                    # size of the block of latent 0 if not --block
+    seed: int = 0
+    save_every: int = 200            # iterations between resume states
+    parallel: str = "ddp"            # ddp, or fsdp: shard the model
+    checkpointing: bool = False      # recompute activations in the backward pass
+    dtype: str = "bfloat16"          # of computation; trained weights, optimiser and sums are float32
+    device: str = "auto"
+
+
+def bell(sigma: Tensor, shift: float) -> Tensor:
+    """The weight of a noise level: exp(-2 (sigma - 1/2)^2), lowered to vanish at sigma 1 and scaled to mean 1 over the
+    1000 shifted levels; with shift 5 it is 0.03 at the smallest level and 2.08 at 1/2 [Wan's scheduler; Causal Forcing]."""
+    table = shift_sigma(torch.arange(1, 1001, dtype=torch.float64) / 1000, shift)
+    height = (-2 * (table - 0.5).square()).exp()
+    return ((-2 * (sigma.double() - 0.5).square()).exp() - height.min()).clamp_min(0).div((height - height.min()).mean()).float()
+
+
+def ar_loss(dit: DiT, lay: Layout, x0: Tensor, noise: Tensor, sigma: Tensor, prompt: Tensor, shift: float,
+            loss_on_anchors: bool = True) -> Tensor:
+    """Weighted flow matching after clean context: x0, noise [B, slots, C, h, w], sigma [B, steps of the plan] -> [B]."""
+    at = per_slot(lay, sigma, 0.0)
+    mix = at[..., None, None, None]
+    x = (1 - mix) * x0 + mix * noise
+    v = dit(x, 1000 * at, prompt, torch.tensor(lay.pos, device=x.device), lay.visible)
+    weight = bell(at, shift)[..., None, None, None]
+    return mean_over(lay, weight * (v - (noise - x0)).square(), loss_on_anchors, loss_on_anchors)
+
+
+def main(config: Config) -> None:
+    rank, world, device = start(config.device)
+    if len(config.latent) != 3 or min(config.latent) < 1:
+        raise UserError(f"--latent {config.latent} must be three numbers: latents, height, width")
+    dit = network(config, config.weights, device)
+    c = dit.config
+    source = Prompts(config.prompts, c.text_dim, c.text_len)
+    clips, nothing = Clips(config.latents, config.latent, c.in_dim, source), source.embed([""])
+    lays = layouts(config, dit, True, device)
+
+    def loss_of(step: int, samples: list[int], d: int, lay: Layout) -> Tensor:
+        """Sample j of an iteration: a clip, its noise in each slot, and a time per step."""
+        numbers, sigma, noise, told = [], [], [], []
+        for j in samples:
+            g = generator(config.seed, 13, step, j, d)
+            numbers.append(int(torch.randint(len(clips), (1,), generator=g)))
+            sigma.append(shift_sigma(torch.rand(max(lay.step) + 1, generator=g), config.shift))
+            noise.append(torch.randn(len(lay.latent), *clips[0].shape[1:], generator=g))
+            told.append(float(torch.rand(1, generator=g)) >= config.dropout)
+        latent = [i if i >= 0 else ~i for i in lay.latent]
+        x0 = torch.stack([clips[n][latent] for n in numbers]).to(device)
+        prompt = torch.where(torch.tensor(told).view(-1, 1, 1), source(numbers), nothing).to(device)
+        return ar_loss(dit, lay, x0, torch.stack(noise).to(device), torch.stack(sigma).to(device), prompt, config.shift,
+                       config.loss_on_anchors)
+    fit(config, dit, lays, loss_of, rank, world, device, "teacher")
+
+
+if __name__ == "__main__":
+    run(main, Config)

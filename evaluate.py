@@ -236,9 +236,9 @@ def table(config: "Config", device: torch.device) -> dict[str, dict[str, object]
     if config.table == 4:
         return table_4(config, device)
     if config.table not in tables.TABLES:
-        raise UserError(f"--table {config.table} must be 1 to 6")
+        raise UserError(f"--table {config.table} must be 1 to 6, or 10 (the initialisations)")
     rows, ways = tables.TABLES[config.table], ("forward", "backward")
-    needed = {tables.folder(config.runs, row.student, seed) for row in rows for seed in config.seeds}
+    needed = {tables.folder(config.runs, row.student, seed) for row in rows for seed in row.seeds or config.seeds}
     missing = sorted(f.name for f in needed if not any(f.glob("*ward.safetensors")) and not (f / "student.safetensors").exists())
     if missing:
         raise UserError(f"students {', '.join(missing)} are not trained yet: python -m toy.tables --out {config.runs} --seeds "
@@ -247,7 +247,7 @@ def table(config: "Config", device: torch.device) -> dict[str, dict[str, object]
     real = features(real_clips(config, device), vae) if config.table == 2 else None
     for row in tqdm(rows, desc=f"table {config.table}"):
         runs = []
-        for seed in config.seeds:
+        for seed in row.seeds or config.seeds:
             path = tables.folder(config.runs, row.student, seed)
             way = ways[row.plan.name == "backward"]
             path = path / (f"{way}.safetensors" if (path / f"{way}.safetensors").exists() else "student.safetensors")

@@ -37,8 +37,6 @@ from text import Prompts
 
 KEEP = (0, 12, 24, 36, 48)  # of the 49 states: the student's four levels, exactly, and the end point [Self-Forcing]
 DIRECTIONS = ("forward", "backward")
-MADE = ("teacher", "prompts", "guidance", "negative", "shift", "seed", "latent")  # settings that a shard records
-MADE_AR = (*MADE, "latents", "block", "anchors", "head")
 
 
 # ---------------------------------------------------------------- the ODE
@@ -98,6 +96,13 @@ def is_causal(config) -> bool:
 def teacher_file(config) -> str:
     """The checkpoint that --teacher names; plain `ar` is what train_ar.py writes by default."""
     return (config.teacher[3:] or "out/ar/teacher.safetensors") if is_causal(config) else config.teacher
+
+
+def settings(config) -> dict:
+    """What a shard records: how it was made."""
+    names = ("teacher", "prompts", "guidance", "negative", "shift", "seed", "latent")
+    names += ("latents", "block", "anchors", "head") if is_causal(config) else ()
+    return {k: asdict(config)[k] for k in names} | {"teacher": "ar:" * is_causal(config) + teacher_file(config)}
 
 
 def pair_noise(config, channels: int, number: int, dummies: int = 0) -> Tensor:
@@ -183,7 +188,7 @@ def generate_pairs(config, rank: int, world: int, device: torch.device) -> None:
                     return print(f"stopped; {folder} keeps its whole shards, run the same command to go on")
             sigmas = torch.tensor([ode_sigmas(KEEP[-1], config.shift)[k] for k in KEEP])
             write_safetensors(folder / f"pairs-{s:06d}.safetensors", {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-                              | {"sigmas": sigmas}, {k: asdict(config)[k] for k in (MADE_AR if clips else MADE)})
+                              | {"sigmas": sigmas}, settings(config))
     if dist.is_initialized():
         dist.barrier()
     if rank == 0:
@@ -207,7 +212,7 @@ def read_pairs(config) -> tuple[list[dict[str, Tensor]], dict]:
         if tensors["sigmas"].shape != want.shape or (tensors["sigmas"] - want).abs().max() > 1e-6:
             raise UserError(f"{name} has noise levels {tensors['sigmas'].tolist()}, but shift {config.shift} needs {want.tolist()}")
         for key in ("teacher", "latent", "block", "anchors", "head") if is_causal(config) else ("teacher", "latent", "prompts"):
-            ours = getattr(config, key)
+            ours = settings(config)[key]
             if made.get(key) != (list(ours) if isinstance(ours, tuple) else ours):
                 theirs, ours = (" ".join(map(str, x)) if isinstance(x, (list, tuple)) else x for x in (made.get(key), ours))
                 raise UserError(f"{name} was made with --{key} {theirs}, but --{key} is {ours}; use the same, or --data for other pairs")

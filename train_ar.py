@@ -13,24 +13,28 @@ train_ode.py --teacher ar regresses. Anchors and dummies get a loss here: its OD
     python latents.py && python train_ar.py && python train_ode.py --generate --teacher ar && python train_ode.py --teacher ar
 """
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from anchors import Layout
+from anchors import Layout, both_directions
 from common import UserError, generator, run, start
 from dit import DiT
 from latents import Clips
-from sampler import shift_sigma
-from text import Prompts
+from media import write_sheet
+from pairs import many_steps
+from sampler import noise_seeded, shift_sigma
+from text import HELD_OUT, Prompts
 from train_ode import fit, layouts, mean_over, network, per_slot
+from vae import load_vae
 
 
 @dataclass
 class Config:
     """Train the autoregressive teacher on latents of real clips."""
     PRESETS = {"toy": {}, "toy64": {"latent": (21, 8, 8)}, "wan": {  # [Causal Forcing]
-        "weights": "Wan2.1-T2V-1.3B", "prompts": "out/latents/prompts.txt", "latent": (21, 60, 104), "steps": 2000, "batch": 64,
+        "weights": "Wan2.1-T2V-1.3B", "vae": "", "prompts": "out/latents/prompts.txt", "latent": (21, 60, 104), "steps": 2000, "batch": 64,
         "micro": 1, "lr": 2e-6, "warmup": 0, "decay": 0.0, "betas": (0.0, 0.999), "dropout": 0.0, "shift": 5.0, "parallel": "fsdp",
         "checkpointing": True}}
     PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}
@@ -38,7 +42,9 @@ class Config:
     weights: str = "toy/weights/teacher.safetensors"  # the bidirectional teacher it starts from
     latents: str = "out/latents"     # folder of real clips, made by latents.py
     prompts: str = "toy"             # toy; or the prompts.txt beside the latents (or its embeddings)
-    out: str = "out/ar"              # folder of teacher.safetensors, log.jsonl and the resume state
+    vae: str = "toy/weights/vae.safetensors"  # for the sheet of samples at the end; empty: none
+    guidance: float = 2.0            # of these samples
+    out: str = "out/ar"              # folder of teacher.safetensors, its sheet, log.jsonl and the resume state
     latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
     shift: float = 3.0               # of the training times [ours; Causal Forcing: 5]
     dropout: float = 0.1             # share of prompts replaced by the empty one, for guidance [Causal Forcing: 0]
@@ -82,6 +88,19 @@ def ar_loss(dit: DiT, lay: Layout, x0: Tensor, noise: Tensor, sigma: Tensor, pro
     return mean_over(lay, weight * (v - (noise - x0)).square(), loss_on_anchors, loss_on_anchors)
 
 
+@torch.no_grad()
+def sheet(config: Config, dit: DiT, source: Prompts, rank: int, device: torch.device, clips: int = 4) -> None:
+    """teacher.png: a few held-out prompts, 48 steps a block, forward, and the same ones backward."""
+    T, h, w = config.latent
+    prompt, shape = source(range(HELD_OUT, HELD_OUT + clips)).to(device), (dit.config.in_dim, h, w)
+    noise = noise_seeded([(config.seed, n, 0) for n in range(clips)], shape, device)
+    z = [many_steps(dit.eval(), plan, prompt, source.embed([""]).to(device), noise, config.guidance)
+         for plan in both_directions(T, config.block, config.anchors, config.head)]
+    if rank == 0:
+        vae = load_vae(config.vae, device=device)
+        write_sheet(Path(config.out) / "teacher.png", torch.cat([vae.decode(x[None]) for x in torch.cat(z)]), columns=11)
+
+
 def main(config: Config) -> None:
     rank, world, device = start(config.device)
     if len(config.latent) != 3 or min(config.latent) < 1:
@@ -106,7 +125,8 @@ def main(config: Config) -> None:
         prompt = torch.where(torch.tensor(told).view(-1, 1, 1), source(numbers), nothing).to(device)
         return ar_loss(dit, lay, x0, torch.stack(noise).to(device), torch.stack(sigma).to(device), prompt, config.shift,
                        config.loss_on_anchors)
-    fit(config, dit, lays, loss_of, rank, world, device, "teacher")
+    if fit(config, dit, lays, loss_of, rank, world, device, "teacher") and config.vae:
+        sheet(config, dit, source, rank, device)
 
 
 if __name__ == "__main__":

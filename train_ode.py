@@ -22,6 +22,7 @@ an interrupted run goes on exactly: run the same command again. No rollout and n
     torchrun --nproc_per_node=8 train_ode.py --preset wan --teacher Wan2.1-T2V-14B --weights Wan2.1-T2V-1.3B
 """
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -169,8 +170,8 @@ Loss = Callable[[int, list[int], int, Layout], Tensor]  # (step, samples, direct
 
 
 def fit(config, dit: DiT, lays: list[Layout], loss_of: Loss, rank: int, world: int, device: torch.device, name: str,
-        average: tuple[EMA, DiT] | None = None) -> None:
-    """Train on the mean of `loss_of` in every layout, both in each iteration; write `name`.safetensors.
+        average: tuple[EMA, DiT] | None = None) -> bool:
+    """Train on the mean of `loss_of` in every layout, both in each iteration; write `name`.safetensors. False: interrupted.
 
     config: has what `Config` has from `steps` to `device`;  average: kept up to date, and part of the resume state"""
     micro, rounds = split_batch(config.batch, config.micro, rank, world)
@@ -186,6 +187,7 @@ def fit(config, dit: DiT, lays: list[Layout], loss_of: Loss, rank: int, world: i
     with (stop_signals() as stop, computing(dtype, device),
           trange(first, config.steps, initial=first, total=config.steps, desc=name, disable=rank > 0) as bar):
         for step in bar:
+            began = time.perf_counter()
             for group in optimiser.param_groups:
                 group["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1),
                                               (config.steps - step) / max(config.steps * config.decay, 1))
@@ -209,16 +211,19 @@ def fit(config, dit: DiT, lays: list[Layout], loss_of: Loss, rank: int, world: i
                 average[0].update(dit)
             last, stopping = step + 1 == config.steps, mean_over_processes(float(stop()), device) > 0
             if rank == 0:
-                log_row(log, step=step, forward=losses[0], backward=losses[1], norm=norm)
+                log_row(log, step=step, seconds=round(time.perf_counter() - began, 3), forward=losses[0], backward=losses[1], norm=norm)
                 bar.set_postfix(forward=f"{losses[0]:.4f}", backward=f"{losses[1]:.4f}")
             if (step + 1) % config.save_every == 0 or last or stopping:
                 save_state(state, step + 1, asdict(config), {"dit": (dit, optimiser)}, **averages)
                 if stopping and not last:
-                    return print(f"stopped at step {step + 1}; run the same command to go on") if rank == 0 else None
+                    if rank == 0:
+                        print(f"stopped at step {step + 1}; run the same command to go on")
+                    return False
     weights = whole_state(dit)
     if rank == 0:
         write_safetensors(out / f"{name}.safetensors", weights, asdict(dit.config))
         print(f"wrote {out / name}.safetensors")
+    return True
 
 
 def network(config, path: str, device: torch.device, trained: bool = True, dtype: torch.dtype = torch.float32) -> DiT:

@@ -181,7 +181,7 @@ def files(tmp_path_factory):
     paths = tiny_checkpoints(folder)
     latents.encode(latents.Config(vae=paths["vae"], out=str(folder / "latents"), clips=6, frames=21, shard=4))
     made = {"weights": paths["student"], "latents": str(folder / "latents"), "latent": LATENT, "dtype": "float32", "batch": 4}
-    train_ar.main(train_ar.Config(**made, out=str(folder / "ar"), steps=2))
+    train_ar.main(train_ar.Config(**made, out=str(folder / "ar"), steps=2, vae=paths["vae"]))
     return made | {"teacher": f"ar:{folder / 'ar' / 'teacher.safetensors'}", "vae": paths["vae"], "folder": folder}
 
 
@@ -314,7 +314,7 @@ def test_causal_runs_resume_exactly(name, files, causal_pairs, tmp_path):
 
 def test_teacher_run_resumes_exactly_and_learns(files, tmp_path):
     """2 + 2 steps are 4; 120 steps on four clips halve the loss in both directions."""
-    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch")}
+    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")}
     for folder, steps in (("b", 2), ("a", 4), ("b", 4)):
         train_ar.main(train_ar.Config(**flags, out=str(tmp_path / folder), steps=steps, decay=0.0, warmup=2))
     assert same(saved(tmp_path / "a"), saved(tmp_path / "b")) and apart(tmp_path / "a", tmp_path / "b", "teacher") == 0
@@ -334,8 +334,9 @@ def test_average_of_consistency_follows_the_student(files, tmp_path):
 @pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_two_processes_equal_one(files, causal_pairs, tmp_path):
     """Teacher, causal pairs, both students, by ddp and fsdp: what two processes make is what one makes, to 1e-5."""
-    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch")}
-    ode = flags | {"teacher": files["teacher"], "data": str(files["folder"] / "pairs"), "steps": 3, "warmup": 2, "lr": 1e-3}
+    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")}
+    ode = {k: v for k, v in flags.items() if k != "vae"} | {"teacher": files["teacher"], "data": str(files["folder"] / "pairs"), "steps": 3,
+                                                            "warmup": 2, "lr": 1e-3}
     two_processes(tmp_path, ("train_ar", flags | {"out": str(tmp_path / "ar"), "steps": 2}),
                   ("train_ode", ode | {"out": str(tmp_path / "pairs-run"), "data": str(tmp_path / "pairs"), "pairs": 6, "shard": 3,
                                        "generate": True}),
@@ -360,7 +361,7 @@ def test_bad_flags(flags, says, files, tmp_path, monkeypatch, capsys):
 
 def test_one_block_a_latent(files, tmp_path):
     """Frame-wise (B = 1): teacher, pairs and student with the flags of that preset."""
-    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch")} | {"block": 1, "anchors": 1}
+    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")} | {"block": 1, "anchors": 1}
     train_ar.main(train_ar.Config(**flags, out=str(tmp_path / "ar"), steps=1))
     changes = {"block": 1, "anchors": 1, "teacher": f"ar:{tmp_path / 'ar' / 'teacher.safetensors'}", "data": str(tmp_path / "pairs")}
     stage1(files, tmp_path, generate=True, **changes)

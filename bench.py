@@ -113,7 +113,7 @@ def parts(clock: Clock, dit: DiT, vae: VAE, text: Tensor, h: int, w: int, runs: 
     own = dit(torch.randn(1, 18, c.in_dim, h, w, device=clock.device), torch.zeros(1, 18, device=clock.device), kv,
               torch.arange(18, device=clock.device), kv_only=True)
     cache.write(tuple(range(18)), own)
-    past = cache.read(tuple((i, i) for i in range(18)))
+    past = cache.read(tuple((i, i) for i in range(18)), room=B)
     _, state = vae.decode_chunk(x[:, :1], None)
     return {
         "text: keys and values, once a prompt": median_of(clock, runs, lambda: dit.text_kv(text)),

@@ -163,6 +163,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> T
 KV = tuple[Tensor, Tensor]  # keys and values, [B, L, A, D] each
 
 
+class Past(NamedTuple):
+    """A layer's keys, rotated, and values of finished latents [B, K, A, D]. Behind the first `length` entries of K there may
+    be room for those of the sequence that reads them: without gradient they are written there, and the past is not copied."""
+    k: Tensor
+    v: Tensor
+    length: int
+
+    def then(self, k: Tensor, v: Tensor) -> KV:
+        """Past keys and values, then these [B, L, A, D]."""
+        end = self.length + k.shape[1]
+        if end > self.k.shape[1] or torch.is_grad_enabled():
+            return torch.cat([self.k[:, :self.length], k], dim=1), torch.cat([self.v[:, :self.length], v], dim=1)
+        self.k[:, self.length:end], self.v[:, self.length:end] = k, v
+        return self.k[:, :end], self.v[:, :end]
+
+
 class RMSNorm(nn.Module):
     """Over the full width, all heads together, before the split into heads [Wan]."""
 
@@ -188,7 +204,7 @@ class SelfAttention(nn.Module):
     def kv(self, x: Tensor) -> KV:
         return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
 
-    def forward(self, x: Tensor, at: Rope, visible: Visible | None, at_keys: Rope, past: KV | None) -> tuple[Tensor, KV]:
+    def forward(self, x: Tensor, at: Rope, visible: Visible | None, at_keys: Rope, past: Past | None) -> tuple[Tensor, KV]:
         """x: [B, L, E] -> output [B, L, E] and this sequence's own keys, unrotated, and values, for a cache to keep.
 
         at, at_keys: angles of queries and keys; past: keys already rotated, and values, of finished latents."""
@@ -198,7 +214,7 @@ class SelfAttention(nn.Module):
             k, v = (y.unflatten(1, (visible.spans[-1][1], -1))[:, visible.key_slot].flatten(1, 2) for y in own)
         k = rotate(k, at_keys)
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)  # (B, past + L, A, D)
+            k, v = past.then(k, v)  # (B, past + L, A, D)
         return self.o(attend(q, k, v, visible).flatten(2)), own
 
 
@@ -222,7 +238,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor | KV, at: Rope, visible: Visible | None, at_keys: Rope,
-                past: KV | None, kv_only: bool = False) -> tuple[Tensor, KV]:
+                past: Past | None, kv_only: bool = False) -> tuple[Tensor, KV]:
         """x: [B, T, N, E] float32, T latents of N tokens; time: [B, T, 6, E] float32; text: [B, L, E] or its keys.
 
         kv_only: stop at this layer's keys and values, x is returned as it came."""
@@ -296,7 +312,7 @@ class DiT(nn.Module):
         return [block.cross_attn.kv(embedded) for block in self.blocks]
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor | list[KV], pos: Tensor, visible: Visible | None = None,
-                past: list[KV] | None = None, return_kv: bool = False, kv_only: bool = False
+                past: list[Past] | None = None, return_kv: bool = False, kv_only: bool = False
                 ) -> Tensor | tuple[Tensor, list[KV]] | list[KV]:
         """Predict the velocity of every latent.
 

@@ -14,8 +14,9 @@ another one's keys. (Self-Forcing writes in place while differentiating and so h
 The cache does not choose what to keep: windows and sinks are facts of the plan, and `evict` follows the plan.
 """
 import torch
+import torch.nn.functional as F
 
-from dit import KV, DiTConfig, rope, rotate
+from dit import KV, DiTConfig, Past, rope, rotate
 
 
 class KVCache:
@@ -50,10 +51,11 @@ class KVCache:
                     if i is not None:
                         buffer[:, self.slot[i]].copy_(x[:, j])
 
-    def read(self, reads: tuple[tuple[int, int], ...]) -> list[KV] | None:
-        """(latent, position) pairs -> per layer, keys rotated to these positions and values [B, len(reads) * N, A, D].
+    def read(self, reads: tuple[tuple[int, int], ...], room: int = 0) -> list[Past] | None:
+        """(latent, position) pairs -> per layer, keys rotated to these positions and values [B, (len(reads) + room) * N, A, D].
 
-        Copies: what is returned does not change when the cache does. No reads: None.
+        Copies: what is returned does not change when the cache does. room: for so many latents that read them (`dit.Past`).
+        No reads: None.
         raises: ValueError naming latents that are not there."""
         absent = [i for i, _ in reads if i not in self.slot]
         if absent:
@@ -63,7 +65,9 @@ class KVCache:
         k = self.layers[0][0]
         slots = torch.tensor([self.slot[i] for i, _ in reads], device=k.device)
         at = rope(torch.tensor([p for _, p in reads], device=k.device), *self.grid, k.shape[-1])
-        return [(rotate(k[:, slots].flatten(1, 2), at), v[:, slots].flatten(1, 2)) for k, v in self.layers]
+        extra = (0, 0, 0, 0, 0, room * self.tokens)
+        return [Past(*(F.pad(x, extra) if room else x for x in (rotate(k[:, slots].flatten(1, 2), at), v[:, slots].flatten(1, 2))),
+                     len(reads) * self.tokens) for k, v in self.layers]
 
     def evict(self, latents: set[int] | tuple[int, ...]) -> None:
         """Forget these latents and free their slots; those not held are passed over."""

@@ -54,7 +54,7 @@ def integrate(dit: DiT, plan: Plan, prompt: Tensor, negative: Tensor, noise: Noi
     if plan.last_read:
         cache = KVCache(dit.config, 2 * B, plan.capacity, h, w, weight.dtype, weight.device)
     for n, step in enumerate(plan.steps):
-        past, pos = cache and cache.read(step.reads), torch.tensor(step.pos, device=weight.device)
+        past, pos = cache and cache.read(step.reads, room=len(step.own)), torch.tensor(step.pos, device=weight.device)
         x = noise(0, step.own)
         states = [x] if 0 in keep else []
         for i, (sigma, below) in enumerate(zip(sigmas[:-1], sigmas[1:])):

@@ -97,7 +97,7 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
     device = dit.patch_embedding.weight.device
     for n, step in enumerate(plan.steps):
         levels, last = first if first and n == 0 else (sigmas, exit_at)
-        past = cache.read(step.reads)
+        past = cache.read(step.reads, room=0 if torch.is_grad_enabled() else len(step.own))  # gradients keep the past: no slack
         own, places = (step.targets, step.pos[len(step.anchors):]) if step.given else (step.own, step.pos)
         skip = len(own) - len(step.targets)  # anchors come first
         pos, prompt = torch.tensor(places, device=device), texts[step.prompt]

@@ -13,7 +13,7 @@ from tiny import distance, randn, randomise, tiny_dit
 from torch.nn.attention import flex_attention as flex
 
 from common import UserError
-from dit import PRESETS, DiT, DiTConfig, Rope, SelfAttention, Visible, attend, load_dit, rope, rotate, save_dit, sinusoid
+from dit import PRESETS, DiT, DiTConfig, Past, Rope, SelfAttention, Visible, attend, load_dit, rope, rotate, save_dit, sinusoid
 
 CONFIGS = {
     "head_dim 12": {},
@@ -362,7 +362,7 @@ def test_checkpointing_changes_no_bit():
     """Recomputing blocks in the backward pass gives the same output and gradients, past keys and spans included."""
     ours = tiny_dit().requires_grad_()
     z, t, text, pos = inputs(ours.config, T=5)
-    past = [(randn(7, 2, 12, 4, 12), randn(8, 2, 12, 4, 12))] * 2
+    past = [Past(randn(7, 2, 12, 4, 12), randn(8, 2, 12, 4, 12), 12)] * 2
     results = []
     for ours.checkpointing in (False, True):
         for how in ({"visible": REPEATED}, {"past": past}):

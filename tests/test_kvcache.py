@@ -3,7 +3,7 @@ import pytest
 import torch
 from tiny import distance, randn, tiny_dit
 
-from dit import PRESETS, DiTConfig, rope, rotate
+from dit import PRESETS, DiTConfig, Past, rope, rotate
 from kvcache import KVCache
 
 SMALL = DiTConfig(dim=12, num_heads=2, num_layers=2)
@@ -110,7 +110,7 @@ def test_one_latent_is_read_at_two_positions():
     kv = [(randn(layer, 2, 12, 2, 6), randn(5 + layer, 2, 12, 2, 6)) for layer in range(2)]
     cache.write((7, 3), kv)
     for _ in range(2):
-        for (k, v), (k0, v0) in zip(cache.read(((3, 18), (7, 2), (3, -1))), kv):
+        for (k, v, _), (k0, v0) in zip(cache.read(((3, 18), (7, 2), (3, -1))), kv):
             for n, (first, position) in enumerate(((6, 18), (0, 2), (6, -1))):
                 turned = rotate(k0[:, first:first + 6], rope(torch.tensor([position]), 2, 3, 6))
                 assert torch.equal(k[:, 6 * n:6 * n + 6], turned) and torch.equal(v[:, 6 * n:6 * n + 6], v0[:, first:first + 6])
@@ -124,9 +124,9 @@ def test_what_was_read_is_a_copy():
     read = cache.read(((1, 0),))
     cache.evict((1,))
     cache.write((2,), coded(2))
-    assert all(torch.equal(a, b) for got, put in zip(read, coded(1)) for a, b in zip(got, put))
+    assert all(torch.equal(a, b) for got, put in zip(read, coded(1)) for a, b in zip(got[:2], put))
     for pair in cache.read(((2, 0),)):
-        for x in pair:
+        for x in pair[:2]:
             x.zero_()
     assert holds(cache, 2)
 
@@ -140,7 +140,7 @@ def test_no_gradient_passes_through_the_cache():
     assert all(x.requires_grad for pair in kv[1:] for x in pair)
     cache.write((0, 1), kv)
     past = cache.read(((0, 0), (1, 1)))
-    assert not any(x.requires_grad for layer in (*past, *cache.layers) for x in layer)
+    assert not any(x.requires_grad for layer in (*past, *cache.layers) for x in layer[:2])
     out = model(randn(2, 1, 2, 4, 4, 4), torch.zeros(1, 2), text, torch.arange(2, 4), past=past)
     assert torch.autograd.grad(out.sum(), z, allow_unused=True) == (None,)
 
@@ -156,9 +156,29 @@ def test_rotating_at_read_equals_rotating_at_write():
         theirs, new = model(here, t, text, pos, past=kept, return_kv=True)
         assert distance(ours, theirs) <= 1e-5
         cache.write(tuple(range(start, start + 3)), kv)
-        turned = [(rotate(k, rope(pos, 2, 3, 12)), v) for k, v in new]
-        kept = turned if kept is None else [tuple(torch.cat(x, 1) for x in zip(*pairs)) for pairs in zip(kept, turned)]
+        turned = [Past(rotate(k, rope(pos, 2, 3, 12)), v, 18) for k, v in new]
+        kept = turned if kept is None else [Past(torch.cat((a.k, b.k), 1), torch.cat((a.v, b.v), 1), a.length + 18)
+                                            for a, b in zip(kept, turned)]
     assert distance(ours, model(here, t, text, pos)) > 0.01  # the past matters
+
+
+def test_room_changes_nothing_but_speed():
+    """With room for the own keys behind the past they are written there, without it all is copied together: same bits. A second
+    pass writes over the first; with gradient nothing is written."""
+    model, text = tiny_dit(), randn(1, 2, 5, 32)
+    cache = KVCache(model.config, 2, 3, 4, 6)
+    cache.write((0, 1, 2), model(randn(0, 2, 3, 4, 4, 6), torch.zeros(2, 3), text, torch.arange(3), kv_only=True))
+    reads = tuple((i, i) for i in range(3))
+    tight, roomy = cache.read(reads), cache.read(reads, room=4)
+    for seed, n in ((2, 4), (3, 2)):  # fewer than there is room for, too
+        z, t, pos = randn(seed, 2, n, 4, 4, 6), torch.full((2, n), 500.0), torch.arange(3, 3 + n)
+        with torch.no_grad():
+            assert distance(model(z, t, text, pos, past=roomy), model(z, t, text, pos, past=tight)) == 0
+        before = roomy[0].k.clone()
+        with torch.enable_grad():
+            assert distance(model(z + 1, t, text, pos, past=roomy), model(z + 1, t, text, pos, past=tight)) == 0
+        assert torch.equal(roomy[0].k, before)
+    assert roomy[0].k.shape[1] == 7 * 6 and tight[0].k.shape[1] == roomy[0].length == 18
 
 
 def test_bytes_are_what_wan_needs():

@@ -192,6 +192,8 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Video tokens see video tokens."""
+
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -227,6 +229,8 @@ class CrossAttention(SelfAttention):
 
 
 class Block(nn.Module):
+    """Self-attention, cross-attention to the text, and a feed-forward net; the time sets shift, scale and gate."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         c = config
@@ -275,6 +279,8 @@ class Head(nn.Module):
 
 
 class DiT(nn.Module):
+    """Noisy latents, their times and positions, and a text -> their velocities. See the top of the file."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         c = self.config = config

@@ -240,6 +240,7 @@ def layouts(config, dit: DiT, teacher_forcing: bool, device: torch.device) -> li
 
 
 def train_ode(config: Config, rank: int, world: int, device: torch.device) -> None:
+    """Regress the end points of stored pairs."""
     shards, _ = read_pairs(config)
     where = [(shard, i) for shard in shards for i in range(pairs_in(shard))]
     dit = network(config, config.weights, device)
@@ -262,6 +263,7 @@ def train_ode(config: Config, rank: int, world: int, device: torch.device) -> No
 
 
 def train_cd(config: Config, rank: int, world: int, device: torch.device) -> None:
+    """Consistency distillation from an autoregressive teacher, without pairs."""
     if not is_causal(config):
         raise UserError(f"--method cd follows an autoregressive teacher, not --teacher {config.teacher}; train one with train_ar.py and "
                         "name it as ar:FILE")

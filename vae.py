@@ -216,6 +216,8 @@ class Coder(nn.Module):
 
 
 class VAE(nn.Module):
+    """Video <-> latents, whole or streamed. See the top of the file."""
+
     def __init__(self, config: VAEConfig = VAEConfig()) -> None:
         super().__init__()
         self.config = config

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 READING_ORDER = ["toy.world", "common", "media", "vae", "dit", "kvcache", "anchors", "text", "sampler", "latents", "pairs",
                  "train_ode", "train_ar", "train_dmd",
-                 "memory", "metrics", "report", "toy.tables", "evaluate", "toy.train_vae", "toy.train_teacher", "toy.pack", "toy.causality"]
+                 "memory", "metrics", "report", "toy.tables", "evaluate", "toy.train_vae", "toy.train_teacher", "toy.pack", "toy.causality",
+                 "bench"]
 
 
 def tracked() -> list[str]:
@@ -76,6 +77,24 @@ def test_readme_commands_parse(command):
     module = words[0].removesuffix(".py")
     config = common.from_cli(__import__(module, fromlist=["Config"]).Config, words[1:])
     assert config is not None
+
+
+@pytest.mark.parametrize("module", READING_ORDER)
+def test_public_names_are_explained(module):
+    """Every public function and class says what it is for; `main` is told by its script."""
+    body = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text()).body
+    silent = [n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_") and n.name != "main"
+              and not ast.get_docstring(n)]
+    assert not silent
+
+
+def test_named_symbols_exist():
+    """Wherever README or a docstring says `file.py:symbol`, the file has that symbol."""
+    texts = [README] + [(ROOT / p).read_text() for p in tracked() if p.endswith((".py", ".md"))]
+    named = {m for text in texts for m in re.findall(r"`([\w/]+\.py):(\w+)`", text)}
+    assert named, "no symbol is named at all: the pattern is wrong"
+    for file, symbol in named:
+        assert re.search(rf"^(def|class) {symbol}\b|^{symbol}\b.*=|^    def {symbol}\b", (ROOT / file).read_text(), re.M), (file, symbol)
 
 
 def test_make_targets_exist():

@@ -92,6 +92,7 @@ TABLES[10] = tuple(Row(f"{way}, stage {n + 1}, {name}", names[n if P else 2 + n]
 
 
 def folder(root: str, name: str, seed: int) -> Path:
+    """Where the run of this name and seed lies."""
     return Path(root) / f"{name}-{seed}"
 
 

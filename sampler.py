@@ -32,6 +32,7 @@ from kvcache import KVCache
 from media import VideoWriter, write_sheet
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, load_vae
+from weights import find
 
 FPS = 16  # [Wan]
 
@@ -224,11 +225,14 @@ def _plan_of_length(config: Config, length: int) -> Plan:
 
 
 def load_models(weights: str, dtype: torch.dtype, device: torch.device) -> tuple[DiT, VAE]:
-    """The student and the VAE in a folder; "random" builds toy-sized ones, to try plans and to measure speed."""
+    """The student and the VAE in a folder, or a student's file and the VAE beside it; "random" builds toy-sized ones, to try
+    plans and to measure speed."""
     if weights != "random":
-        if not Path(weights).is_dir():
-            raise UserError(f"--weights {weights} is not a folder; name one with a student and a VAE in it, or use random")
-        return load_dit(weights, dtype, device), load_vae(weights, device=device)
+        if not (path := Path(weights)).exists():
+            raise UserError(f"--weights {weights} is not a folder or file; name a folder with a student and a VAE in it, or use random")
+        folder, student = (path, find(path, "transformer")) if path.is_dir() else (path.parent, path)
+        vae = load_vae(find(folder, "VAE"), device=device)
+        return load_dit(student, dtype, device), vae
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dit, vae = DiT(PRESETS["toy"]), VAE(VAE_PRESETS["toy"])

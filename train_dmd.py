@@ -49,14 +49,14 @@ from common import (
     sync_gradients,
     trim_log,
     whole_state,
-    write_safetensors,
 )
-from dit import DiT, load_dit, read_dit
+from dit import DiT, load_dit
 from media import write_curves, write_sheet
 from pairs import dummies_of
 from sampler import generate, noise_from, shift_sigma, student_sigmas
 from text import Prompts
 from vae import load_vae
+from weights import read_dit, write_safetensors
 
 
 @dataclass

@@ -51,13 +51,13 @@ from common import (
     sync_gradients,
     trim_log,
     whole_state,
-    write_safetensors,
 )
 from dit import DiT, load_dit
 from latents import Clips
 from pairs import KEEP, check_pairs, generate_pairs, is_causal, pairs_in, read_pairs, slot_states, teacher_file
 from sampler import ode_sigmas, student_sigmas
 from text import Prompts
+from weights import write_safetensors
 
 
 @dataclass

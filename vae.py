@@ -14,7 +14,6 @@ returns the posterior mean.
 
     python vae.py --clip in.mp4 --out reconstruction.mp4 --weights Wan2.1-T2V-1.3B
 """
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import UserError, config_from, load_strict, read_tensors, run, start, write_safetensors
+from common import UserError, run, start
 from media import VideoWriter, read_frames
+from weights import config_from, load_strict, read_vae, write_safetensors
 
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,  # [Wan] of its 16 latent channels
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -296,53 +296,19 @@ class VAE(nn.Module):
 
 # ---------------------------------------------------------------- weights
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VAE:
-    """Load `Wan2.1_VAE.pth`, a native safetensors file, a diffusers `vae/` folder, or a folder holding one of these.
+    """Load whatever `weights.read_vae` reads: `Wan2.1_VAE.pth`, a folder with it, ...
 
-    The config is the safetensors metadata `config`, else `config.json` beside the file, else Wan2.1's.
     raises: UserError that names every missing, unexpected or wrongly shaped tensor."""
-    path = Path(path)
-    if path.is_dir():
-        names = ("vae.safetensors", "Wan2.1_VAE.pth", "vae", "diffusion_pytorch_model.safetensors")
-        found = [path / n for n in names if (path / n).exists()]
-        if not found:
-            raise UserError(f"{path} holds no VAE; expected one of {', '.join(names[:3])} (Wan2.1_VAE.pth comes with Wan2.1-T2V)")
-        path = found[0]
-    tensors, values = read_tensors(path)
-    values = values or {}
-    if any(k.startswith("encoder.conv_in") for k in tensors):  # diffusers' names
-        values = {new: values[old] for old, new in DIFFUSERS_CONFIG.items() if old in values}
-        blocks = values.get("num_res_blocks", 2)
-        tensors = {_from_diffusers(k, blocks): v for k, v in tensors.items()}
-    elif "dim_mult" not in values:
-        values = {}  # the config.json beside Wan2.1_VAE.pth describes the transformer
-    config = config_from(VAEConfig, values, path)
+    values, tensors, source = read_vae(path)
+    config = config_from(VAEConfig, values, source)
     with torch.device("meta"):
         vae = VAE(config)
-    return load_strict(vae, tensors, path, dtype, device)
+    return load_strict(vae, tensors, source, dtype, device)
 
 
 def save_vae(vae: VAE, path: str | Path) -> None:
     """Write native names with the config in the metadata."""
     write_safetensors(path, vae.state_dict(), asdict(vae.config))
-
-
-DIFFUSERS_CONFIG = {"base_dim": "dim", "z_dim": "z_dim", "dim_mult": "dim_mult", "num_res_blocks": "num_res_blocks",
-                    "temperal_downsample": "temporal_downsample", "latents_mean": "mean", "latents_std": "std"}
-
-
-def _from_diffusers(key: str, num_res_blocks: int) -> str:
-    """`decoder.up_blocks.1.resnets.0.conv1.weight` -> `decoder.upsamples.4.residual.2.weight`."""
-    def flat(m: re.Match) -> str:  # diffusers nests the decoder's stages, Wan numbers them through
-        place = num_res_blocks + 1 if m[2] == "upsamplers" else int(m[3])
-        return f"upsamples.{int(m[1]) * (num_res_blocks + 2) + place}"
-    for old, new in ((r"^quant_conv", "conv1"), (r"^post_quant_conv", "conv2"), (r"conv_in\b", "conv1"), (r"norm_out", "head.0"),
-                     (r"conv_out", "head.2"), (r"mid_block\.resnets\.0", "middle.0"), (r"mid_block\.attentions\.0", "middle.1"),
-                     (r"mid_block\.resnets\.1", "middle.2"), (r"up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)", flat),
-                     (r"down_blocks", "downsamples"), (r"conv_shortcut", "shortcut"),
-                     *((rf"((?:downsamples|upsamples|middle)\.\d+)\.{name}\b", rf"\1.residual.{digit}")
-                       for name, digit in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6)))):
-        key = re.sub(old, new, key)
-    return key
 
 
 # ---------------------------------------------------------------- try it

@@ -17,6 +17,7 @@ from common import UserError, generator
 from media import VideoWriter, read_frames
 from sampler import decode_in_order
 from vae import PRESETS, VAE, WAN_MEAN, WAN_STD, VAEConfig, load_vae, save_vae
+from weights import write_safetensors
 
 REPO = pathlib.Path(__file__).parent.parent
 TINY = VAEConfig(dim=4, z_dim=4, num_res_blocks=1, mean=(0.1, -0.2, 0.3, -0.4), std=(0.8, 1.1, 1.3, 0.9))
@@ -331,7 +332,6 @@ def test_config_json_beside_the_file_is_read(folder):
 
 def test_all_wrong_tensors_are_named_at_once(folder):
     """Missing, unexpected and wrongly shaped tensors are in one sentence, with both shapes."""
-    from common import write_safetensors
     path, tensors = folder
     del tensors["decoder.conv1.bias"]
     tensors["extra.weight"] = torch.zeros(1)
@@ -369,7 +369,6 @@ def test_damaged_file_is_a_user_error_naming_it(folder, name, damage):
 
 def test_something_else_is_refused(tmp_path):
     """A checkpoint of another model, a dictionary of dictionaries and an empty folder are refused, not half loaded."""
-    from common import write_safetensors
     write_safetensors(tmp_path / "lora.safetensors", {"lora.down": torch.zeros(2, 2)}, {"rank": 4})
     assert "missing 194" in message(tmp_path / "lora.safetensors") and "lora.down" in message(tmp_path / "lora.safetensors")
     torch.save({"generator": {"weight": torch.zeros(2)}, "step": 3}, tmp_path / "train.pth")

@@ -83,12 +83,15 @@ def from_cli(cls: type, argv: list[str] | None = None):
     """Build the dataclass `cls` from `--name value`, `--name=value` or a bare `--switch` (true).
 
     Dashes and underscores in names are the same. A tuple field takes all words up to the next flag. If the class has
-    a dict PRESETS, `--preset name` replaces defaults by those of the preset; flags given explicitly win.
+    a dict PRESETS, `--preset name` replaces defaults by those of the preset; flags given explicitly win. If it has a
+    name FIRST, words before all flags are that flag's.
     raises: UserError for an unknown, repeated, mistyped or missing flag."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
         print(_help(cls))
         raise SystemExit(0)
+    if hasattr(cls, "FIRST") and words and not words[0].startswith("--"):
+        words.insert(0, "--" + cls.FIRST)
     kinds, given = typing.get_type_hints(cls), {}
     while words:
         word = words.pop(0)

@@ -148,7 +148,7 @@ def find(folder: str | Path, what: str) -> Path:
     raises: UserError with the names that were looked for and where the file comes from."""
     folder, (names, origin) = Path(folder), FILES[what]
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist" if not folder.exists() else f"{folder} is a file, not a folder with a {what}")
+        raise UserError(f"{folder} is no folder; it should be one with a {what} ({' or '.join(names)}): {origin}")
     found = [folder / n for n in names if (folder / n).exists()]
     if not found and what == "transformer":
         found = sorted(folder.glob("*.pt"))
@@ -309,10 +309,9 @@ def _umt5_name(key: str) -> str:
     return f"{UMT5_OUTER[name]}.weight" if not block and name in UMT5_OUTER else key
 
 
-def read_umt5(folder: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
-    """UMT5's encoder, from Wan's .pth or a Hugging Face `text_encoder/` folder in this folder: the sizes that
-    `transformers.UMT5Config` wants, tensors under transformers' names, and the path that was read. raises: UserError"""
-    path = find(folder, "text encoder")
+def read_umt5(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """UMT5's encoder from Wan's .pth or a Hugging Face `text_encoder/` folder: the sizes that `transformers.UMT5Config` wants,
+    and tensors under transformers' names. raises: UserError"""
     tensors = {_umt5_name(k): v for k, v in read_tensors(path)[0].items()}
     tensors.setdefault("shared.weight", tensors.get("encoder.embed_tokens.weight"))
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]  # transformers has one table under two names
@@ -323,7 +322,7 @@ def read_umt5(folder: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
         return {"vocab_size": vocabulary, "d_model": width, "num_heads": heads, "relative_attention_num_buckets": buckets,
                 "d_kv": tensors[layer + "0.SelfAttention.q.weight"].shape[0] // heads,
                 "d_ff": tensors[layer + "1.DenseReluDense.wo.weight"].shape[1], "feed_forward_proj": "gated-gelu",
-                "num_layers": 1 + max(int(k.split(".")[2]) for k in tensors if k.startswith("encoder.block."))}, tensors, path
+                "num_layers": 1 + max(int(k.split(".")[2]) for k in tensors if k.startswith("encoder.block."))}, tensors
     except (KeyError, ValueError, AttributeError):
         raise UserError(f"{path} is not the encoder of UMT5: expected names like blocks.0.attn.q.weight or {layer}0.SelfAttention.q.weight"
                         ) from None

@@ -113,7 +113,7 @@ def test_what_a_folder_lacks_is_named_with_its_origin(what, names, tmp_path):
     """The message has the file names that were looked for and where they usually come from; nothing is fetched."""
     with pytest.raises(UserError, match=f"holds no {what} .*{names}.*comes with Wan2.1-T2V-1.3B"):
         find(tmp_path, what)
-    with pytest.raises(UserError, match="nowhere does not exist"):
+    with pytest.raises(UserError, match="nowhere is no folder"):
         find(tmp_path / "nowhere", what)
 
 

@@ -151,7 +151,7 @@ def decode_in_order(vae: VAE, plan: Plan, finished: Iterable[tuple[int, Tensor]]
             while at in waiting and len(part) < chunk:
                 part.append(waiting.pop(at))
                 at += 1
-            video, state = vae.decode_chunk(torch.stack(part, dim=1), state)
+            video, state = vae.decode_chunk(torch.stack(part, dim=1), state, use_up=True)
             yield video
 
 

@@ -74,6 +74,7 @@ class VAEConfig:
 
 PRESETS = {"wan": VAEConfig(), "toy": VAEConfig(dim=16, z_dim=16, num_res_blocks=1)}  # toy [ours]
 LAYOUT = torch.channels_last_3d  # channels innermost: the norm over channels, else as dear as a convolution, becomes cheap
+LARGE = 2 ** 14  # [ours] cells a frame (128 x 128) from which memory counts more than the overhead of small steps
 State = dict  # module -> what it remembers of the stream: tensors [B, C, 1 or 2, H, W]
 
 
@@ -208,11 +209,27 @@ class Coder(nn.Module):
         self.head = nn.ModuleDict({"0": RMSNorm(widths[-1]), "2": CausalConv3d(widths[-1], 3 if up else 2 * config.z_dim, 3)})
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
-        x = self.conv1(x, state)
+        """Stages at the frame rate of the pixels take large frames of a stream one by one, to save memory."""
         stages = list(getattr(self, self.name))
-        for module in [*self.middle, *stages] if self.name == "upsamples" else [*stages, *self.middle]:
+        in_time = [i for i, stage in enumerate(stages) if getattr(stage, "in_time", False)] or [0]
+        if self.name == "upsamples":
+            x = self._run([self.conv1, *self.middle, *stages[:in_time[-1] + 1]], x, state)
+            return torch.cat([self._head(self._run(stages[in_time[-1] + 1:], part, state), state) for part in pieces(x, state)], 2)
+        x = torch.cat([self._run([self.conv1, *stages[:in_time[0]]], part, state) for part in pieces(x, state)], 2)
+        return self._head(self._run([*stages[in_time[0]:], *self.middle], x, state), state)
+
+    def _run(self, modules: list[nn.Module], x: Tensor, state: State | None) -> Tensor:
+        for module in modules:
             x = module(x, state)
+        return x
+
+    def _head(self, x: Tensor, state: State | None) -> Tensor:
         return self.head["2"](F.silu(self.head["0"](x)), state)
+
+
+def pieces(x: Tensor, state: State | None) -> tuple[Tensor, ...]:
+    """[B, C, T, H, W] as it is, or, within a stream, frame by frame if frames are LARGE."""
+    return x.split(1, dim=2) if state is not None and x.shape[3] * x.shape[4] > LARGE else (x,)
 
 
 class VAE(nn.Module):
@@ -234,22 +251,24 @@ class VAE(nn.Module):
                      for v in (self.config.mean, self.config.std))
         return mean, std
 
-    def encode_chunk(self, video: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def encode_chunk(self, video: Tensor, state: State | None = None, use_up: bool = False) -> tuple[Tensor, State]:
         """Encode the next frames of a stream. video: [B, 3, F, H, W] in [-1, 1]; F = 1 + 4k without a state (the
         start), 4k with one. returns: latents [B, T, C, h, w] and the state to pass with the next frames.
+        use_up: the given state becomes the next one; without it both exist for a moment, 4 GiB each at 480 x 832.
         raises: UserError for a wrong frame count, channel count, size or value."""
         first = state is None
         self._check_video(video, first)
-        state = {} if first else dict(state)
+        state = {} if first else state if use_up else dict(state)
         mu = self.moments(video, state)[0].float()
         mean, std = self._scale(mu)
         return ((mu - mean) / std).transpose(1, 2), state
 
-    def decode_chunk(self, z: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def decode_chunk(self, z: Tensor, state: State | None = None, use_up: bool = False) -> tuple[Tensor, State]:
         """Decode the next latents of a stream. z: [B, T, C, h, w] normalised; without a state z[:, 0] is the image
-        latent. returns: video [B, 3, F, H, W] in [-1, 1], F = 4T (4T - 3 at the start), and the next state."""
+        latent. returns: video [B, 3, F, H, W] in [-1, 1], F = 4T (4T - 3 at the start), and the next state; use_up as
+        in encode_chunk."""
         self._check_latents(z)
-        state = {} if state is None else dict(state)
+        state = {} if state is None else state if use_up else dict(state)
         z = z.transpose(1, 2).float()  # (B, C, T, h, w)
         mean, std = self._scale(z)
         z = (z * std + mean).to(self.conv2.weight.dtype)
@@ -262,7 +281,7 @@ class VAE(nn.Module):
         self._check_video(video, first=True)
         n, out, state = self.config.time, [], None
         for a in range(-n + 1, video.shape[2], n * chunk):  # the first chunk holds frame 0 and fills up to `chunk` latents
-            z, state = self.encode_chunk(video[:, :, max(a, 0):a + n * chunk], state)
+            z, state = self.encode_chunk(video[:, :, max(a, 0):a + n * chunk], state, use_up=True)
             out.append(z)
         return torch.cat(out, dim=1)
 
@@ -271,7 +290,7 @@ class VAE(nn.Module):
         self._check_latents(z)
         out, state = [], None
         for part in z.split(chunk, dim=1):
-            video, state = self.decode_chunk(part, state)
+            video, state = self.decode_chunk(part, state, use_up=True)
             out.append(video)
         return torch.cat(out, dim=2)
 
@@ -330,7 +349,7 @@ def main(config: Config) -> None:
     state, error = None, 0.0
     with writer:
         for part in tqdm(z.split(1, dim=1), desc="decode", unit="latent"):
-            frames, state = vae.decode_chunk(part, state)
+            frames, state = vae.decode_chunk(part, state, use_up=True)
             error += (frames[0].cpu() - video[0, :, writer.count:writer.count + frames.shape[2]]).square().sum().item()
             writer.write(frames[0])
     psnr = -10 * torch.tensor(error / video.numel() / 4).log10()  # pixels span 2, so the peak squared is 4

@@ -3,7 +3,7 @@
 memory do not depend on them. Each part runs in a process of its own and prints its largest resident memory, in which
 pages of mapped files count.
 
-    PYTHONPATH=. python tests/full_size.py --folder /tmp            # and --part load or --part decode, for one of them
+    make fullsize
 """
 import json
 import os
@@ -63,11 +63,11 @@ def load(folder: Path) -> None:
 def decode(latents: int) -> None:
     vae, state, frames, began = VAE().eval(), None, 0, time.perf_counter()
     for i in trange(latents, desc="decode", unit="latent"):
-        video, state = vae.decode_chunk(torch.randn(1, 1, 16, 60, 104, generator=torch.Generator().manual_seed(i)), state)
+        video, state = vae.decode_chunk(torch.randn(1, 1, 16, 60, 104, generator=torch.Generator().manual_seed(i)), state, use_up=True)
         assert torch.isfinite(video).all() and video.shape[3:] == (480, 832)
         frames += video.shape[2]
-    print(f"decode: {frames} frames of 480 x 832 in {(time.perf_counter() - began) / 60:.1f} minutes on "
-          f"{torch.get_num_threads()} threads, {memory()}")
+    print(f"decode: {frames} frames of 480 x 832 in {(time.perf_counter() - began) / 60:.1f} minutes, {time.process_time() / 60:.1f} minutes "
+          f"of CPU, {torch.get_num_threads()} threads, {memory()}")
 
 
 def main(config: Config) -> None:

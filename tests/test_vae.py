@@ -147,6 +147,24 @@ def test_streaming_equals_whole(vae, sizes):
     close(vae.decode(z, chunk=sizes[0]), whole_x)
 
 
+def test_large_frames_pass_one_by_one(vae, monkeypatch):
+    """Above a size the stages at pixels' rate take single frames: the same output, no such stage sees two, and a state that may be
+    used up is."""
+    x, z = video(5), latents(5)
+    plain = vae.encode(x), vae.decode(z)
+    seen, real = [], torch.nn.functional.conv3d
+    monkeypatch.setattr("vae.LARGE", 0)
+    monkeypatch.setattr("vae.F.conv3d", lambda y, *args, **kwargs: (seen.append(y.shape[2:]), real(y, *args, **kwargs))[1])
+    close(vae.encode(x), plain[0])
+    close(vae.decode(z), plain[1])
+    assert {s[0] for s in seen if s[1:] == (16, 24)} == {1, 3} and max(s[0] for s in seen) > 4  # one frame, or with two of the past
+    for step, (a, b, _), _ in both(vae):
+        _, state = step(a)
+        out, after = step(b, dict(state))
+        used, then = step(b, state, use_up=True)
+        assert then is state and torch.equal(used, out) and all(torch.equal(then[k], v) for k, v in after.items())
+
+
 def both(vae):
     """(step, parts of a stream, parts of another stream) for decoding and encoding."""
     yield vae.decode_chunk, latents(5).split((2, 1, 2), dim=1), latents(5, seed=7).split((1, 2, 2), dim=1)

@@ -166,7 +166,7 @@ class Config:
     out: str = "out/clip.mp4"       # .mp4 or .gif
     sheet: str = ""                 # also write a contact sheet: a .png
     weights: str = "toy/weights"    # a folder with student and VAE (Wan2.1-T2V-1.3B layout works), or: random
-    embeddings: str = ""            # for Wan: what text.py wrote, or a folder with its text encoder; default: that of the weights
+    embeddings: str = ""            # what text.py made of the prompts; without it, Wan's text encoder beside the weights
     seed: int = 0                   # same seed, same clip
     block: int = 3                  # latents made at a time [paper]
     anchors: int = 3                # latents imagined before a backward block, 0 to block [paper: 3]
@@ -268,7 +268,7 @@ def main(config: Config) -> None:
     if config.compile:
         for block in dit.blocks:
             block.compile()
-    texts = [dit.text_kv(e[None].to(device)) for e in text.embed(prompts, c.text_dim, c.text_len, config.embeddings or config.weights)]
+    texts = [dit.text_kv(e[None].to(device)) for e in text.embed(prompts, c.text_dim, c.text_len, config.embeddings, config.weights)]
     h, w = height // space, width // space
     noise = noise_seeded([(config.seed, 0, 0)], (c.in_dim, h, w), device)
     cache = KVCache(c, 1, plan.capacity, h, w, dtype, device)

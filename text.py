@@ -96,6 +96,7 @@ def umt5(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.
     with torch.device("meta"):
         model = transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes))
     load_strict(model, tensors, source, dtype, device)
+    model.encoder.embed_tokens = model.shared  # one table, which the file may have twice
 
     @torch.no_grad()
     def rows(prompt: str) -> Tensor:
@@ -143,14 +144,13 @@ class Prompts:
     that text.py made of one."""
 
     def __init__(self, source: str, text_dim: int, text_len: int) -> None:
-        self.source, self.text_dim, self.text_len, self.known = source, text_dim, text_len, {}
+        self.source, self.text_dim, self.text_len = source, text_dim, text_len
+        self.known = dict(read_embeddings(source)) if Path(source).suffix == ".safetensors" else {}
         self.lines = None if source == "toy" else lines_of(source)
-        if Path(source).suffix == ".safetensors":
-            self.known = dict(read_embeddings(source))
-            widths, longest = {x.shape[1] for x in self.known.values()}, max(len(x) for x in self.known.values())
-            if widths != {text_dim} or longest > text_len:
-                raise UserError(f"{source} holds embeddings {max(widths)} wide and up to {longest} long, but this model reads {text_dim} "
-                                f"and {text_len}; make them with the encoder of this model")
+        widths, longest = {x.shape[1] for x in self.known.values()}, max(map(len, self.known.values()), default=0)
+        if widths - {text_dim} or longest > text_len:
+            raise UserError(f"{source} holds embeddings {max(widths)} wide and up to {longest} long, but this model reads {text_dim} "
+                            f"and {text_len}; make them with the encoder of this model")
 
     def words(self, number: int) -> str:
         return toy_caption(number) if self.lines is None else self.lines[number % len(self.lines)]
@@ -168,18 +168,18 @@ class Prompts:
         return padded([self.known[p] for p in prompts], self.text_dim, self.text_len)
 
 
-def embed(prompts: Sequence[str], text_dim: int, text_len: int, source: str | Path = "") -> Tensor:
+def embed(prompts: Sequence[str], text_dim: int, text_len: int, embeddings: str = "", weights: str = "") -> Tensor:
     """Embed prompts for a model with this text_dim and text_len.
 
-    source, for Wan's models: a folder (or a file in it) with the text encoder, or a .safetensors file of embeddings.
+    embeddings: a file that text.py made;  weights: without it, for Wan, a folder with the text encoder, or a file beside it
     returns: float32 [len(prompts), text_len, text_dim], zero where a prompt is shorter; "" is all zeros in the toy world,
     its unconditional prompt. raises: UserError"""
-    if Path(source).suffix == ".safetensors" and text_dim != TOY_DIM:
-        return Prompts(str(source), text_dim, text_len).embed(prompts)
+    if embeddings:
+        return Prompts(embeddings, text_dim, text_len).embed(prompts)
     if text_dim == TOY_DIM:
         rows = toy_words(text_len)
-    elif source:
-        rows = umt5(Path(source).parent if Path(source).is_file() else source, text_len=text_len)
+    elif weights:
+        rows = umt5(Path(weights).parent if Path(weights).is_file() else weights, text_len=text_len)
     else:
         raise UserError(f"this model reads embeddings of width {text_dim}, not the toy world's words: make them once with "
                         "python text.py prompts.txt --out prompts.safetensors, and give --prompts prompts.safetensors")
@@ -187,9 +187,11 @@ def embed(prompts: Sequence[str], text_dim: int, text_len: int, source: str | Pa
 
 
 def padded(rows: Sequence[Tensor], text_dim: int, text_len: int) -> Tensor:
-    """[L, text_dim] each -> float32 [len(rows), text_len, text_dim], zero beyond L."""
+    """[L, text_dim] each -> float32 [len(rows), text_len, text_dim], zero beyond L. raises: UserError for another width."""
     out = torch.zeros(len(rows), text_len, text_dim)
     for x, row in zip(out, rows):
+        if row.shape[1] != text_dim:
+            raise UserError(f"the text encoder's embeddings are {row.shape[1]} wide, but this model reads {text_dim}")
         x[:len(row)] = row
     return out
 

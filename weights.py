@@ -303,10 +303,10 @@ UMT5_OUTER = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
 
 
 def _umt5_name(key: str) -> str:
-    block, name = re.match(r"(?:blocks\.(\d+)\.)?(.*)\.weight$", key).groups() if key.endswith(".weight") else (None, key)
+    block, name = re.match(r"(?:blocks\.(\d+)\.)?(.*?)(?:\.weight)?$", key).groups()
     if block and name in UMT5_BLOCK:
         return f"encoder.block.{block}.layer.{UMT5_BLOCK[name]}.weight"
-    return f"{UMT5_OUTER[name]}.weight" if not block and name in UMT5_OUTER else key
+    return f"{UMT5_OUTER[name]}.weight" if name in UMT5_OUTER else key
 
 
 def read_umt5(path: Path) -> tuple[dict, dict[str, Tensor]]:

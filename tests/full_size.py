@@ -66,8 +66,8 @@ def decode(latents: int) -> None:
         video, state = vae.decode_chunk(torch.randn(1, 1, 16, 60, 104, generator=torch.Generator().manual_seed(i)), state, use_up=True)
         assert torch.isfinite(video).all() and video.shape[3:] == (480, 832)
         frames += video.shape[2]
-    print(f"decode: {frames} frames of 480 x 832 in {(time.perf_counter() - began) / 60:.1f} minutes, {time.process_time() / 60:.1f} minutes "
-          f"of CPU, {torch.get_num_threads()} threads, {memory()}")
+    print(f"decode: {frames} frames of 480 x 832 in {(time.perf_counter() - began) / 60:.1f} minutes "
+          f"({time.process_time() / 60:.1f} minutes of CPU, {torch.get_num_threads()} threads), {memory()}")
 
 
 def main(config: Config) -> None:

@@ -146,8 +146,8 @@ def test_files_hold_what_the_encoder_gives(umt5_folders, ftfy, tmp_path):
     assert torch.equal(source(range(4)), expected) and source.lines == SENTENCES[:3] == lines_of(path) and source.words(4) == SENTENCES[1]
     assert torch.equal(source.embed([NEGATIVE]), text.padded([rows(NEGATIVE)], 32, 512))
     assert torch.equal(embed(SENTENCES[:2], 32, 512, path), expected[:2])
-    assert torch.equal(embed(SENTENCES[:2], 32, 512, folder / "native"), expected[:2])  # as sampling does without a file
-    assert torch.equal(embed(SENTENCES[:2], 32, 512, folder / "native" / "models_t5_umt5-xxl-enc-bf16.pth"), expected[:2])
+    assert torch.equal(embed(SENTENCES[:2], 32, 512, weights=folder / "native"), expected[:2])  # as sampling does without a file
+    assert torch.equal(embed(SENTENCES[:2], 32, 512, "", folder / "native" / "models_t5_umt5-xxl-enc-bf16.pth"), expected[:2])
     shards = sorted(p.name for p in tmp_path.glob("p-*"))
     assert shards == ["p-000000.safetensors", "p-000002.safetensors"]
     tensors, made = read_tensors(tmp_path / shards[0])
@@ -287,12 +287,14 @@ def test_encoders_that_are_none_are_refused(umt5_folders, tmp_path):
             umt5(tmp_path)
 
 
-def test_embeddings_of_another_width_are_refused(tmp_path):
+def test_embeddings_of_another_width_are_refused(umt5_folders, tmp_path):
     """Files made for another model, shards that are gone, other safetensors, and text for a model that reads Wan's are one
     sentence each."""
     path = precompute(tmp_path, LINES)
     with pytest.raises(UserError, match="embeddings 64 wide and up to 9 long, but this model reads 4096 and 512"):
         Prompts(path, 4096, 512)
+    with pytest.raises(UserError, match="32 wide, but this model reads 4096"):
+        embed(["cat"], 4096, 512, weights=umt5_folders[0] / "native")
     with pytest.raises(UserError, match="up to 9 long, but this model reads 64 and 8"):
         Prompts(path, 64, 8)
     with pytest.raises(UserError, match="reads embeddings of width 4096.* python text.py prompts.txt --out prompts.safetensors"):

@@ -111,7 +111,7 @@ def umt5(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.
 def lines_of(path: str | Path) -> list[str]:
     """The prompts of a text file, one a line, or of embeddings that were made from one. raises: UserError"""
     if Path(path).suffix == ".safetensors":
-        return [line for line, _ in read_embeddings(path)[1:]]
+        return [prompt for prompt, _, listed in read_embeddings(path) if listed]
     try:
         text = Path(path).read_text(encoding="utf-8-sig").rstrip()
     except UnicodeDecodeError:
@@ -124,16 +124,16 @@ def lines_of(path: str | Path) -> list[str]:
     return lines
 
 
-def read_embeddings(path: str | Path) -> list[tuple[str, Tensor]]:
-    """What `main` wrote: the negative prompt, then all prompts, each with its memory-mapped rows [L, width]."""
-    found = []
-    tensors, made = read_tensors(path)
-    for name in (None, *(made or {}).get("shards", ())):
-        if name:
-            tensors, made = read_tensors(Path(path).parent / name)
+def read_embeddings(path: str | Path) -> list[tuple[str, Tensor, bool]]:
+    """What `main` wrote: prompts, each with its memory-mapped rows [L, width], and whether it is one of the list (the negative
+    and the empty prompt, which come first, are not)."""
+    path, found = Path(path), []
+    names = (read_tensors(path)[1] or {}).get("shards", [])
+    for file in (path, *(path.parent / name for name in names)):
+        tensors, made = read_tensors(file)
         if not made or not {"rows", "lengths"} <= tensors.keys() or len(made.get("prompts", ())) != len(tensors["lengths"]):
-            raise UserError(f"{Path(path).parent / name if name else path} does not hold embeddings of prompts; make them with text.py")
-        found += zip(made["prompts"], tensors["rows"].split(tensors["lengths"].tolist()))
+            raise UserError(f"{file} does not hold embeddings of prompts; make them with text.py")
+        found += [(prompt, x, file != path) for prompt, x in zip(made["prompts"], tensors["rows"].split(tensors["lengths"].tolist()))]
     return found
 
 
@@ -145,7 +145,7 @@ class Prompts:
 
     def __init__(self, source: str, text_dim: int, text_len: int) -> None:
         self.source, self.text_dim, self.text_len = source, text_dim, text_len
-        self.known = dict(read_embeddings(source)) if Path(source).suffix == ".safetensors" else {}
+        self.known = {p: x for p, x, _ in read_embeddings(source)} if Path(source).suffix == ".safetensors" else {}
         self.lines = None if source == "toy" else lines_of(source)
         widths, longest = {x.shape[1] for x in self.known.values()}, max(map(len, self.known.values()), default=0)
         if widths - {text_dim} or longest > text_len:
@@ -234,10 +234,11 @@ def main(config: Config) -> None:
     print(f"{len(lines)} prompts in {len(parts)} shards, {len(todo)} to make")
     if todo:
         out.unlink(missing_ok=True)  # written last: where it is, all shards are
-    with tqdm(total=1 + sum(map(len, todo.values())), desc="embed", unit="prompt") as bar:
+    others = list(dict.fromkeys((negative, "")))
+    with tqdm(total=len(others) + sum(map(len, todo.values())), desc="embed", unit="prompt") as bar:
         for path, prompts in todo.items():
             write(path, prompts, bar)
-        write(out, [negative], bar, shards=[path.name for path in parts])
+        write(out, others, bar, shards=[path.name for path in parts])
     print(f"wrote {out}; give it as --prompts")
 
 

@@ -134,12 +134,17 @@ def config_from(cls: type, values: dict, source: object):
 # ---------------------------------------------------------------- folders
 FILES = {  # what: the names it has in a folder, the first that exists is taken; where it comes from
     "transformer": (("student.safetensors", "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
-                     "transformer"), "it comes with Wan2.1-T2V-1.3B; a student may also be the folder's only .pt file"),
+                     "transformer"), "Wan's comes with Wan2.1-T2V-1.3B or -14B; a student may also be the folder's only .pt file"),
     "VAE": (("vae.safetensors", "Wan2.1_VAE.pth", "vae"), "Wan2.1_VAE.pth comes with Wan2.1-T2V-1.3B; copy or link it there"),
     "text encoder": (("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"), "it comes with Wan2.1-T2V-1.3B; or give embeddings made "
                      "where it is, by text.py"),
     "tokenizer": (("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json"), "it comes with Wan2.1-T2V-1.3B, as the folder "
                   "google/umt5-xxl")}
+
+
+def _is_folder(path: str | Path) -> bool:
+    """Whether a folder is there, or would be if it existed."""
+    return not Path(path).is_file() and Path(path).suffix not in (".safetensors", ".pt", ".pth")
 
 
 def find(folder: str | Path, what: str) -> Path:
@@ -209,7 +214,7 @@ def read_dit(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
     the path that was read.
 
     The values are the safetensors metadata, else config.json, completed by what the shapes tell. raises: UserError"""
-    path = find(path, "transformer") if Path(path).is_dir() else Path(path)
+    path = find(path, "transformer") if _is_folder(path) else Path(path)
     tensors, values = read_tensors(path)
     if "generator_lora" in tensors or any("lora_A" in k for k in tensors):
         raise UserError(f"{path} is a LoRA, a change to weights and not weights; merge it into its base (LongLive: longlive_base.pt) "
@@ -266,7 +271,7 @@ def read_vae(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
     """A VAE as `Wan2.1_VAE.pth`, a native safetensors file, a diffusers `vae/` folder, or a folder that holds one of these:
     the values of its VAEConfig (none: Wan2.1's), tensors under Wan's names, and the path that was read. raises: UserError"""
     path = Path(path)
-    if path.is_dir() and not ((path / "config.json").is_file() and "base_dim" in read_json(path / "config.json")):
+    if _is_folder(path) and not ((path / "config.json").is_file() and "base_dim" in read_json(path / "config.json")):
         path = find(path, "VAE")  # else it is the vae/ folder itself
     tensors, values = read_tensors(path)
     values = values or {}

@@ -113,8 +113,10 @@ def test_what_a_folder_lacks_is_named_with_its_origin(what, names, tmp_path):
     """The message has the file names that were looked for and where they usually come from; nothing is fetched."""
     with pytest.raises(UserError, match=f"holds no {what} .*{names}.*comes with Wan2.1-T2V-1.3B"):
         find(tmp_path, what)
-    with pytest.raises(UserError, match="nowhere is no folder"):
-        find(tmp_path / "nowhere", what)
+    for look in (lambda: find(tmp_path / "Wan2.1", what), *([lambda: load_dit(tmp_path / "Wan2.1")] * (what == "transformer")),
+                 *([lambda: load_vae(tmp_path / "Wan2.1")] * (what == "VAE"))):
+        with pytest.raises(UserError, match=f"Wan2.1 is no folder; it should be one with a {what} .*{names}"):
+            look()
 
 
 @pytest.mark.parametrize("tree", [{"generator_lora": {"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(1)}, "step": 3},

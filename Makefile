@@ -1,5 +1,6 @@
 # make test   run the tests           make demo   the main job, end to end, on a CPU
 # make lint   ruff                    make bench  speed, as ratios to independent implementations
+# make fullsize   Wan's sizes on this machine: time and memory of loading and decoding (6 GB on disk, an hour)
 PYTHON ?= python3
 RUN := .venv/bin/python
 
@@ -9,7 +10,7 @@ export MALLOC_TRIM_THRESHOLD_ = 20000000000
 export MALLOC_TOP_PAD_ = 268435456
 export MALLOC_ARENA_MAX = 2
 
-.PHONY: test lint demo bench clean
+.PHONY: test lint demo bench fullsize clean
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -53,6 +54,9 @@ demo: .venv/run
 
 bench: .venv/dev
 	PYTHONPATH=. $(RUN) tests/speed.py
+
+fullsize: .venv/run
+	PYTHONPATH=. $(RUN) tests/full_size.py
 
 clean:
 	rm -rf .venv out .pytest_cache .ruff_cache .hypothesis

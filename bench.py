@@ -171,7 +171,7 @@ def long_video(clock: Clock, dit: DiT, text: Tensor, h: int, w: int, dtype: torc
 def training(config: Config, c: DiTConfig, h: int, w: int, device: torch.device) -> dict[str, float]:
     """Seconds of a step, by running the scripts themselves on random weights and pairs: stage 1 (both directions), the
     generator's and the critic's update of stage 2 (both directions), one sample a step."""
-    from common import write_safetensors
+    from weights import write_safetensors
     found, latent = {}, (21, h, w)
     with tempfile.TemporaryDirectory() as folder:
         for name, size in (("student", c), ("teacher", PRESETS.get(config.teacher, c))):

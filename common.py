@@ -2,7 +2,7 @@
 
 - `run(main, Config)`   a typed dataclass is the command line; a user's mistake is one sentence and exit code 2
 - `start()`             device and torchrun: the same script runs as one process or as many
-- `read_tensors`, `load_strict`, `write_safetensors`, `atomic`   checkpoints that are whole or absent
+- `atomic`, `read_pickle`   files that are whole or absent (checkpoints of models: weights.py)
 - `generator`, `EMA`, `save_state`, `distribute`, `log_row`: what training loops share
 
 No model, loss, sampler or training loop lives here, and nothing here is imported for its cleverness.
@@ -29,8 +29,6 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -85,12 +83,15 @@ def from_cli(cls: type, argv: list[str] | None = None):
     """Build the dataclass `cls` from `--name value`, `--name=value` or a bare `--switch` (true).
 
     Dashes and underscores in names are the same. A tuple field takes all words up to the next flag. If the class has
-    a dict PRESETS, `--preset name` replaces defaults by those of the preset; flags given explicitly win.
+    a dict PRESETS, `--preset name` replaces defaults by those of the preset; flags given explicitly win. If it has a
+    name FIRST, words before all flags are that flag's.
     raises: UserError for an unknown, repeated, mistyped or missing flag."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
         print(_help(cls))
         raise SystemExit(0)
+    if hasattr(cls, "FIRST") and words and not words[0].startswith("--"):
+        words.insert(0, "--" + cls.FIRST)
     kinds, given = typing.get_type_hints(cls), {}
     while words:
         word = words.pop(0)
@@ -219,53 +220,13 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         tmp.unlink(missing_ok=True)
 
 
-def write_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict | None = None) -> None:
-    """Write tensors and, as JSON under the metadata key `config`, a plain dict; atomically."""
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    with atomic(path) as tmp:
-        try:
-            save_file(tensors, str(tmp), {"config": json.dumps(config)} if config is not None else None)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from None
+def read_pickle(path: str | os.PathLike) -> dict:
+    """Read a .pt or .pth file that holds a dictionary, without running what it may contain; tensors stay memory-mapped.
 
-
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict | None]:
-    """Read a checkpoint: one .safetensors or .pt/.pth file, or a folder with one (sharded with its index, too).
-
-    Tensors stay memory-mapped until they are used. returns: (tensors, config), where config comes from the
-    metadata key `config`, else from `config.json` beside the file, else None.
-    raises: UserError naming the file when it is missing, truncated, not a checkpoint, or an unsafe pickle."""
+    raises: UserError naming the file when it is missing, damaged, or holds more than tensors and plain values."""
     path = pathlib.Path(path)
-    if path.is_dir():
-        found = sorted(path.glob("*.index.json")) or sorted(p for s in (".safetensors", ".pt", ".pth") for p in path.glob("*" + s))
-        if len(found) != 1:
-            raise UserError(f"{path} holds {len(found)} checkpoints ({', '.join(p.name for p in found) or 'none'}); "
-                            "name one .safetensors or .pt file")
-        path = found[0]
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    config = _read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else None
-    if path.name.endswith(".index.json"):
-        names = _read_json(path).get("weight_map")
-        shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
-        absent = [s for s in shards if not (path.parent / s).is_file()]
-        if absent or not shards:
-            raise UserError(f"{path.name} names shards that are missing in {path.parent}: {', '.join(absent) or 'none at all'}")
-        tensors = {}
-        for shard in shards:
-            tensors.update(read_tensors(path.parent / shard)[0])
-        return tensors, config
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(str(path), "pt") as f:
-                meta = f.metadata() or {}
-                tensors = {k: f.get_tensor(k) for k in f.keys()}
-            config = json.loads(meta["config"]) if "config" in meta else config
-            if config is not None and not isinstance(config, dict):
-                raise UserError(f"{path}: the metadata's config is a JSON {type(config).__name__}, not an object")
-            return tensors, config
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from None
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged or hostile pickle may raise anything; weights_only keeps it from running
@@ -273,49 +234,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict | Non
                         f"({type(error).__name__}); copy it again or convert it to safetensors") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, not a dictionary of tensors")
-    return tree, config
-
-
-def _read_json(path: pathlib.Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: object, dtype: torch.dtype | None = None,
-                device: torch.device | str = "cpu") -> nn.Module:
-    """Put `tensors` into `model` (built on the meta device), one at a time cast to `dtype`; no second copy is made.
-
-    raises: UserError that names missing, unexpected and wrongly shaped keys in one sentence."""
-    want = model.state_dict()
-    wrong = [f"{k} is {tuple(tensors[k].shape)} but should be {tuple(want[k].shape)}"
-             for k in want if k in tensors and getattr(tensors[k], "shape", None) != want[k].shape]
-    problems = [f"{label} {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for label, names in (
-        ("missing", [k for k in want if k not in tensors]), ("unexpected", [k for k in tensors if k not in want]),
-        ("wrong shape", wrong)) if names]
-    if problems:
-        raise UserError(f"{source} does not fit {type(model).__name__}: " + "; ".join(problems))
-    model.load_state_dict({k: tensors[k].to(device=device, dtype=dtype or tensors[k].dtype) for k in want}, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def config_from(cls: type, values: dict, source: object):
-    """Make the config dataclass `cls` from JSON values; keys that start with _ are ignored, lists become tuples.
-
-    raises: UserError naming an unknown key or a value of the wrong type."""
-    kinds = typing.get_type_hints(cls)
-    known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if not k.startswith("_")}
-    for k, v in known.items():
-        kind = typing.get_origin(kinds.get(k)) or kinds.get(k)
-        if kind is None:
-            raise UserError(f"{source}: the config has an unknown field {k!r}; {cls.__name__} has {', '.join(kinds)}")
-        if not isinstance(v, (kind, int) if kind is float else kind) or (isinstance(v, bool) and kind is not bool):
-            raise UserError(f"{source}: the config field {k} is {v!r}, which is not of type {kind.__name__}")
-    return cls(**known)
+    return tree
 
 
 # ---------------------------------------------------------------- training helpers
@@ -440,7 +359,7 @@ def load_state(path: str | os.PathLike, config: dict, trained: dict[str, tuple[n
 
     raises: UserError naming the settings that differ (`steps`, `out`, `save_every`, `micro` and the like may), or a
     damaged file."""
-    tree, _ = read_tensors(path)
+    tree = read_pickle(path)
     then = json.loads(tree.get("config", "{}"))
     free = ("steps", "out", "resume", "save_every", "micro", "device", "parallel", "checkpointing", "sheet_every")
     differ = [k for k, v in json.loads(json.dumps(config)).items() if then.get(k) != v and k not in free]

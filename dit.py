@@ -12,11 +12,10 @@ Nothing is stored on the module: mask, past and positions are arguments, keys an
 
 Numbers: the network predicts velocity v = noise - x0 and is told t = 1000 sigma. Linear layers and attention run in
 the weights' dtype; residual stream, norms, modulation and RoPE in float32, as in Wan's own code [Wan].
-Parameter names are Wan's, so its checkpoints load as they are. No sampling and no loss here.
+Parameter names are Wan's, so its checkpoints load as they are (weights.py). No sampling and no loss here.
 
-    python dit.py --weights Wan2.1-T2V-1.3B --to diffusers --out transformer      # also: --to native
+    python -c "from dit import load_dit; print(load_dit('toy/weights'))"
 """
-import re
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, atomic, config_from, load_strict, read_tensors, run, write_safetensors
+from common import UserError
+from weights import config_from, load_strict, read_dit, write_dit
 
 
 @dataclass(frozen=True)
@@ -371,111 +371,17 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 
 
 # ---------------------------------------------------------------- weights
-# Wan's name -> diffusers' name, outside the blocks and inside block i
-OUTER = {"patch_embedding": "patch_embedding", "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-         "text_embedding.2": "condition_embedder.text_embedder.linear_2", "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-         "time_embedding.2": "condition_embedder.time_embedder.linear_2", "time_projection.1": "condition_embedder.time_proj",
-         "head.modulation": "scale_shift_table", "head.head": "proj_out"}
-INNER = {"modulation": "scale_shift_table", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"} | {
-    f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-    for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k"))}
-DIFFUSERS_CONFIG = {"ffn_dim": "ffn_dim", "num_attention_heads": "num_heads", "num_layers": "num_layers", "freq_dim": "freq_dim",
-                    "text_dim": "text_dim", "in_channels": "in_dim", "out_channels": "out_dim", "patch_size": "patch_size", "eps": "eps"}
-
-
-def rename(key: str, to_diffusers: bool) -> str:
-    """Translate a parameter name between Wan and diffusers; unknown names stay, to be reported by load_strict."""
-    block, name = re.match(r"(blocks\.\d+\.)?(.*)", key).groups()
-    stem, kind = re.match(r"(.*?)(\.weight|\.bias)?$", name).groups()
-    table = INNER if block else OUTER
-    if not to_diffusers:
-        table = {b: a for a, b in table.items()}
-    return (block or "") + table.get(stem, stem) + (kind or "")
-
-
-def _infer_config(tensors: dict[str, Tensor], source: object) -> DiTConfig:
-    """Read the sizes off the tensors of a checkpoint without a config; heads have 128 channels [Wan]."""
-    try:
-        dim, in_dim, *patch = tensors["patch_embedding.weight"].shape
-        layers = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
-        return DiTConfig(dim, tensors["blocks.0.ffn.0.weight"].shape[0], dim // 128, layers, tensors["time_embedding.0.weight"].shape[1],
-                         tensors["text_embedding.0.weight"].shape[1], 512, in_dim,
-                         tensors["head.head.weight"].shape[0] // (patch[1] * patch[2]), tuple(patch))
-    except (KeyError, ValueError, IndexError, ZeroDivisionError):
-        raise UserError(f"{source} is not a Wan transformer (it has {len(tensors)} entries, the first is "
-                        f"{next(iter(tensors), 'absent')!r}); expected names like blocks.0.self_attn.q.weight") from None
-
-
-def read_dit(path: str | Path) -> tuple[DiTConfig, dict[str, Tensor], Path]:
-    """Config and memory-mapped tensors, under Wan's names, of Wan's safetensors (one file or shards with an index), a
-    diffusers `transformer/` folder, a Self-Forcing style .pt (its `generator_ema`, else `generator`), or a folder that
-    holds one of these; and the path that was read.
-
-    The config is the safetensors metadata, else config.json, else read off the tensors. raises: UserError"""
-    path = Path(path)
-    if path.is_dir():
-        names = ("student.safetensors", "diffusion_pytorch_model.safetensors.index.json",
-                 "diffusion_pytorch_model.safetensors", "transformer")
-        found = [path / n for n in names if (path / n).exists()]
-        if not found:
-            raise UserError(f"{path} holds no transformer; expected one of {', '.join(names)} (as in Wan2.1-T2V-1.3B)")
-        path = found[0]
-    tensors, values = read_tensors(path)
-    for wrapper in ("generator_ema", "generator", "model", "state_dict"):
-        if isinstance(tensors.get(wrapper), dict):
-            tensors = tensors[wrapper]
-    tensors = {re.sub(r"^model\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.", "",
-                      re.sub(r"^(_fsdp_wrapped_module\.|_orig_mod\.)+", "", k)): v for k, v in tensors.items()}
-    values = dict(values or {})
-    if any(k.startswith("condition_embedder.") for k in tensors):
-        tensors = {rename(k, to_diffusers=False): v for k, v in tensors.items()}
-        head_dim = values.get("attention_head_dim", 128)
-        values = {new: values[old] for old, new in DIFFUSERS_CONFIG.items() if old in values}
-        values["dim"] = values.get("num_heads", 40) * head_dim
-    elif values.pop("model_type", "t2v") != "t2v":
-        raise UserError(f"{path}: only the text-to-video model (model_type t2v) is supported")
-    return config_from(DiTConfig, values, path) if "dim" in values else _infer_config(tensors, path), tensors, path
-
-
 def load_dit(path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> DiT:
-    """Load whatever `read_dit` reads; each tensor is cast to dtype (None: as stored) and moved on its own.
+    """Load whatever `weights.read_dit` reads; each tensor is cast to dtype (None: as stored) and moved on its own.
 
     raises: UserError that names every missing, unexpected or wrongly shaped tensor."""
-    config, tensors, source = read_dit(path)
+    values, tensors, source = read_dit(path)
+    config = config_from(DiTConfig, values, source)
     with torch.device("meta"):
         dit = DiT(config)
     return load_strict(dit, tensors, source, dtype, device)
 
 
 def save_dit(dit: DiT, path: str | Path, to: str = "native") -> None:
-    """Write a .safetensors file with Wan's names and the config in its metadata, or (to="diffusers") a folder that
-    `WanTransformer3DModel.from_pretrained` loads."""
-    if to == "native":
-        return write_safetensors(path, dit.state_dict(), asdict(dit.config))
-    if to != "diffusers":
-        raise UserError(f"unknown format {to!r}; use native or diffusers")
-    import json
-    c = asdict(dit.config)
-    config = {old: c[new] for old, new in DIFFUSERS_CONFIG.items()} | {
-        "_class_name": "WanTransformer3DModel", "attention_head_dim": c["dim"] // c["num_heads"], "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads"}
-    write_safetensors(Path(path) / "diffusion_pytorch_model.safetensors", {rename(k, True): v for k, v in dit.state_dict().items()})
-    with atomic(Path(path) / "config.json") as tmp:
-        tmp.write_text(json.dumps(config, indent=1))
-
-
-@dataclass
-class Config:
-    """Convert a transformer checkpoint."""
-    weights: str        # a checkpoint or a folder with one, in any layout that load_dit reads
-    out: str            # native: a .safetensors file; diffusers: a folder
-    to: str = "native"  # native (Wan's names, what ComfyUI reads) or diffusers
-
-
-def main(config: Config) -> None:
-    save_dit(load_dit(config.weights, dtype=None), config.out, config.to)
-    print(f"wrote {config.out}")
-
-
-if __name__ == "__main__":
-    run(main, Config)
+    """Write a .safetensors file with Wan's names and the config in its metadata, or another layout of `weights.write_dit`."""
+    write_dit(dit.state_dict(), asdict(dit.config), path, to)

@@ -40,7 +40,6 @@ from metrics import (
 )
 from pairs import is_causal, many_steps, teacher_file
 from sampler import generate, load_models, noise_seeded, ode_sigmas
-from text import Prompts
 from toy import tables, world
 from vae import VAE, load_vae
 
@@ -257,11 +256,6 @@ def table(config: "Config", device: torch.device) -> dict[str, dict[str, object]
 
 
 # ---------------------------------------------------------------- the official VBench
-def lines_of(path: str) -> list[str]:
-    """The prompts of a text file, one a line."""
-    return Prompts(path, text.TOY_DIM, 0).lines
-
-
 @torch.no_grad()
 def export(config: "Config", rank: int, world_size: int, device: torch.device) -> None:
     """Write `{original prompt}-{k}.mp4`, as VBench wants them, made from the extended prompts; then score them, if vbench is here.
@@ -270,19 +264,19 @@ def export(config: "Config", rank: int, world_size: int, device: torch.device) -
     there already are kept, so an interrupted export goes on. raises: UserError for prompts that cannot be file names."""
     if not config.prompts:
         raise UserError("--vbench needs --prompts FILE: VBench's original prompts, one a line")
-    folder, original = Path(config.vbench), lines_of(config.prompts)
-    said = lines_of(config.extended) if config.extended else original
+    folder, original = Path(config.vbench), text.lines_of(config.prompts)
+    said = text.lines_of(config.extended) if config.extended else original
     if len(said) != len(original):
         raise UserError(f"{config.extended} has {len(said)} prompts but {config.prompts} has {len(original)}; they go line by line")
     if bad := [p for p in original if "/" in p or "\0" in p or len(p.encode()) > 240]:
         raise UserError(f"the prompt {bad[0][:80]!r} cannot be a file name: VBench names clips after prompts")
     dit, vae = load_models(config.weights, dtype_of("auto", device), device)
-    plan = PLANS[config.order]
+    plan, source = PLANS[config.order], text.Prompts(config.extended or config.prompts, dit.config.text_dim, dit.config.text_len)
     jobs = [(n, k) for n in range(len(original)) for k in range(config.samples)]
     for n, k in tqdm(jobs[rank::world_size], desc="vbench", disable=rank > 0):
         path = folder / f"{original[n]}-{k}.mp4"
         if not path.exists():
-            texts = [text.embed([said[n]], dit.config.text_dim, dit.config.text_len).to(device)] * plan.prompts()
+            texts = [source([n]).to(device)] * plan.prompts()
             noise = noise_seeded([(config.seed, n, k)], latent_shape(vae, config.size), device)
             write_clip(path, vae.decode(generate(dit, plan, texts, noise))[0])
     if torch.distributed.is_initialized():
@@ -320,7 +314,7 @@ class Config:
     runs: str = "out/tables"        # where they are
     seeds: tuple[int, ...] = (0, 1, 2)  # training seeds of --table
     vbench: str = ""                # a folder: write clips named as the official VBench wants them, and score them if it is installed
-    prompts: str = ""               # of --vbench: original prompts, one a line
+    prompts: str = ""               # of --vbench: original prompts, one a line, or what text.py made of them
     extended: str = ""              # of --vbench: what the model is told instead, line by line
     samples: int = 5                # clips a prompt [VBench]
     seed: int = 0

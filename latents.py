@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UserError, atomic, read_tensors, run, start, stop_signals, write_safetensors
+from common import UserError, atomic, run, start, stop_signals
 from media import load_clip
 from text import Prompts, toy_caption
 from toy import world
 from vae import load_vae
+from weights import read_tensors, write_safetensors
 
 VIDEOS = (".mp4", ".gif", ".mov", ".webm", ".mkv", ".avi")
 

@@ -32,6 +32,7 @@ from kvcache import KVCache
 from media import VideoWriter, write_sheet
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, load_vae
+from weights import find
 
 FPS = 16  # [Wan]
 
@@ -150,7 +151,7 @@ def decode_in_order(vae: VAE, plan: Plan, finished: Iterable[tuple[int, Tensor]]
             while at in waiting and len(part) < chunk:
                 part.append(waiting.pop(at))
                 at += 1
-            video, state = vae.decode_chunk(torch.stack(part, dim=1), state)
+            video, state = vae.decode_chunk(torch.stack(part, dim=1), state, use_up=True)
             yield video
 
 
@@ -165,6 +166,7 @@ class Config:
     out: str = "out/clip.mp4"       # .mp4 or .gif
     sheet: str = ""                 # also write a contact sheet: a .png
     weights: str = "toy/weights"    # a folder with student and VAE (Wan2.1-T2V-1.3B layout works), or: random
+    embeddings: str = ""            # what text.py made of the prompts; without it, Wan's text encoder beside the weights
     seed: int = 0                   # same seed, same clip
     block: int = 3                  # latents made at a time [paper]
     anchors: int = 3                # latents imagined before a backward block, 0 to block [paper: 3]
@@ -224,11 +226,14 @@ def _plan_of_length(config: Config, length: int) -> Plan:
 
 
 def load_models(weights: str, dtype: torch.dtype, device: torch.device) -> tuple[DiT, VAE]:
-    """The student and the VAE in a folder; "random" builds toy-sized ones, to try plans and to measure speed."""
+    """The student and the VAE in a folder, or a student's file and the VAE beside it; "random" builds toy-sized ones, to try
+    plans and to measure speed."""
     if weights != "random":
-        if not Path(weights).is_dir():
-            raise UserError(f"--weights {weights} is not a folder; name one with a student and a VAE in it, or use random")
-        return load_dit(weights, dtype, device), load_vae(weights, device=device)
+        if not (path := Path(weights)).exists():
+            raise UserError(f"--weights {weights} is not a folder or file; name a folder with a student and a VAE in it, or use random")
+        folder, student = (path, find(path, "transformer")) if path.is_dir() else (path.parent, path)
+        vae = load_vae(find(folder, "VAE"), device=device)
+        return load_dit(student, dtype, device), vae
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dit, vae = DiT(PRESETS["toy"]), VAE(VAE_PRESETS["toy"])
@@ -263,7 +268,7 @@ def main(config: Config) -> None:
     if config.compile:
         for block in dit.blocks:
             block.compile()
-    texts = [dit.text_kv(e[None].to(device)) for e in text.embed(prompts, c.text_dim, c.text_len)]
+    texts = [dit.text_kv(e[None].to(device)) for e in text.embed(prompts, c.text_dim, c.text_len, config.embeddings, config.weights)]
     h, w = height // space, width // space
     noise = noise_seeded([(config.seed, 0, 0)], (c.in_dim, h, w), device)
     cache = KVCache(c, 1, plan.capacity, h, w, dtype, device)

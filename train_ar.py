@@ -34,9 +34,9 @@ from vae import load_vae
 class Config:
     """Train the autoregressive teacher on latents of real clips."""
     PRESETS = {"toy": {}, "toy64": {"latent": (21, 8, 8)}, "wan": {  # [Causal Forcing]
-        "weights": "Wan2.1-T2V-1.3B", "vae": "", "prompts": "out/latents/prompts.txt", "latent": (21, 60, 104), "steps": 2000, "batch": 64,
-        "micro": 1, "lr": 2e-6, "warmup": 0, "decay": 0.0, "betas": (0.0, 0.999), "dropout": 0.0, "shift": 5.0, "parallel": "fsdp",
-        "checkpointing": True}}
+        "weights": "Wan2.1-T2V-1.3B", "vae": "", "prompts": "out/latents/prompts.safetensors", "latent": (21, 60, 104),
+        "steps": 2000, "batch": 64, "micro": 1, "lr": 2e-6, "warmup": 0, "decay": 0.0, "betas": (0.0, 0.999), "dropout": 0.0,
+        "shift": 5.0, "parallel": "fsdp", "checkpointing": True}}
     PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}
     preset: str = "toy"              # toy, toy64 (64 pixels), wan or wan-framewise: the published numbers
     weights: str = "toy/weights/teacher.safetensors"  # the bidirectional teacher it starts from

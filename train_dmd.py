@@ -49,14 +49,14 @@ from common import (
     sync_gradients,
     trim_log,
     whole_state,
-    write_safetensors,
 )
-from dit import DiT, load_dit, read_dit
+from dit import DiT, load_dit
 from media import write_curves, write_sheet
 from pairs import dummies_of
 from sampler import generate, noise_from, shift_sigma, student_sigmas
-from text import Prompts
+from text import NEGATIVE, Prompts
 from vae import load_vae
+from weights import read_dit, write_safetensors
 
 
 @dataclass
@@ -64,8 +64,8 @@ class Config:
     """Stage 2: distribution matching on the student's own rollouts, in both directions."""
     PRESETS = {"toy": {}, "toy64": {"latent": (21, 8, 8)}, "wan": {  # [paper App. A.1]
         "student": "out/ode/student.safetensors", "teacher": "Wan2.1-T2V-14B", "critic": "Wan2.1-T2V-1.3B", "vae": "Wan2.1-T2V-1.3B",
-        "prompts": "prompts.txt", "latent": (21, 60, 104), "guidance": 4.0, "steps": 600, "batch": 64, "micro": 1, "lr": 2e-6,
-        "lr_critic": 4e-7, "ratio": 5, "ema": 0.99, "ema_start": 200, "parallel": "fsdp", "checkpointing": True}}
+        "prompts": "prompts.safetensors", "negative": NEGATIVE, "latent": (21, 60, 104), "guidance": 4.0, "steps": 600, "batch": 64,
+        "micro": 1, "lr": 2e-6, "lr_critic": 4e-7, "ratio": 5, "ema": 0.99, "ema_start": 200, "parallel": "fsdp", "checkpointing": True}}
     PRESETS["wan-small-teacher"] = PRESETS["wan"] | {"teacher": "Wan2.1-T2V-1.3B"}  # for fewer or smaller GPUs
     PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}  # [Causal Forcing]
     PRESETS["wan-2step"] = PRESETS["wan-framewise"] | {  # [Causal Forcing++]: the first block still takes four
@@ -77,7 +77,7 @@ class Config:
     teacher: str = "toy/weights/teacher.safetensors"  # the frozen real score
     critic: str = "toy/weights/teacher.safetensors"   # what the fake score starts from
     vae: str = "toy/weights/vae.safetensors"          # for the sample sheets
-    prompts: str = "toy"             # toy: captions without end; or a text file, a prompt a line
+    prompts: str = "toy"             # toy: captions without end; or what text.py wrote; or a text file of toy captions
     out: str = "out/dmd"             # folder of student.safetensors, log.jsonl, curves.png, sheets and state.pt
     resume: str = ""                 # a folder with state.pt: go on from there, exactly
     latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid

@@ -51,31 +51,31 @@ from common import (
     sync_gradients,
     trim_log,
     whole_state,
-    write_safetensors,
 )
 from dit import DiT, load_dit
 from latents import Clips
 from pairs import KEEP, check_pairs, generate_pairs, is_causal, pairs_in, read_pairs, slot_states, teacher_file
 from sampler import ode_sigmas, student_sigmas
-from text import Prompts
+from text import NEGATIVE, Prompts
+from weights import write_safetensors
 
 
 @dataclass
 class Config:
     """Stage 1: make ODE pairs (--generate, --check), or train on them."""
     PRESETS = {"toy": {}, "toy64": {"latent": (21, 8, 8)}, "wan": {  # [paper App. A.1]
-        "teacher": "Wan2.1-T2V-14B", "weights": "Wan2.1-T2V-1.3B", "prompts": "prompts.txt", "latent": (21, 60, 104), "pairs": 16000,
-        "guidance": 3.0, "shard": 16, "steps": 6000, "batch": 128, "micro": 1, "lr": 2e-6, "warmup": 0, "decay": 0.0,
-        "parallel": "fsdp", "checkpointing": True}}
+        "teacher": "Wan2.1-T2V-14B", "weights": "Wan2.1-T2V-1.3B", "prompts": "prompts.safetensors", "negative": NEGATIVE,
+        "latent": (21, 60, 104), "pairs": 16000, "guidance": 3.0, "shard": 16, "steps": 6000, "batch": 128, "micro": 1,
+        "lr": 2e-6, "warmup": 0, "decay": 0.0, "parallel": "fsdp", "checkpointing": True}}
     PRESETS["wan-causal"] = PRESETS["wan"] | {  # [Causal Forcing]
-        "teacher": "ar", "weights": "out/ar/teacher.safetensors", "prompts": "out/latents/prompts.txt", "guidance": 6.0, "steps": 1000,
-        "batch": 64}
+        "teacher": "ar", "weights": "out/ar/teacher.safetensors", "prompts": "out/latents/prompts.safetensors", "guidance": 6.0,
+        "steps": 1000, "batch": 64}
     PRESETS["wan-cd"] = PRESETS["wan-causal"] | {"method": "cd", "guidance": 3.0, "steps": 3000, "betas": (0.0, 0.999)}  # [and its ++]
     preset: str = "toy"              # toy, toy64 (64 pixels), wan (the paper's numbers), wan-causal or wan-cd (Causal Forcing's)
     method: str = "ode"              # ode: regress end points; cd: causal consistency distillation, without pairs
     teacher: str = "toy/weights/teacher.safetensors"  # makes the pairs; or ar:FILE, one of train_ar.py (ar: out/ar)
     weights: str = "toy/weights/teacher.safetensors"  # what the student starts from
-    prompts: str = "toy"             # toy: captions without end; or a text file, a prompt a line
+    prompts: str = "toy"             # toy: captions without end; or what text.py wrote; or a text file of toy captions
     data: str = "out/pairs"          # folder of the pairs
     latents: str = "out/latents"     # folder of real clips (latents.py), for an autoregressive teacher
     out: str = "out/ode"             # folder of student.safetensors, log.jsonl and the resume state

@@ -14,7 +14,6 @@ returns the posterior mean.
 
     python vae.py --clip in.mp4 --out reconstruction.mp4 --weights Wan2.1-T2V-1.3B
 """
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import UserError, config_from, load_strict, read_tensors, run, start, write_safetensors
+from common import UserError, run, start
 from media import VideoWriter, read_frames
+from weights import config_from, load_strict, read_vae, write_safetensors
 
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,  # [Wan] of its 16 latent channels
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -74,6 +74,7 @@ class VAEConfig:
 
 PRESETS = {"wan": VAEConfig(), "toy": VAEConfig(dim=16, z_dim=16, num_res_blocks=1)}  # toy [ours]
 LAYOUT = torch.channels_last_3d  # channels innermost: the norm over channels, else as dear as a convolution, becomes cheap
+LARGE = 2 ** 14  # [ours] cells a frame (128 x 128) from which memory counts more than the overhead of small steps
 State = dict  # module -> what it remembers of the stream: tensors [B, C, 1 or 2, H, W]
 
 
@@ -208,11 +209,27 @@ class Coder(nn.Module):
         self.head = nn.ModuleDict({"0": RMSNorm(widths[-1]), "2": CausalConv3d(widths[-1], 3 if up else 2 * config.z_dim, 3)})
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
-        x = self.conv1(x, state)
+        """Stages at the frame rate of the pixels take large frames of a stream one by one, to save memory."""
         stages = list(getattr(self, self.name))
-        for module in [*self.middle, *stages] if self.name == "upsamples" else [*stages, *self.middle]:
+        in_time = [i for i, stage in enumerate(stages) if getattr(stage, "in_time", False)] or [0]
+        if self.name == "upsamples":
+            x = self._run([self.conv1, *self.middle, *stages[:in_time[-1] + 1]], x, state)
+            return torch.cat([self._head(self._run(stages[in_time[-1] + 1:], part, state), state) for part in pieces(x, state)], 2)
+        x = torch.cat([self._run([self.conv1, *stages[:in_time[0]]], part, state) for part in pieces(x, state)], 2)
+        return self._head(self._run([*stages[in_time[0]:], *self.middle], x, state), state)
+
+    def _run(self, modules: list[nn.Module], x: Tensor, state: State | None) -> Tensor:
+        for module in modules:
             x = module(x, state)
+        return x
+
+    def _head(self, x: Tensor, state: State | None) -> Tensor:
         return self.head["2"](F.silu(self.head["0"](x)), state)
+
+
+def pieces(x: Tensor, state: State | None) -> tuple[Tensor, ...]:
+    """[B, C, T, H, W] as it is, or, within a stream, frame by frame if frames are LARGE."""
+    return x.split(1, dim=2) if state is not None and x.shape[3] * x.shape[4] > LARGE else (x,)
 
 
 class VAE(nn.Module):
@@ -236,22 +253,24 @@ class VAE(nn.Module):
                      for v in (self.config.mean, self.config.std))
         return mean, std
 
-    def encode_chunk(self, video: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def encode_chunk(self, video: Tensor, state: State | None = None, use_up: bool = False) -> tuple[Tensor, State]:
         """Encode the next frames of a stream. video: [B, 3, F, H, W] in [-1, 1]; F = 1 + 4k without a state (the
         start), 4k with one. returns: latents [B, T, C, h, w] and the state to pass with the next frames.
+        use_up: the given state becomes the next one; without it both exist for a moment, 4 GiB each at 480 x 832.
         raises: UserError for a wrong frame count, channel count, size or value."""
         first = state is None
         self._check_video(video, first)
-        state = {} if first else dict(state)
+        state = {} if first else state if use_up else dict(state)
         mu = self.moments(video, state)[0].float()
         mean, std = self._scale(mu)
         return ((mu - mean) / std).transpose(1, 2), state
 
-    def decode_chunk(self, z: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def decode_chunk(self, z: Tensor, state: State | None = None, use_up: bool = False) -> tuple[Tensor, State]:
         """Decode the next latents of a stream. z: [B, T, C, h, w] normalised; without a state z[:, 0] is the image
-        latent. returns: video [B, 3, F, H, W] in [-1, 1], F = 4T (4T - 3 at the start), and the next state."""
+        latent. returns: video [B, 3, F, H, W] in [-1, 1], F = 4T (4T - 3 at the start), and the next state; use_up as
+        in encode_chunk."""
         self._check_latents(z)
-        state = {} if state is None else dict(state)
+        state = {} if state is None else state if use_up else dict(state)
         z = z.transpose(1, 2).float()  # (B, C, T, h, w)
         mean, std = self._scale(z)
         z = (z * std + mean).to(self.conv2.weight.dtype)
@@ -264,7 +283,7 @@ class VAE(nn.Module):
         self._check_video(video, first=True)
         n, out, state = self.config.time, [], None
         for a in range(-n + 1, video.shape[2], n * chunk):  # the first chunk holds frame 0 and fills up to `chunk` latents
-            z, state = self.encode_chunk(video[:, :, max(a, 0):a + n * chunk], state)
+            z, state = self.encode_chunk(video[:, :, max(a, 0):a + n * chunk], state, use_up=True)
             out.append(z)
         return torch.cat(out, dim=1)
 
@@ -273,7 +292,7 @@ class VAE(nn.Module):
         self._check_latents(z)
         out, state = [], None
         for part in z.split(chunk, dim=1):
-            video, state = self.decode_chunk(part, state)
+            video, state = self.decode_chunk(part, state, use_up=True)
             out.append(video)
         return torch.cat(out, dim=2)
 
@@ -298,53 +317,19 @@ class VAE(nn.Module):
 
 # ---------------------------------------------------------------- weights
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VAE:
-    """Load `Wan2.1_VAE.pth`, a native safetensors file, a diffusers `vae/` folder, or a folder holding one of these.
+    """Load whatever `weights.read_vae` reads: `Wan2.1_VAE.pth`, a folder with it, ...
 
-    The config is the safetensors metadata `config`, else `config.json` beside the file, else Wan2.1's.
     raises: UserError that names every missing, unexpected or wrongly shaped tensor."""
-    path = Path(path)
-    if path.is_dir():
-        names = ("vae.safetensors", "Wan2.1_VAE.pth", "vae", "diffusion_pytorch_model.safetensors")
-        found = [path / n for n in names if (path / n).exists()]
-        if not found:
-            raise UserError(f"{path} holds no VAE; expected one of {', '.join(names[:3])} (Wan2.1_VAE.pth comes with Wan2.1-T2V)")
-        path = found[0]
-    tensors, values = read_tensors(path)
-    values = values or {}
-    if any(k.startswith("encoder.conv_in") for k in tensors):  # diffusers' names
-        values = {new: values[old] for old, new in DIFFUSERS_CONFIG.items() if old in values}
-        blocks = values.get("num_res_blocks", 2)
-        tensors = {_from_diffusers(k, blocks): v for k, v in tensors.items()}
-    elif "dim_mult" not in values:
-        values = {}  # the config.json beside Wan2.1_VAE.pth describes the transformer
-    config = config_from(VAEConfig, values, path)
+    values, tensors, source = read_vae(path)
+    config = config_from(VAEConfig, values, source)
     with torch.device("meta"):
         vae = VAE(config)
-    return load_strict(vae, tensors, path, dtype, device)
+    return load_strict(vae, tensors, source, dtype, device)
 
 
 def save_vae(vae: VAE, path: str | Path) -> None:
     """Write native names with the config in the metadata."""
     write_safetensors(path, vae.state_dict(), asdict(vae.config))
-
-
-DIFFUSERS_CONFIG = {"base_dim": "dim", "z_dim": "z_dim", "dim_mult": "dim_mult", "num_res_blocks": "num_res_blocks",
-                    "temperal_downsample": "temporal_downsample", "latents_mean": "mean", "latents_std": "std"}
-
-
-def _from_diffusers(key: str, num_res_blocks: int) -> str:
-    """`decoder.up_blocks.1.resnets.0.conv1.weight` -> `decoder.upsamples.4.residual.2.weight`."""
-    def flat(m: re.Match) -> str:  # diffusers nests the decoder's stages, Wan numbers them through
-        place = num_res_blocks + 1 if m[2] == "upsamplers" else int(m[3])
-        return f"upsamples.{int(m[1]) * (num_res_blocks + 2) + place}"
-    for old, new in ((r"^quant_conv", "conv1"), (r"^post_quant_conv", "conv2"), (r"conv_in\b", "conv1"), (r"norm_out", "head.0"),
-                     (r"conv_out", "head.2"), (r"mid_block\.resnets\.0", "middle.0"), (r"mid_block\.attentions\.0", "middle.1"),
-                     (r"mid_block\.resnets\.1", "middle.2"), (r"up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)", flat),
-                     (r"down_blocks", "downsamples"), (r"conv_shortcut", "shortcut"),
-                     *((rf"((?:downsamples|upsamples|middle)\.\d+)\.{name}\b", rf"\1.residual.{digit}")
-                       for name, digit in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6)))):
-        key = re.sub(old, new, key)
-    return key
 
 
 # ---------------------------------------------------------------- try it
@@ -366,7 +351,7 @@ def main(config: Config) -> None:
     state, error = None, 0.0
     with writer:
         for part in tqdm(z.split(1, dim=1), desc="decode", unit="latent"):
-            frames, state = vae.decode_chunk(part, state)
+            frames, state = vae.decode_chunk(part, state, use_up=True)
             error += (frames[0].cpu() - video[0, :, writer.count:writer.count + frames.shape[2]]).square().sum().item()
             writer.write(frames[0])
     psnr = -10 * torch.tensor(error / video.numel() / 4).log10()  # pixels span 2, so the peak squared is 4

@@ -28,7 +28,7 @@ import pairs
 import train_ar
 import train_ode
 from anchors import Plan, Step, layout
-from common import UserError, read_tensors
+from common import UserError
 from dit import load_dit
 from latents import Clips
 from pairs import KEEP, integrate, many_steps, pair_noise
@@ -36,6 +36,7 @@ from sampler import noise_from, ode_sigmas
 from text import Prompts
 from train_ar import ar_loss, bell
 from train_ode import cd_loss
+from weights import read_tensors
 
 
 # ---------------------------------------------------------------- teacher forcing

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import common
 import sampler
 import vae
-from common import EMA, UserError, atomic, from_cli, generator, log_row, read_tensors, write_safetensors
+from common import EMA, UserError, atomic, from_cli, generator, log_row
 
 
 # ---------------------------------------------------------------- command line
@@ -227,80 +227,6 @@ def test_atomic_failure_leaves_what_was_there(tmp_path, error):
                 raise error
         assert os.listdir(tmp_path) == (["a.txt"] if old else [])
         assert not old or (tmp_path / "a.txt").read_text() == old
-
-
-def tensors():
-    base = torch.arange(12.0).view(3, 4)
-    return {"a": base, "transposed view": base.T, "shared row": base[1], "half": torch.tensor([1.5], dtype=torch.bfloat16),
-            "scalar": torch.tensor(3), "parameter": torch.nn.Parameter(torch.ones(2))}
-
-
-def same(got, want):
-    return got.keys() == want.keys() and all(g.dtype == w.dtype and torch.equal(g, w) for g, w in ((got[k], want[k]) for k in want))
-
-
-@pytest.mark.parametrize("config", [None, {}, {"dim": 4, "mult": [1, 2], "name": "é", "deep": {"x": None}}])
-def test_safetensors_round_trip(tmp_path, config):
-    """Tensors, views and shared ones too, come back with their dtype, and the config as it was."""
-    write_safetensors(tmp_path / "x" / "m.safetensors", tensors(), config)
-    for path in (tmp_path / "x", tmp_path / "x" / "m.safetensors"):
-        got, back = read_tensors(path)
-        assert same(got, tensors()) and back == config
-    assert os.listdir(tmp_path / "x") == ["m.safetensors"]
-
-
-def test_config_in_the_file_wins_over_config_json(tmp_path):
-    """Metadata travels with the file; config.json beside it serves files without, .pt ones too."""
-    (tmp_path / "config.json").write_text('{"dim": 1}')
-    write_safetensors(tmp_path / "a.safetensors", tensors(), {"dim": 2})
-    write_safetensors(tmp_path / "b.safetensors", tensors())
-    torch.save({"w": torch.ones(2)}, tmp_path / "c.pt")
-    assert [read_tensors(tmp_path / n)[1]["dim"] for n in ("a.safetensors", "b.safetensors", "c.pt")] == [2, 1, 1]
-    assert same(read_tensors(tmp_path / "c.pt")[0], {"w": torch.ones(2)})
-
-
-def shard(folder):
-    whole = tensors()
-    files = {"m-00001-of-00002.safetensors": list(whole)[:2], "m-00002-of-00002.safetensors": list(whole)[2:]}
-    for name, keys in files.items():
-        write_safetensors(folder / name, {k: whole[k] for k in keys})
-    index = {"metadata": {}, "weight_map": {k: name for name, keys in files.items() for k in keys}}
-    (folder / "m.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text('{"dim": 3}')
-    return list(files)
-
-
-def test_shards_are_read_as_one(tmp_path):
-    """A sharded folder, or its index, gives all tensors and the config beside it."""
-    shard(tmp_path)
-    for path in (tmp_path, tmp_path / "m.safetensors.index.json"):
-        got, config = read_tensors(path)
-        assert same(got, tensors()) and config == {"dim": 3}
-
-
-def complaint(path):
-    with pytest.raises(UserError) as error:
-        read_tensors(path)
-    return str(error.value)
-
-
-def test_missing_or_damaged_shard_is_named(tmp_path):
-    """An interrupted download is told apart from a wrong folder: the file to get again is named."""
-    first, second = shard(tmp_path)
-    (tmp_path / first).write_bytes((tmp_path / first).read_bytes()[:-1])
-    assert first in complaint(tmp_path) and second not in complaint(tmp_path)
-    os.remove(tmp_path / second)
-    assert second in complaint(tmp_path) and first not in complaint(tmp_path)
-    (tmp_path / "m.safetensors.index.json").write_text("{}")
-    assert "none at all" in complaint(tmp_path)
-
-
-def test_ambiguous_or_empty_folder_is_refused(tmp_path):
-    """Which of two files is meant is not guessed."""
-    assert str(tmp_path) in complaint(tmp_path) and "none" in complaint(tmp_path)
-    for name in ("one.pt", "two.pt"):
-        torch.save({}, tmp_path / name)
-    assert "one.pt, two.pt" in complaint(tmp_path)
 
 
 # ---------------------------------------------------------------- training helpers

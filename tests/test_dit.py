@@ -216,7 +216,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:2000])
     for name, says in (("cut.safetensors", "cut.safetensors is not a whole"), ("cut.pt", "cut.pt is not a checkpoint"),
                        ("foreign.pt", "foreign.pt is not a Wan transformer.*'layer.weight'"), ("none.pt", "none.pt does not exist"),
-                       ("foreign.safetensors", "not a Wan transformer.*'unet.conv.weight'"), (".", "holds no transformer")):
+                       ("foreign.safetensors", "not a Wan transformer.*'unet.conv.weight'"), (".", "holds several students .cut.pt")):
         with pytest.raises(UserError, match=says):
             load_dit(tmp_path / name)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "i2v", "dim": 48}))

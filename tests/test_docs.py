@@ -12,7 +12,7 @@ import common
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-READING_ORDER = ["toy.world", "common", "media", "vae", "dit", "kvcache", "anchors", "text", "sampler", "latents", "pairs",
+READING_ORDER = ["toy.world", "common", "media", "weights", "vae", "dit", "kvcache", "anchors", "text", "sampler", "latents", "pairs",
                  "train_ode", "train_ar", "train_dmd",
                  "memory", "metrics", "report", "toy.tables", "evaluate", "toy.train_vae", "toy.train_teacher", "toy.pack", "toy.causality",
                  "bench"]

@@ -27,10 +27,11 @@ from torch import nn
 
 import anchors
 import train_dmd
-from common import UserError, read_tensors
+from common import UserError
 from dit import load_dit, save_dit
 from sampler import generate, noise_from, student_sigmas
 from train_dmd import Config, critic_loss, dmd_gradient, dmd_loss, main, noised
+from weights import read_tensors
 
 LATENT = (6, 4, 4)
 

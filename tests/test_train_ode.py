@@ -28,12 +28,13 @@ import anchors
 import pairs
 import train_ode
 from anchors import layout
-from common import UserError, read_tensors, write_safetensors
+from common import UserError
 from dit import load_dit, save_dit
 from pairs import KEEP, integrate, pair_noise
 from sampler import noise_from, ode_sigmas, student_sigmas
 from text import Prompts
 from train_ode import Config, main, ode_loss
+from weights import read_tensors, write_safetensors
 
 LATENT = (6, 4, 4)
 

@@ -17,6 +17,7 @@ from common import UserError, generator
 from media import VideoWriter, read_frames
 from sampler import decode_in_order
 from vae import PRESETS, VAE, WAN_MEAN, WAN_STD, VAEConfig, load_vae, save_vae
+from weights import write_safetensors
 
 REPO = pathlib.Path(__file__).parent.parent
 TINY = VAEConfig(dim=4, z_dim=4, num_res_blocks=1, mean=(0.1, -0.2, 0.3, -0.4), std=(0.8, 1.1, 1.3, 0.9))
@@ -144,6 +145,24 @@ def test_streaming_equals_whole(vae, sizes):
     close(torch.cat(stream(vae.decode_chunk, z.split(sizes, dim=1))[0], dim=2), whole_x)
     close(vae.encode(x, chunk=sizes[0]), whole_z)
     close(vae.decode(z, chunk=sizes[0]), whole_x)
+
+
+def test_large_frames_pass_one_by_one(vae, monkeypatch):
+    """Above a size the stages at pixels' rate take single frames: the same output, no such stage sees two, and a state that may be
+    used up is."""
+    x, z = video(5), latents(5)
+    plain = vae.encode(x), vae.decode(z)
+    seen, real = [], torch.nn.functional.conv3d
+    monkeypatch.setattr("vae.LARGE", 0)
+    monkeypatch.setattr("vae.F.conv3d", lambda y, *args, **kwargs: (seen.append(y.shape[2:]), real(y, *args, **kwargs))[1])
+    close(vae.encode(x), plain[0])
+    close(vae.decode(z), plain[1])
+    assert {s[0] for s in seen if s[1:] == (16, 24)} == {1, 3} and max(s[0] for s in seen) > 4  # one frame, or with two of the past
+    for step, (a, b, _), _ in both(vae):
+        _, state = step(a)
+        out, after = step(b, dict(state))
+        used, then = step(b, state, use_up=True)
+        assert then is state and torch.equal(used, out) and all(torch.equal(then[k], v) for k, v in after.items())
 
 
 def both(vae):
@@ -331,7 +350,6 @@ def test_config_json_beside_the_file_is_read(folder):
 
 def test_all_wrong_tensors_are_named_at_once(folder):
     """Missing, unexpected and wrongly shaped tensors are in one sentence, with both shapes."""
-    from common import write_safetensors
     path, tensors = folder
     del tensors["decoder.conv1.bias"]
     tensors["extra.weight"] = torch.zeros(1)
@@ -369,7 +387,6 @@ def test_damaged_file_is_a_user_error_naming_it(folder, name, damage):
 
 def test_something_else_is_refused(tmp_path):
     """A checkpoint of another model, a dictionary of dictionaries and an empty folder are refused, not half loaded."""
-    from common import write_safetensors
     write_safetensors(tmp_path / "lora.safetensors", {"lora.down": torch.zeros(2, 2)}, {"rank": 4})
     assert "missing 194" in message(tmp_path / "lora.safetensors") and "lora.down" in message(tmp_path / "lora.safetensors")
     torch.save({"generator": {"weight": torch.zeros(2)}, "step": 3}, tmp_path / "train.pth")

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import anchors
 from anchors import Step
-from common import read_tensors, run
+from common import run
 from dit import DiT, DiTConfig, Visible, save_dit
 from vae import VAE, VAEConfig, save_vae
+from weights import read_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 SINKS = ("none", "past", "future", "both")

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import UserError, atomic, read_tensors, run, write_safetensors
+from common import UserError, atomic, run
+from weights import read_tensors, write_safetensors
 
 
 @dataclass

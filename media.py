@@ -1,4 +1,4 @@
-"""Pixels in and out: read a video, write one as it is made, lay out contact sheets, draw curves.
+"""Pixels in and out: read a video, fit any clip to a model, write one as it is made, lay out contact sheets, draw curves.
 
 Videos are float tensors [B, 3, F, H, W] in [-1, 1] everywhere inside the project; bytes and files exist only here.
 
@@ -8,11 +8,14 @@ import json
 import os
 import pathlib
 import sys
+from collections import deque
+from collections.abc import Iterator
 
 import imageio
 import imageio.v3 as iio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, atomic
@@ -29,6 +32,85 @@ def read_frames(path: str | os.PathLike) -> Tensor:
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"{path} cannot be read as a video ({str(error).splitlines()[0][:120]})") from None
     return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float().div_(127.5).sub_(1)
+
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+def _frames_at(path: pathlib.Path, fps: int) -> Iterator[dict | np.ndarray]:
+    """First what the file says of itself ("fps", "duration"), then uint8 [H, W, 3] at 0, 1/fps, 2/fps ... seconds.
+
+    Timestamps count where the container has them (variable frame rate), else its rate; frames of a .gif have durations."""
+    if path.suffix.lower() in PICTURES:
+        with iio.imopen(path, "r", plugin="pillow") as file:
+            count = file.properties(index=...).shape[0]
+            ends = np.cumsum([file.metadata(index=i).get("duration", 0) / 1000 or 1 / fps for i in range(count)])
+            yield {"fps": count / ends[-1], "duration": ends[-1]}
+            for i in np.searchsorted(ends, np.arange(max(round(ends[-1] * fps), 1)) / fps, side="right"):
+                yield file.read(index=int(i), mode="RGB", rotate=True)
+    else:  # -xerror: damaged pictures end the video; none is guessed
+        with imageio.get_reader(str(path), format="ffmpeg", input_params=["-xerror", "-err_detect", "explode"],
+                                output_params=["-vf", f"fps={fps}"]) as reader:
+            yield reader.get_meta_data()
+            yield from reader
+
+
+def _fit(frame: Tensor, height: int, width: int, fit: str) -> Tensor:
+    """uint8 [3, H, W] -> uint8 [3, height, width]: resized (bicubic, antialiased) to cover it and cropped, or to fit in and padded."""
+    H, W = frame.shape[1:]
+    if (H, W) == (height, width):
+        return frame
+    scale = (max if fit == "crop" else min)(height / H, width / W)
+    h, w = max(round(H * scale), 1), max(round(W * scale), 1)
+    h, w = (max(h, height), max(w, width)) if fit == "crop" else (min(h, height), min(w, width))
+    frame = F.interpolate(frame[None].float(), (h, w), mode="bicubic", antialias=True)[0].round().clamp(0, 255).to(torch.uint8)
+    top, left = abs(h - height) // 2, abs(w - width) // 2
+    if fit == "crop":
+        return frame[:, top:top + height, left:left + width]
+    return F.pad(frame, (left, width - w - left, top, height - h - top))
+
+
+def load_clip(path: str | os.PathLike, size: tuple[int, int], fps: int = 16, fit: str = "crop", frames: int | None = None,
+              last: bool = False) -> tuple[Tensor, str]:
+    """Read any video or picture as a model wants it: resampled to `fps`, fitted to `size` (height, width), cut to `frames`.
+
+    fit: crop or pad (with black) to keep the proportions;  last: cut to the last frames, not the first; a video is read a
+    frame at a time, so that its length costs no memory.
+    returns: float32 [1, 3, F, H, W] in [-1, 1], every value one of 256 levels, so that lossless files hold them exactly;
+    and a sentence saying what was done.  raises: UserError if it cannot be read, has no picture, or is too short"""
+    path, (height, width) = pathlib.Path(path), size
+    if fit not in ("crop", "pad"):
+        raise UserError(f"--fit {fit!r} must be crop or pad")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    kept, read, (H, W) = deque(maxlen=frames if last else None), 0, (0, 0)
+    source = _frames_at(path, fps)
+    try:
+        says = next(source)
+        for frame in source:
+            (H, W), read = frame.shape[:2], read + 1
+            kept.append(_fit(torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1), height, width, fit))
+            if frames and not last and read == frames:
+                break
+    except (OSError, ValueError, RuntimeError, IndexError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken .png
+        text = str(error) or "it is empty"
+        if "Audio: " in text and "Video: " not in text:
+            raise UserError(f"{path} has sound but no picture; name a video") from None
+        raise UserError(f"{path} cannot be read as a video or picture ({text.splitlines()[-1][-120:]})") from None
+    finally:
+        source.close()
+    wanted, promised, damage = frames or 1, says.get("duration", 0), ""
+    if read / fps < 0.9 * promised - 2 / fps and (last or read != frames):
+        damage = f", although the file promises {promised:.1f} s: it is damaged, or its sound is longer than its picture"
+    if read < wanted:
+        raise UserError(f"{path} has {read} frame{'s' * (read != 1)} ({read / fps:.2f} s) at {fps} fps, but {wanted} "
+                        f"({wanted / fps:.2f} s) are needed{damage}")
+    video = torch.stack(list(kept), dim=1)[None].float().div_(127.5).sub_(1)
+    how = "" if (H, W) == (height, width) else f" to {height}x{width} ({fit})"
+    rate = "" if abs(says["fps"] - fps) < 0.01 else f", {says['fps']:.4g} to {fps} fps"
+    part = "" if not frames else "the last " if last else "the first "
+    return video, (f"{path.name}: {H}x{W}{how}{rate}, {part}{video.shape[2]} "
+                   f"frame{'s' * (video.shape[2] != 1)} ({video.shape[2] / fps:.2f} s){damage}")
 
 
 def to_uint8(video: Tensor) -> np.ndarray:

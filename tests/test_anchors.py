@@ -93,7 +93,7 @@ def test_inbetween_by_hand():
     plan = anchors.inbetween(3, 15, 3)
     assert plan.steps == (Step((0, 1, 2), (0, 1, 2)), Step((18, 19, 20), (15, 16, 17, 18, 19, 20), (15, 16, 17), ends), last)
     assert anchors.inbetween(3, 15, 3, given=True).steps == (
-        Step((0, 1, 2), (0, 1, 2), given=True), Step((18, 19, 20), (18, 19, 20), reads=ends, given=True), last)
+        Step((0, 1, 2), (0, 1, 2), given=(0, 1, 2)), Step((18, 19, 20), (18, 19, 20), reads=ends, given=(18, 19, 20)), last)
     assert [i for i, b in enumerate(plan.boundaries()) if b] == [2, 17]
 
 

@@ -370,7 +370,7 @@ BAD = {
     "negative window": (["--window", "-3", "--frames", "177"], "window -3"),
     "size": (["--size", "40", "40"], "--size 40 40 must be a height and a width divisible by 16 and 16"),
     "unknown word": (["--prompt", "a purple square"], "does not know the word 'purple'"),
-    "avi": (["--out", "clip.avi"], "clip.avi must end in .mp4 or .gif"),
+    "avi": (["--out", "clip.avi"], "clip.avi must end in .mp4, .gif or .mkv"),
     "no folder": (["--weights", "nowhere"], "--weights nowhere is not a folder"),
     "empty folder": (["--weights", "empty"], "empty holds no transformer"),
     "two prompts": (["--prompt", PROMPT, PROMPT], "2 prompts for a plan with 1"),

@@ -296,6 +296,8 @@ def switch(plan: Plan, starts: Sequence[int]) -> Plan:
 
 def long(length: int, direction: str = "forward", block: int = 3, anchors: int = 3, window: int = 6, sink: str = "both") -> Plan:
     """Forward or backward past the horizon, at constant memory: a window and sinks on the past, future or both sides."""
+    if sink not in ("past", "future", "both", "none"):
+        raise UserError(f"unknown sink {sink!r}; use past, future, both or none")
     if direction not in ("forward", "backward") or window < 0:
         raise UserError(f"direction {direction!r} must be forward or backward and window {window} at least 0")
     sinks = {"window": window, "past_sink": sink in ("past", "both"), "future_sink": sink in ("future", "both")}

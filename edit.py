@@ -117,15 +117,17 @@ def story(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, lis
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not a story in JSON and UTF-8 ({error})") from None
 
+    number = (int, float)
+
     def check(what: object, where: str, kinds: dict[str, type | tuple]) -> None:
         if not isinstance(what, dict):
             raise UserError(f"{path}: {where} is {json.dumps(what)[:60]}, not an object in braces")
         for key, value in what.items():
             if key not in kinds:
                 raise UserError(f"{path}: {where} has the unknown key {key!r}; it may have {', '.join(kinds)}")
-            if not isinstance(value, kinds[key]) or isinstance(value, bool) or (kinds[key] == (int, float) and not 0 <= value < 36000):
+            if not isinstance(value, kinds[key]) or isinstance(value, bool) or value == "" or (
+                    kinds[key] == number and not 0 <= value < 36000):
                 raise UserError(f"{path}: {where} has {key} = {json.dumps(value)[:60]}, which is not possible")
-    number = (int, float)
     check(tale, "the story", {"scenes": list, "seconds": number, "order": list})
     if not tale.get("scenes"):
         raise UserError(f"{path} has no scenes; give at least one, such as {{\"start\": 0, \"seconds\": 3, \"prompt\": ...}}")
@@ -151,7 +153,7 @@ def story(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, lis
     order = tale.get("order", [])
     if order and sorted(map(str, order)) != sorted(str(n) for n in range(len(scenes))):
         raise UserError(f"{path}: the order {order} must name each scene from 0 to {len(scenes) - 1} once")
-    plan = anchors.timeline(length, scenes, config.block, config.anchors, **_view(config, length), order=order)
+    plan = replace(anchors.timeline(length, scenes, config.block, config.anchors, **_view(config, length), order=order), name="story")
     return anchors.switch(plan, [at for at, _ in lines[1:]]), [words for _, words in lines]
 
 

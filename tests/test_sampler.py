@@ -179,7 +179,8 @@ def test_anchors_are_seen_by_their_own_step_only():
 
 # ---------------------------------------------------------------- rollouts
 ROLLOUTS = {k: PLANS[k] for k in ("forward", "forward, ragged window", "backward P=0", "backward P=2", "backward P=3", "backward, dummy",
-                                  "inbetween", "inbetween, given", "loop", "long forward, both sink", "long backward, both sink")}
+                                  "inbetween", "inbetween, given", "loop", "long forward, both sink", "long backward, both sink",
+                                  "timeline, held latents", "timeline, one shot", "timeline, long", "forward, held latent")}
 
 
 def drawn(plan: Plan, B: int = 2, seed: int = 10) -> tuple:
@@ -194,16 +195,20 @@ def obvious_rollout(model, plan: Plan, text, noise, renoise, own_latents, sigmas
     steps, clean, made = [], [], {}  # finished steps as they are seen later, and their clean latents
     for step in plan.steps:
         seen = Step(step.targets, step.pos[len(step.anchors):], (), step.reads)  # without anchors, as it is committed
-        if step.given:
-            x0, step = own_latents[:, list(step.targets)], seen
+        held = torch.tensor([i in step.given for i in step.own])
+        mine = own_latents[:, [max(i, 0) for i in step.own]]
+        if held.all():
+            x0, step = mine, seen
         else:
             for k, sigma in enumerate(sigmas):
                 fresh = torch.stack([(noise if k == 0 else renoise[k - 1])[:, row[i]] for i in step.own], 1)
                 x = fresh if k == 0 else (1 - sigma) * x0 + sigma * fresh
-                z = torch.cat([*clean, x], 1)
+                z = torch.cat([*clean, torch.where(held.view(-1, 1, 1, 1), mine, x)], 1)
                 owner, pos, visible = side_by_side([*steps, step])
-                t = torch.tensor([1000 * sigma if n == len(steps) else 0.0 for n in owner]).expand(len(z), -1)
-                x0 = x - sigma * model(z, t, text, torch.tensor(pos), visible)[:, -len(step.own):]
+                late = torch.tensor([n == len(steps) for n in owner])
+                late[late.clone()] = ~held
+                v = model(z, 1000 * sigma * late.float().expand(len(z), -1), text, torch.tensor(pos), visible)[:, -len(step.own):]
+                x0 = torch.where(held.view(-1, 1, 1, 1), mine, x - sigma * v)
         made.update(zip(step.targets, x0[:, len(step.anchors):].unbind(1)))
         steps.append(step if commit_anchors else seen)
         clean.append(x0 if commit_anchors else x0[:, len(step.anchors):])
@@ -217,11 +222,12 @@ def test_rollout_equals_a_slow_obvious_one(plan, commit_anchors):
     model, text = tiny_dit(), randn(5, 2, 5, 32)
     noise, renoise, own_latents = drawn(plan)
     given = {i: own_latents[:, i] for i in range(plan.length)}
-    got = generate(model, plan, [text], noise_from(noise, renoise, plan.length), given=given, commit_anchors=commit_anchors)
+    texts = [text] * plan.prompts()
+    got = generate(model, plan, texts, noise_from(noise, renoise, plan.length), given=given, commit_anchors=commit_anchors)
     expected = obvious_rollout(model, plan, text, noise, renoise, own_latents, SIGMAS, commit_anchors)
     assert 0.1 < expected.std() < 10 and distance(got, expected) <= 1e-5
-    if any(step.given for step in plan.steps):
-        assert torch.equal(got[:, :3], own_latents[:, :3]) and torch.equal(got[:, 9:], own_latents[:, 9:12])
+    mine = sorted(i for step in plan.steps for i in step.given if i in step.targets)
+    assert torch.equal(got[:, mine], own_latents[:, mine])
 
 
 def test_committing_anchors_is_a_choice():
@@ -387,6 +393,19 @@ def test_bad_input_is_one_sentence(flags, says, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["empty"] and not list((tmp_path / "empty").iterdir())
+
+
+def test_prompts_switch_with_the_blocks():
+    """--switch: the next prompt from the first block that begins at that time on; one that no block follows is refused."""
+    plan = sampler.prompted(anchors.forward(21), ["a", "b", "c"], [1.0, 3.1])
+    assert [step.prompt for step in plan.steps] == [0, 0, 1, 1, 1, 2, 2]  # latents 0, 3, 6 ...; frames 16 and 49.6 lie in 4 and 13
+    assert [step.prompt for step in sampler.prompted(anchors.backward(9), ["a", "b"], [1.0]).steps] == [1, 0, 0]
+    assert {step.prompt for step in sampler.prompted(anchors.transition(3, 3, 3), ["a"]).steps} == {0}
+    for prompts, seconds, says in ((["a"], [1.0], "2 prompts, got 1"), (["a", "b", "c"], [2.0, 1.0], "rising times"),
+                                   (["a", "b"], [0.0], "rising"), (["a", "b"], [9.0], "prompt 2 is never followed"),
+                                   (["a", "b", "c"], [1.0, 1.1], "prompt 2 is never followed"), (["a", " "], [1.0], "empty")):
+        with pytest.raises(UserError, match=says):
+            sampler.prompted(anchors.forward(21), prompts, seconds)
 
 
 def test_plans_of_the_command_line():

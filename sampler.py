@@ -151,7 +151,7 @@ def decode_in_order(vae: VAE, plan: Plan, finished: Iterable[tuple[int, Tensor]]
     waiting = {} if waiting is None else waiting
     state, at = None, 0
     for n, x0 in finished:
-        waiting.update(zip(plan.steps[n].targets, x0.unbind(1)))
+        waiting.update(zip(plan.steps[n].targets, x0.clone().unbind(1)))  # a copy, or the anchors beside it would stay alive
         while at in waiting:
             part = []
             while at in waiting and len(part) < chunk:

@@ -13,7 +13,8 @@ import common
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 READING_ORDER = ["toy.world", "common", "media", "vae", "dit", "kvcache", "anchors", "text", "sampler", "train_ode", "train_dmd",
-                 "memory", "metrics", "edit", "report", "toy.tables", "evaluate", "toy.train_vae", "toy.train_teacher", "toy.pack", "toy.causality"]
+                 "memory", "metrics", "edit", "report", "toy.tables", "evaluate", "toy.train_vae", "toy.train_teacher", "toy.pack",
+                 "toy.causality"]
 
 
 def tracked() -> list[str]:

@@ -1,4 +1,6 @@
 """Executing a plan: cached == full for every order, no leak, no stray gradient, and a command line that cannot surprise."""
+import gc
+
 import imageio.v3 as iio
 import pytest
 import torch
@@ -337,6 +339,38 @@ def test_forward_decodes_early():
         for piece in decode_in_order(vae, plan, finished()):
             frames[-1] += piece.shape[2]
         assert frames[:3] == expected
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that are alive."""
+    storages = {x.data_ptr(): x.nbytes() for x in (o.untyped_storage() for o in gc.get_objects() if type(o) is torch.Tensor)}
+    return sum(storages.values())
+
+
+def evaluations(plan: Plan) -> int:
+    """How often the transformer runs: four denoising steps a block, and once to commit it if a later one reads it."""
+    return sum(4 * (not step.commits) + any(plan.last_read.get(i, -1) > n for i in step.targets) for n, step in enumerate(plan.steps))
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@torch.no_grad()
+def test_long_videos_take_constant_memory(way):
+    """100 s take less than 10.5 times the evaluations of 10 s. 30 s: the same cache and, at its peak, the same live tensors;
+    backward, the finished latents as well, since none can be decoded before the first."""
+    assert evaluations(anchors.long(402, way)) <= 10.5 * evaluations(anchors.long(42, way))
+    model, vae, peaks = tiny_dit(), randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))), []
+    for length in (42, 120):
+        plan, calls, peak = anchors.long(length, way), [], 0
+        hook = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        cache = KVCache(model.config, 1, plan.capacity, H, W)
+        made = rollout(model, plan, [randn(5, 1, 5, 32)], noise_seeded([(0, 0, 0)], (4, H, W)), SIGMAS, cache)
+        for n, _ in enumerate(decode_in_order(vae, plan, made)):
+            peak = max(peak, live_bytes()) if n % 6 == 0 else peak
+        hook.remove()
+        peaks.append((cache.bytes(), peak))
+        assert len(calls) == evaluations(plan)
+    latents = (120 - 42) * 4 * H * W * 4 * (way == "backward")
+    assert peaks[0][0] == peaks[1][0] and peaks[1][1] <= 1.01 * peaks[0][1] + latents
 
 
 # ---------------------------------------------------------------- command line

@@ -38,6 +38,7 @@ from sampler import FPS, Settings, film, prepare, prompted
 from vae import VAE
 
 COMMANDS = ("extend_after", "extend_before", "between", "transition", "loop", "image", "keyframes", "story")
+TIME = 4    # frames of a latent [Wan]
 STILL = 13  # frames of standstill before a picture's video latent means what it says; 5 double the error [ours]
 
 
@@ -73,34 +74,33 @@ class Given:
         Anywhere but at the beginning its first frame is only the past of its first latent."""
         skip, z = min(at, 1), self.vae.encode(video.to(self.device))
         self.latents |= dict(enumerate(z.unbind(1)[skip:], at))
-        first = self.vae.config.time * (at - 1) + 1 if at else 0
+        first = TIME * (at - 1) + 1 if at else 0
         self.frames |= dict(enumerate(video[0].unbind(1)[skip:], first))
         return at + z.shape[1] - skip
 
     def picture(self, picture: Tensor, frame: int) -> int:
         """Place a picture [1, 3, 1, H, W]; the latent that holds it, at whose last frame it is shown best."""
-        at = math.ceil(frame / self.vae.config.time)
+        at = math.ceil(frame / TIME)
         still = picture.to(self.device).expand(-1, -1, STILL if at else 1, -1, -1)
         self.latents[at] = self.vae.encode(still)[:, -1]
         self.frames[frame] = picture[0, :, 0]
         return at
 
 
-def seconds_to_latents(seconds: float, block: int, name: str = "--seconds", time: int = 4) -> int:
+def seconds_to_latents(seconds: float, block: int, name: str = "--seconds") -> int:
     """Video latents for so many seconds, rounded up to whole blocks: 1 s -> 16 frames -> 4 latents -> 6 in blocks of 3."""
     if not 0 < seconds < 36000:
         raise UserError(f"{name} {seconds} must be above 0 and below 36000")
-    return math.ceil(round(seconds * FPS / time / block, 6)) * block
+    return math.ceil(round(seconds * FPS / TIME / block, 6)) * block
 
 
 def read(config: Config, path: str | Path, size: tuple[int, int], beginning: bool, last: bool = False, use: float = 0) -> Tensor:
     """A clip cut to whole blocks, and one frame more if it is not the beginning: [1, 3, 1 + 4k, H, W]; says what was done.
 
     last: its last frames, else its first;  use: at most so many seconds, if not those of the config"""
-    time = 4
-    extra = 1 - time if beginning else 1  # the image latent is one frame; else one frame is the past
-    unit, most = time * config.block, seconds_to_latents(use or config.use, config.block, "--use") * time
-    video, says = load_clip(path, size, FPS, config.fit, max(most, unit) + extra, last, least=unit + extra)
+    extra = 1 - TIME if beginning else 1  # the image latent is one frame; else one frame is the past
+    unit, most = TIME * config.block, TIME * seconds_to_latents(use or config.use, config.block, "--use")
+    video, says = load_clip(path, size, FPS, config.fit, most + extra, last, least=unit + extra)
     n = (video.shape[2] - extra) // unit * unit + extra
     print(f"{says}; {n} used: {'the beginning' if beginning else 'one as the past of the others'}")
     return video[:, :, -n:] if last else video[:, :, :n]
@@ -131,11 +131,11 @@ def story(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, lis
     check(tale, "the story", {"scenes": list, "seconds": number, "order": list})
     if not tale.get("scenes"):
         raise UserError(f"{path} has no scenes; give at least one, such as {{\"start\": 0, \"seconds\": 3, \"prompt\": ...}}")
-    scenes, lines, end, latents_a_second = [], [], 0, FPS / mine.vae.config.time
+    scenes, lines, end, latents_a_second = [], [], 0, FPS / TIME
     for n, scene in enumerate(tale["scenes"]):
         where = f"scene {n}"
         check(scene, where, {"start": number, "seconds": number, "prompt": str, "bridge": str, "clip": str})
-        if missing := {"start", "prompt"} - scene.keys() or {"seconds"} - scene.keys() - ({"seconds"} if "clip" in scene else set()):
+        if missing := {"start", "prompt", *(() if "clip" in scene else ("seconds",))} - scene.keys():
             raise UserError(f"{path}: {where} lacks {' and '.join(sorted(missing))}")
         at = round(scene["start"] * latents_a_second)
         if at < end:
@@ -151,7 +151,7 @@ def story(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, lis
         scenes.append((at, end))
     length = max(round(tale.get("seconds", 0) * latents_a_second), end)
     order = tale.get("order", [])
-    if order and sorted(map(str, order)) != sorted(str(n) for n in range(len(scenes))):
+    if order and sorted(map(repr, order)) != sorted(map(repr, range(len(scenes)))):
         raise UserError(f"{path}: the order {order} must name each scene from 0 to {len(scenes) - 1} once")
     plan = replace(anchors.timeline(length, scenes, config.block, config.anchors, **_view(config, length), order=order), name="story")
     return anchors.switch(plan, [at for at, _ in lines[1:]]), [words for _, words in lines]
@@ -163,18 +163,26 @@ def _view(config: Config, length: int) -> dict[str, int | bool | None]:
     return {"window": window, "past_sink": config.sink in ("past", "both"), "future_sink": config.sink in ("future", "both")}
 
 
-def plan_of(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, list[str]]:
-    """The plan of the one command that was asked for, and its prompts; the clips are read, encoded and put into `mine`."""
-    block, scenes, parts, joined = config.block, [], [], False
-    new = seconds_to_latents(config.seconds, block)
-    both = config.extend_before and config.extend_after
-    commands = [c.replace("_", "-") for c in COMMANDS if getattr(config, c)]
-    if len(commands) != 1 and not (both and len(commands) == 2):
-        raise UserError(f"{' and '.join('--' + c for c in commands) or 'nothing'} was asked for; use one of "
-                        f"{', '.join('--' + c.replace('_', '-') for c in COMMANDS)}, or both --extend flags with one clip")
-    if both and config.extend_before != config.extend_after:
+def asked(config: Config) -> list[str]:
+    """The one command that was asked for; with a clip to extend on both sides, the two."""
+    commands = [c for c in COMMANDS if getattr(config, c)]
+    if len(commands) != 1 and commands != ["extend_after", "extend_before"]:
+        raise UserError(f"{' and '.join(map(flag, commands)) or 'nothing'} was asked for; use one of {', '.join(map(flag, COMMANDS))}, "
+                        "or both --extend flags with one clip")
+    if len(commands) == 2 and config.extend_before != config.extend_after:
         raise UserError(f"--extend-before {config.extend_before} and --extend-after {config.extend_after} are two clips: "
                         "name the same one to extend it on both sides, or join two with --between")
+    return commands
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def plan_of(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, list[str]]:
+    """The plan that was asked for, and its prompts; the clips are read, encoded and put into `mine`."""
+    commands, block, scenes, parts, joined = asked(config), config.block, [], [], False
+    new = seconds_to_latents(config.seconds, block)
     if config.story:
         if config.prompt or config.switch:
             raise UserError(f"the prompts of --story {config.story} are in the file; leave out --prompt and --switch")
@@ -191,7 +199,7 @@ def plan_of(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, l
     elif config.between or config.transition:
         pair, joined = config.between or config.transition, bool(config.between)
         if len(pair) != 2:
-            raise UserError(f"--{commands[0]} takes two clips, got {len(pair)}")
+            raise UserError(f"{flag(commands[0])} takes two clips, got {len(pair)}")
         head = mine.clip(read(config, pair[0], size, True, last=True), 0)
         length = mine.clip(read(config, pair[1], size, False), head + new)
         scenes, parts = [(0, head), (head + new, length)], [head, head + new]
@@ -204,13 +212,13 @@ def plan_of(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, l
     elif config.extend_before:
         length = mine.clip(read(config, config.extend_before, size, False), new)
         scenes, parts = [(new, length)], [new]
-        if both:
+        if config.extend_after:
             parts, length = [new, length], length + new
     else:
         head = mine.clip(read(config, config.extend_after, size, True, last=True), 0)
         scenes, parts, length = [(0, head)], [head], head + new
     plan = anchors.timeline(length, scenes, block, config.anchors, **_view(config, length), joined=joined)
-    return _worded(config, replace(plan, name=" and ".join(commands)), parts)
+    return _worded(config, replace(plan, name=" ".join(map(flag, commands))), parts)
 
 
 def keys(words: str) -> list[tuple[int, str]]:
@@ -238,6 +246,7 @@ def seams(mine: Given, frames: int, around: bool) -> list[int]:
 
 @torch.no_grad()
 def main(config: Config) -> None:
+    asked(config)
     dit, vae, size = prepare(config)
     mine = Given(vae, dit.patch_embedding.weight.device)
     plan, prompts = plan_of(config, size, mine)

@@ -156,6 +156,7 @@ def bad(folder):
     scene = {"start": 0, "seconds": 1, "prompt": A}
     tales = {"overlap": {"scenes": [scene, scene | {"start": 1}]}, "none": {"scenes": []}, "lacks": {"scenes": [{"start": 0, "prompt": A}]},
              "key": {"scenes": [scene | {"promt": A}]}, "order": {"scenes": [scene, scene | {"start": 3}], "order": [1]}, "list": [1],
+             "words": {"scenes": [scene], "order": ["0"]},
              "type": {"scenes": [scene | {"start": "0"}]}, "scene": {"scenes": ["a.mkv"]}, "far": {"scenes": [scene | {"start": -1}]},
              "lost": {"scenes": [scene, {"start": 3, "clip": "lost.mkv", "prompt": A}]}, "dumb": {"scenes": [scene | {"prompt": ""}]}}
     for name, tale in tales.items():
@@ -163,6 +164,7 @@ def bad(folder):
     (folder / "cut.json").write_text('{"scenes": [')
     story = {"overlap": "scene 1 starts at 1 s but the one before it ends at 1.5 s", "none": "no scenes", "lacks": "scene 0 lacks seconds",
              "key": "scene 0 has the unknown key 'promt'", "order": "the order [1] must name each scene from 0 to 1 once",
+             "words": "the order ['0'] must",
              "list": "the story is [1], not an object", "type": "scene 0 has start = \"0\"", "scene": "scene 0 is \"a.mkv\", not an object",
              "far": "scene 0 has start = -1", "lost": "lost.mkv does not exist", "cut": "not a story in JSON", "latin": "UTF-8",
              "dumb": "scene 0 has prompt = \"\""}

@@ -17,7 +17,7 @@ batch, the device, the number of processes, or the order of generation.
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -185,19 +185,6 @@ class Settings:
     compile: bool = False           # torch.compile the transformer's blocks (CUDA; minutes on first use)
 
 
-def load_models(weights: str, dtype: torch.dtype, device: torch.device) -> tuple[DiT, VAE]:
-    """The student and the VAE in a folder; "random" builds toy-sized ones, to try plans and to measure speed."""
-    if weights != "random":
-        if not Path(weights).is_dir():
-            raise UserError(f"--weights {weights} is not a folder; name one with a student and a VAE in it, or use random")
-        return load_dit(weights, dtype, device), load_vae(weights, device=device)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        dit, vae = DiT(PRESETS["toy"]), VAE(VAE_PRESETS["toy"])
-        torch.nn.init.normal_(dit.head.head.weight, std=0.02)  # else v = 0
-    return tuple(m.to(device).eval().requires_grad_(False) for m in (dit.to(dtype), vae))
-
-
 def prepare(config: Settings) -> tuple[DiT, VAE, tuple[int, int]]:
     """The models, and the size (height, width) of the video. raises: UserError for what cannot work, before any work"""
     VideoWriter(config.out)
@@ -348,8 +335,21 @@ def _plan_of_length(config: Config, length: int) -> Plan:
     raise UserError(f"unknown order {config.order!r}; use forward, backward, inbetween, loop, transition or story")
 
 
+def load_models(weights: str, dtype: torch.dtype, device: torch.device) -> tuple[DiT, VAE]:
+    """The student and the VAE in a folder; "random" builds toy-sized ones, to try plans and to measure speed."""
+    if weights != "random":
+        if not Path(weights).is_dir():
+            raise UserError(f"--weights {weights} is not a folder; name one with a student and a VAE in it, or use random")
+        return load_dit(weights, dtype, device), load_vae(weights, device=device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dit, vae = DiT(PRESETS["toy"]), VAE(VAE_PRESETS["toy"])
+        torch.nn.init.normal_(dit.head.head.weight, std=0.02)  # else v = 0
+    return tuple(m.to(device).eval().requires_grad_(False) for m in (dit.to(dtype), vae))
+
+
 def main(config: Config) -> None:
-    plan = prompted(make_plan(config), config.prompt, config.switch)
+    plan = prompted(replace(make_plan(config), name=config.order), config.prompt, config.switch)
     dit, vae, size = prepare(config)
     film(config, plan, config.prompt, dit, vae, size)
 

@@ -145,6 +145,17 @@ def test_odd_media_are_used(folder, tmp_path, capsys):
     assert torch.equal(read_frames(tmp_path / "o.mkv")[:, :, :HEAD], original)
 
 
+def test_help_says_which_way_it_goes(capsys):
+    """--help has the commands first, with their sense of time, and what all videos share after them."""
+    with pytest.raises(SystemExit):
+        common.from_cli(edit.Config, ["--help"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert all(len(line.split("  [")[0].split(maxsplit=1)) == 2 for line in lines)
+    where = {line.split()[0]: n for n, line in enumerate(lines)}
+    assert "AFTER" in lines[where["--extend_after"]] and "BEFORE" in lines[where["--extend_before"]]
+    assert where["--exact"] < where["--out"] and "one for each part" in lines[where["--prompt"]]
+
+
 # ---------------------------------------------------------------- mistakes
 def bad(folder):
     """name -> (flags, what the sentence says). Files are made here."""

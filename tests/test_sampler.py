@@ -198,7 +198,7 @@ def obvious_rollout(model, plan: Plan, text, noise, renoise, own_latents, sigmas
     for step in plan.steps:
         seen = Step(step.targets, step.pos[len(step.anchors):], (), step.reads)  # without anchors, as it is committed
         held = torch.tensor([i in step.given for i in step.own])
-        mine = own_latents[:, [max(i, 0) for i in step.own]]
+        mine = (noise if own_latents is None else own_latents)[:, [max(i, 0) for i in step.own]]
         if held.all():
             x0, step = mine, seen
         else:

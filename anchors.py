@@ -19,7 +19,7 @@ dummy standing at latent i (the paper's baseline without anchors). No tensors of
 """
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -39,17 +39,23 @@ class Step:
     """Denoise `anchors + targets` jointly, seeing each other and `reads`; keep the targets.
 
     pos: temporal positions of anchors + targets, in that order; reads: (latent, position) of finished latents;
-    prompt: which text it follows; given: the targets are the user's own latents, only committed to the cache."""
+    prompt: which text it follows; given: those of its latents that are the user's own. They are held clean (t = 0) while the
+    others are denoised; a step whose targets are all given denoises nothing and only commits them."""
     targets: tuple[int, ...]
     pos: tuple[int, ...]
     anchors: tuple[int, ...] = ()
     reads: tuple[tuple[int, int], ...] = ()
     prompt: int = 0
-    given: bool = False
+    given: tuple[int, ...] = ()
 
     @property
     def own(self) -> tuple[int, ...]:
         return self.anchors + self.targets
+
+    @property
+    def commits(self) -> bool:
+        """Whether nothing is left to denoise."""
+        return set(self.given) >= set(self.targets)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Plan:
                 raise UserError(f"{where} reads latents {unread} before they are finished or finishes {again} a second time")
             if len(set(step.own)) < len(step.own):
                 raise UserError(f"{where} has latents twice among its anchors {step.anchors} and targets {step.targets}")
+            if set(step.given) - set(step.own) or (step.commits and step.anchors):
+                raise UserError(f"{where} is given {step.given} but makes {step.targets} with the anchors {step.anchors}")
             if len(step.pos) != len(step.own) or len(set(places)) < len(places):
                 raise UserError(f"{where} puts {len(step.own)} latents and {len(step.reads)} reads on positions {sorted(places)}")
             if span > HORIZON:
@@ -125,19 +133,34 @@ def _context(done: Sequence[int], window: int | None, sink: bool, far_sink: bool
     return kept + local, far
 
 
+def _onward(b: range, done: Sequence[int], window: int | None = None, past_sink: bool = False, future_sink: bool = False,
+            first: Sequence[int] = (), second: Sequence[int] = (), prompt: int = 0) -> Step:
+    """One block of forward order after the finished latents `done`, oldest first."""
+    near, far = _context(done, window, past_sink, future_sink, first, second)
+    at = len(near)
+    return Step(tuple(b), tuple(range(at, at + len(b))), reads=_place(near, 0) + _place(far, at + len(b) + SINK_GAP), prompt=prompt)
+
+
+def _back(b: range, done: Sequence[int], anchors: int, window: int | None = None, past_sink: bool = False, future_sink: bool = False,
+          first: Sequence[int] = (), second: Sequence[int] = (), prompt: int = 0) -> Step:
+    """One block of backward order before the finished latents `done`, oldest (the last in time) first."""
+    imagined = tuple(range(max(b.start - anchors, 0), b.start))
+    near, far = _context(done, window, future_sink, past_sink, first, second)
+    far = far if b.start else []  # nothing lies before latent 0
+    own = imagined + tuple(b)
+    at = b.start - len(imagined) if window is None else (len(far) + SINK_GAP if far else 0)
+    return Step(tuple(b), tuple(range(at, at + len(own))), imagined, _place(far, 0) + _place(near[::-1], at + len(own)), prompt)
+
+
 def forward(length: int = 21, block: int = 3, window: int | None = None, past_sink: bool = False,
             future_sink: bool = False) -> Plan:
     """Blocks from left to right, each reading all before it (paper Fig. 8a) or, with a window, the last `window` latents.
 
     past_sink: the first block stays in view, just before the window; future_sink: the second block, once out of the
     window, is read 3 positions *after* the current one (paper A.2). With a window positions restart at 0 each step."""
-    blocks, steps = _blocks(length, block), []
-    for b in blocks:
-        near, far = _context(range(b.start), window, past_sink, future_sink, blocks[0], blocks[min(1, len(blocks) - 1)])
-        at = len(near)
-        steps.append(Step(tuple(b), tuple(range(at, at + block)),
-                          reads=_place(near, 0) + _place(far, at + block + SINK_GAP)))
-    return Plan("forward", length, tuple(steps))
+    blocks = _blocks(length, block)
+    sinks = past_sink, future_sink, blocks[0], blocks[min(1, len(blocks) - 1)]
+    return Plan("forward", length, tuple(_onward(b, range(b.start), window, *sinks) for b in blocks))
 
 
 def backward(length: int = 21, block: int = 3, anchors: int = 3, window: int | None = None, past_sink: bool = False,
@@ -155,19 +178,11 @@ def backward(length: int = 21, block: int = 3, anchors: int = 3, window: int | N
         _blocks(length, block)
         raise UserError(f"{length} latents are not a head of {head} and blocks of {block}")
     order = [range(s, s + block) for s in range(length - block, head - 1, -block)] + [range(head)]
-    steps = []
-    for n, b in enumerate(order):
-        imagined = tuple(range(max(b.start - anchors, 0), b.start))
-        near, far = _context(range(length - 1, b.stop - 1, -1), window, future_sink, past_sink,
-                             order[0][::-1], order[min(1, len(order) - 1)])
-        far = far if b.start else []  # nothing lies before latent 0
-        own = imagined + tuple(b)
-        at = b.start - len(imagined) if window is None else (len(far) + SINK_GAP if far else 0)
-        reads = _place(far, 0) + _place(near[::-1], at + len(own))
-        if dummy and n == 0:
-            reads = _place([~i for i in range(head)], 0)
-            steps.append(Step(tuple(i for i, _ in reads), tuple(range(head))))
-        steps.append(Step(tuple(b), tuple(range(at, at + len(own))), imagined, reads))
+    steps = [_back(b, range(length - 1, b.stop - 1, -1), anchors, window, past_sink, future_sink, order[0][::-1],
+                   order[min(1, len(order) - 1)]) for b in order]
+    if dummy:
+        reads = _place([~i for i in range(head)], 0)
+        steps[:1] = [Step(tuple(i for i, _ in reads), tuple(range(head))), replace(steps[0], reads=reads + steps[0].reads)]
     return Plan("backward", length, tuple(steps))
 
 
@@ -178,12 +193,12 @@ def inbetween(head: int = 3, gap: int = 15, tail: int = 3, anchors: int = 3, giv
     length, at = head + gap + tail, head + gap
     if min(head, gap, tail) < 1 or not 0 <= anchors <= gap:
         raise UserError(f"head {head}, gap {gap} and tail {tail} must be at least 1 and anchors {anchors} at most the gap")
-    imagined = () if given else tuple(range(at - anchors, at))
-    ends = _place(range(head), 0)
-    return Plan("inbetween", length, (
-        Step(tuple(range(head)), tuple(range(head)), given=given),
-        Step(tuple(range(at, length)), imagined + tuple(range(at, length)), imagined, ends, given=given),
+    imagined, ends = tuple(range(at - anchors, at)), _place(range(head), 0)
+    plan = Plan("inbetween", length, (
+        Step(tuple(range(head)), tuple(range(head))),
+        Step(tuple(range(at, length)), imagined + tuple(range(at, length)), imagined, ends),
         Step(tuple(range(head, at)), tuple(range(head, at)), reads=ends + _place(range(at, length), at))))
+    return with_given(plan, (*range(head), *range(at, length))) if given else plan
 
 
 def loop(length: int = 21, block: int = 3, gap: int | None = None) -> Plan:
@@ -202,36 +217,82 @@ def loop(length: int = 21, block: int = 3, gap: int | None = None) -> Plan:
     return Plan("loop", length, (*start.steps, close))
 
 
-def story(scenes: Sequence[int] = (9, 9, 9), gap: int = 6, block: int = 3, anchors: int = 3) -> Plan:
-    """Key scenes first, each forward and with its own prompt and blind to the others; then the gaps, seeing both sides.
+def timeline(length: int, scenes: Sequence[tuple[int, int]], block: int = 3, anchors: int = 3, window: int | None = None,
+             past_sink: bool = False, future_sink: bool = False, order: Sequence[int] = (), joined: bool = False) -> Plan:
+    """Scenes (start, stop) first, in `order`, wherever they stand; then all that is missing: between, after, before them.
 
-    The first block of a later scene has anchors and no past: that makes it the middle of a video, not a beginning.
-    A gap follows the prompt of the scene it leads to [ours]."""
+    A scene is forward, blind to the others, with its own prompt; if it does not begin the video, its first block has
+    anchors and no past: that makes it the middle of a video. A gap sees 6 latents on either side and is one block if it
+    fits the horizon, else it first grows forward; it follows the prompt of the scene it leads to [ours]. After the last scene
+    come forward blocks, before the first backward blocks with anchors; window and sinks are theirs. joined: the first block
+    of a later scene sees the end of the scene before it across the gap, if both fit the horizon (as in `inbetween`)."""
+    edges = [i for scene in scenes for i in scene]
+    if not edges or edges[0] < 0 or edges[-1] > length or edges != sorted(edges) or any(a == b for a, b in scenes):
+        raise UserError(f"scenes {list(scenes)} do not lie one after the other within {length} latents")
+    if sorted(order or range(len(scenes))) != list(range(len(scenes))):
+        raise UserError(f"the order of scenes {list(order)} must name each of 0 to {len(scenes) - 1} once")
+    if block < 1 or not 0 <= anchors <= block:
+        raise UserError(f"{anchors} anchors do not fit the block {block}; use 0 to {block}")
+
+    def pieces(start: int, stop: int) -> list[range]:  # if blocks do not fit, the first is smaller
+        cuts = [start, *range(start + ((stop - start) % block or block), stop + 1, block)][:stop - start + 1]
+        return [range(a, b) for a, b in zip(cuts, cuts[1:])]
+    steps, (low, high), last, side = [], (edges[0], edges[-1]), len(scenes) - 1, 2 * block
+    for n in order or range(len(scenes)):
+        start, stop = scenes[n]
+        before = range(*scenes[n - 1])[-block:] if joined and n and start - scenes[n - 1][1] <= HORIZON - 2 * block else range(start, start)
+        for b in pieces(start, stop):
+            if b.start == start:
+                own = range(max(start - anchors, before.stop if before else 0), b.stop)
+                steps.append(Step(tuple(b), tuple(i - (before or own).start for i in own), tuple(own[:-len(b)]), _place(before, 0), n))
+            else:
+                steps.append(_onward(b, range(start, b.start)[-(HORIZON - block):], prompt=n))
+    for n, ((_, at), (start, stop)) in enumerate(zip(scenes, scenes[1:]), 1):
+        while start - at > HORIZON - side:
+            steps.append(_onward(range(at, at + block), range(low, at)[-side:], prompt=n))
+            at += block
+        if gap := start - at:
+            see = min((HORIZON - gap) // 2, side)
+            left, right = range(low, at)[-see:], range(start, stop)[:see]
+            steps.append(Step(tuple(range(at, start)), tuple(range(len(left), len(left) + gap)),
+                              reads=_place(left, 0) + _place(right, len(left) + gap), prompt=n))
+    start, stop = scenes[last][0], scenes[0][1]  # sinks: the two blocks of the scene that lie farthest from what is made
+    for b in pieces(high, length):
+        steps.append(_onward(b, range(low, b.start), window, past_sink, future_sink, range(start, start + block),
+                             range(start + block, start + 2 * block), last))
+    for b in pieces(0, low)[::-1]:
+        steps.append(_back(b, range(length - 1, b.stop - 1, -1), anchors, window, past_sink, future_sink,
+                           range(stop - 1, stop - 1 - block, -1), range(stop - 2 * block, stop - block)))
+    return Plan("timeline", length, tuple(steps))
+
+
+def story(scenes: Sequence[int] = (9, 9, 9), gap: int = 6, block: int = 3, anchors: int = 3) -> Plan:
+    """Key scenes first, then the gaps between them, all of one size (`timeline`)."""
     if not scenes or gap < 1 or gap > HORIZON - 2 * block:
         raise UserError(f"a story needs scenes and a gap of 1 to {HORIZON - 2 * block}, got {len(scenes)} scenes and gap {gap}")
-    if not 0 <= anchors <= block:
-        raise UserError(f"{anchors} anchors do not fit the block {block}; use 0 to {block}")
-    steps, bridges, start = [], [], 0
-    for n, size in enumerate(scenes):
-        for b in _blocks(size, block):
-            imagined = tuple(range(start - anchors, start)) if n and not b.start else ()
-            near = range(start, start + b.start)[-(HORIZON - block):]
-            steps.append(Step(tuple(range(start + b.start, start + b.stop)), tuple(range(len(near), len(near) + block + len(imagined))),
-                              imagined, _place(near, 0), prompt=n))
-        if n:
-            side = min((HORIZON - gap) // 2, 2 * block)
-            left = range(start - gap)[-min(side, scenes[n - 1]):]
-            right = range(start, start + min(side, size))
-            bridges.append(Step(tuple(range(start - gap, start)), tuple(range(len(left), len(left) + gap)),
-                                reads=_place(left, 0) + _place(right, len(left) + gap), prompt=n))
-        start += size + gap
-    return Plan("story", start - gap, (*steps, *bridges))
+    starts = [n * gap + sum(_blocks(size, block)[-1].stop for size in scenes[:n]) for n in range(len(scenes))]
+    plan = timeline(starts[-1] + _blocks(scenes[-1], block)[-1].stop, [(at, at + n) for at, n in zip(starts, scenes)], block, anchors)
+    return replace(plan, name="story")
 
 
 def transition(first: int = 9, gap: int = 6, second: int = 9, block: int = 3, anchors: int = 3) -> Plan:
     """A story of two scenes."""
-    plan = story((first, second), gap, block, anchors)
-    return Plan("transition", plan.length, plan.steps)
+    return replace(story((first, second), gap, block, anchors), name="transition")
+
+
+def with_given(plan: Plan, latents: Sequence[int]) -> Plan:
+    """The same plan where these latents are the user's own; a step that only commits imagines nothing."""
+    def mark(s: Step) -> Step:
+        if mine.issuperset(s.targets):
+            return replace(s, anchors=(), pos=s.pos[len(s.anchors):], given=s.targets)
+        return replace(s, given=tuple(i for i in s.own if i in mine))
+    mine = set(latents)
+    return replace(plan, steps=tuple(map(mark, plan.steps)))
+
+
+def switch(plan: Plan, starts: Sequence[int]) -> Plan:
+    """The same plan with prompt n + 1 from latent starts[n] on, in time: a step follows the prompt of its first target."""
+    return replace(plan, steps=tuple(replace(s, prompt=sum(i <= max(s.targets[0], 0) for i in starts)) for s in plan.steps))
 
 
 def long(length: int, direction: str = "forward", block: int = 3, anchors: int = 3, window: int = 6, sink: str = "both") -> Plan:
@@ -308,7 +369,7 @@ def text_picture(plan: Plan) -> str:
     shown = sorted({i for step in plan.steps for i in step.own} | set(range(plan.length)), key=lambda i: (i >= 0, abs(i)))
     lines = ["latent    " + " ".join(f"{i if i >= 0 else 'd':>2}" for i in shown)]
     for n, step in enumerate(plan.steps):
-        mark = {i: "r" for i, _ in step.reads} | {i: "a" for i in step.anchors} | {i: "G" if step.given else "T" for i in step.targets}
+        mark = {i: "r" for i, _ in step.reads} | {i: "a" for i in step.anchors} | {i: "G" if i in step.given else "T" for i in step.targets}
         moved = " ".join(f"{i}@{p}" for i, p in step.reads if dict(zip(step.own, step.pos)).get(i, None) is None
                          and p - i != step.pos[-1] - step.targets[-1])
         lines.append(f"step {n:<4} " + " ".join(f"{mark.get(i, '.'):>2}" for i in shown) + (f"   moved: {moved}" if moved else ""))
@@ -342,7 +403,7 @@ def picture(plan: Plan) -> np.ndarray:
     order = []
     for step in plan.steps:
         mark = {i: "r" for i, _ in step.reads} | {i: "a" for i in step.anchors}
-        mark |= {i: "d" if i < 0 else "G" if step.given else "T" for i in step.targets}
+        mark |= {i: "d" if i < 0 else "G" if i in step.given else "T" for i in step.targets}
         order.append([mark.get(i, ".") for i in shown])
     panels = [draw(order, list(range(len(plan.steps))), shown)]
     lay = layout(plan)

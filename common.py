@@ -70,10 +70,11 @@ def _convert(name: str, kind: type, words: list[str]):
 
 
 def _help(cls: type) -> str:
-    """The dataclass's own source is the help: one line per field, the trailing comment is its text."""
+    """The dataclass's own source is the help: one line per field, the trailing comment is its text; its own fields come first."""
     rows = []
-    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
-    for f in dataclasses.fields(cls):
+    source = "".join(inspect.getsource(c) for c in cls.__mro__[-2::-1])
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", source, re.M))
+    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
         default = "required" if f.default is dataclasses.MISSING else f.default
         rows.append(f"  --{f.name:<18} {comments.get(f.name, '')}  [{default}]")
     return f"usage: python {os.path.basename(sys.argv[0])} [--flag value ...]\n\n{inspect.getdoc(cls)}\n\n" + "\n".join(rows)

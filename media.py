@@ -71,11 +71,11 @@ def _fit(frame: Tensor, height: int, width: int, fit: str) -> Tensor:
 
 
 def load_clip(path: str | os.PathLike, size: tuple[int, int], fps: int = 16, fit: str = "crop", frames: int | None = None,
-              last: bool = False) -> tuple[Tensor, str]:
+              last: bool = False, least: int | None = None) -> tuple[Tensor, str]:
     """Read any video or picture as a model wants it: resampled to `fps`, fitted to `size` (height, width), cut to `frames`.
 
-    fit: crop or pad (with black) to keep the proportions;  last: cut to the last frames, not the first; a video is read a
-    frame at a time, so that its length costs no memory.
+    fit: crop or pad (with black) to keep the proportions;  last: keep the last frames, not the first;  least: how many must
+    be there (default: all `frames`). A video is read frame by frame: only what is kept costs memory.
     returns: float32 [1, 3, F, H, W] in [-1, 1], every value one of 256 levels, so that lossless files hold them exactly;
     and a sentence saying what was done.  raises: UserError if it cannot be read, has no picture, or is too short"""
     path, (height, width) = pathlib.Path(path), size
@@ -99,7 +99,7 @@ def load_clip(path: str | os.PathLike, size: tuple[int, int], fps: int = 16, fit
         raise UserError(f"{path} cannot be read as a video or picture ({text.splitlines()[-1][-120:]})") from None
     finally:
         source.close()
-    wanted, promised, damage = frames or 1, says.get("duration", 0), ""
+    wanted, promised, damage = least or frames or 1, says.get("duration", 0), ""
     if read / fps < 0.9 * promised - 2 / fps and (last or read != frames):
         damage = f", although the file promises {promised:.1f} s: it is damaged, or its sound is longer than its picture"
     if read < wanted:
@@ -118,22 +118,29 @@ def to_uint8(video: Tensor) -> np.ndarray:
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
+FORMATS = {".mp4": {"macro_block_size": 2, "quality": 8},
+           ".mkv": {"macro_block_size": 1, "codec": "ffv1", "pixelformat": "bgr0"},  # lossless
+           ".gif": {"loop": 0}}
+
+
 class VideoWriter:
     """Write frames as they come, at 16 fps [Wan]; the file takes its name only when the block ends without error.
 
-    An .mp4 keeps every frame; a .gif merges equal neighbours."""
+    After Ctrl-C what was written by then is a whole, playable file: `self.part`, clip.part.mp4 for clip.mp4.
+    An .mkv is lossless and exact to the bit; an .mp4 keeps every frame; a .gif merges equal neighbours."""
 
     def __init__(self, path: str | os.PathLike, fps: int = 16) -> None:
         self.path, self.fps, self.count = pathlib.Path(path), fps, 0
-        if self.path.suffix.lower() not in (".mp4", ".gif"):
-            raise UserError(f"--out {path} must end in .mp4 or .gif")
+        self.part = self.path.with_suffix(f".part{self.path.suffix}")
+        if self.path.suffix.lower() not in FORMATS:
+            raise UserError(f"--out {path} must end in .mp4, .gif or .mkv (lossless)")
 
     def __enter__(self) -> "VideoWriter":
         self._atomic = atomic(self.path)
-        tmp = self._atomic.__enter__()
-        options = {"fps": self.fps, "macro_block_size": 2, "quality": 8} if tmp.suffix.lower() == ".mp4" else {
-            "duration": 1000 / self.fps, "loop": 0}
-        self._writer = imageio.get_writer(str(tmp), **options)
+        self._tmp = self._atomic.__enter__()
+        kind = self._tmp.suffix.lower()
+        rate = {"duration": 1000 / self.fps} if kind == ".gif" else {"fps": self.fps}
+        self._writer = imageio.get_writer(str(self._tmp), **FORMATS[kind], **rate)
         return self
 
     def write(self, video: Tensor) -> None:
@@ -147,6 +154,8 @@ class VideoWriter:
     def __exit__(self, *error) -> None:
         try:
             self._writer.close()
+            if error[0] is KeyboardInterrupt and self.count:
+                os.replace(self._tmp, self.part)
         except BaseException:
             self._atomic.__exit__(*sys.exc_info())
             raise

@@ -15,8 +15,9 @@ batch, the device, the number of processes, or the order of generation.
     python sampler.py --weights random --order backward --prompt "a red disc moves left over a green wave" --out out/clip.mp4
 """
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -89,7 +90,7 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
     """Generate block by block; yield (n, x0 [B, len(targets), C, h, w]) as step n of the plan is finished.
 
     texts: one per prompt of the plan, embeddings [B, L, text_dim] or `dit.text_kv` of them;  sigmas: noise levels
-    given: latent -> [B, C, h, w] for the steps that are given;  cache: empty, with `plan.capacity` slots
+    given: latent -> [B, C, h, w] for the latents that the plan says are given;  cache: empty, with `plan.capacity` slots
     exit_at: stop every block after this denoising step (0-based) and yield its x0: stage 2's random exit. Only this
         step runs with gradient (where the caller has gradients enabled), and nothing flows through the cache.
     commit_anchors: let the denoised anchors be seen while their targets' keys are computed (an open choice of the
@@ -99,19 +100,26 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
     for n, step in enumerate(plan.steps):
         levels, last = first if first and n == 0 else (sigmas, exit_at)
         past = cache.read(step.reads, room=0 if torch.is_grad_enabled() else len(step.own))  # gradients keep the past: no slack
-        own, places = (step.targets, step.pos[len(step.anchors):]) if step.given else (step.own, step.pos)
+        own = step.own
         skip = len(own) - len(step.targets)  # anchors come first
-        pos, prompt = torch.tensor(places, device=device), texts[step.prompt]
-        if step.given:
-            x0 = torch.stack([given[i] for i in own], dim=1)
+        pos, prompt = torch.tensor(step.pos, device=device), texts[step.prompt]
+        held = [j for j, i in enumerate(own) if i in step.given]
+        if held:
+            mine = torch.stack([given[own[j]] for j in held], dim=1)
+        if step.commits:
+            x0 = mine
         else:
             x = noise(0, own)
             for k, sigma in enumerate(levels[:None if last is None else last + 1]):
                 if k:
                     x = (1 - sigma) * x0 + sigma * noise(k, own)
                 t = torch.full(x.shape[:2], 1000 * sigma, device=device)
+                if held:
+                    x[:, held], t[:, held] = mine, 0
                 with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
                     x0 = x - sigma * dit(x, t, prompt, pos, past=past)
+                if held:
+                    x0[:, held] = mine
         keep = {i for i in step.targets if plan.last_read.get(i, -1) > n}
         cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
         if keep:
@@ -138,14 +146,16 @@ def generate(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: No
     return torch.stack([made[i] for i in range(plan.length)], dim=1)
 
 
-def decode_in_order(vae: VAE, plan: Plan, finished: Iterable[tuple[int, Tensor]], chunk: int = 1) -> Iterator[Tensor]:
+def decode_in_order(vae: VAE, plan: Plan, finished: Iterable[tuple[int, Tensor]], chunk: int = 1,
+                    waiting: dict[int, Tensor] | None = None) -> Iterator[Tensor]:
     """Decode latents as soon as all earlier ones are there, in one stream; yield video [B, 3, F, H, W] piece by piece.
 
-    Forward order decodes after every block; backward order once, at the end (its past is made last)."""
-    waiting: dict[int, Tensor] = {}
+    Forward order decodes after every block; backward order once, at the end (its past is made last).
+    waiting: where finished latents wait, for a caller who wants to see them"""
+    waiting = {} if waiting is None else waiting
     state, at = None, 0
     for n, x0 in finished:
-        waiting.update(zip(plan.steps[n].targets, x0.unbind(1)))
+        waiting.update(zip(plan.steps[n].targets, x0.clone().unbind(1)))  # a copy, or the anchors beside it would stay alive
         while at in waiting:
             part = []
             while at in waiting and len(part) < chunk:
@@ -155,22 +165,20 @@ def decode_in_order(vae: VAE, plan: Plan, finished: Iterable[tuple[int, Tensor]]
             yield video
 
 
-# ---------------------------------------------------------------- command line
+# ---------------------------------------------------------------- from a plan to a file
 @dataclass
-class Config:
-    """Generate a video in any temporal order."""
-    prompt: tuple[str, ...]         # what to show; one for all, or one per scene (transition, story)
-    order: str = "forward"          # forward, backward, inbetween, loop, transition or story
-    seconds: float = 5.0            # length at 16 frames a second, rounded up to whole blocks
-    frames: int = 0                 # length in frames instead: 1 + 4k, with k + 1 a multiple of the block
-    out: str = "out/clip.mp4"       # .mp4 or .gif
+class Settings:
+    """How any video is made (what is made is up to the script)."""
+    prompt: tuple[str, ...]         # what to show; one for all, or one per scene or --switch
+    switch: tuple[float, ...] = ()  # seconds at which the next --prompt takes over, with the next block
+    out: str = "out/clip.mp4"       # .mp4, .gif, or .mkv (lossless); after Ctrl-C what is done by then is in clip.part.mp4
     sheet: str = ""                 # also write a contact sheet: a .png
+    preview: str = ""               # a folder: backward blocks, each as a clip as soon as the block before it is made
     weights: str = "toy/weights"    # a folder with student and VAE (Wan2.1-T2V-1.3B layout works), or: random
     embeddings: str = ""            # what text.py made of the prompts; without it, Wan's text encoder beside the weights
     seed: int = 0                   # same seed, same clip
     block: int = 3                  # latents made at a time [paper]
     anchors: int = 3                # latents imagined before a backward block, 0 to block [paper: 3]
-    gap: int = 0                    # latents between the ends (inbetween: the rest; loop: 15; story, transition: 6)
     sink: str = "both"              # beyond 21 latents: past, future, both or none stays in view
     window: int = 0                 # how many neighbours stay in view; 0: all within 21 latents, 6 beyond [paper]
     size: tuple[int, ...] = ()      # height width; default 480 832 for Wan's VAE, 32 32 for the toy's
@@ -181,6 +189,116 @@ class Config:
     device: str = "auto"            # cpu, cuda or auto
     dtype: str = "auto"             # float32 or bfloat16; auto: bfloat16 on CUDA
     compile: bool = False           # torch.compile the transformer's blocks (CUDA; minutes on first use)
+
+
+def prepare(config: Settings) -> tuple[DiT, VAE, tuple[int, int]]:
+    """The models, and the size (height, width) of the video. raises: UserError for what cannot work, before any work"""
+    VideoWriter(config.out)
+    student_sigmas(config.steps, config.shift)
+    student_sigmas(config.first_steps or config.steps, config.shift)
+    if config.sink not in ("past", "future", "both", "none"):
+        raise UserError(f"unknown sink {config.sink!r}; use past, future, both or none")
+    if config.block < 1:
+        raise UserError(f"--block {config.block} must be at least 1")
+    device = start(config.device)[2]
+    dit, vae = load_models(config.weights, dtype_of(config.dtype, device), device)
+    size = config.size or ((480, 832) if vae.config.dim == 96 else (32, 32))
+    unit = [vae.config.space * p for p in dit.config.patch_size[1:]]
+    if len(size) != 2 or min(size) < 1 or size[0] % unit[0] or size[1] % unit[1]:
+        raise UserError(f"--size {' '.join(map(str, size))} must be a height and a width divisible by {unit[0]} and {unit[1]}")
+    if vae.config.z_dim != dit.config.in_dim:
+        raise UserError(f"the VAE makes {vae.config.z_dim} channels but the transformer reads {dit.config.in_dim}; use a matching pair")
+    return dit, vae, size
+
+
+def prompted(plan: Plan, prompts: Sequence[str], seconds: Sequence[float] = (), time: int = 4) -> Plan:
+    """The plan with a prompt for each step: one for all, one for each that the plan knows, or changing at these seconds."""
+    if not prompts or not all(p.strip() for p in prompts):
+        raise UserError('--prompt is empty; say what to show, for instance --prompt "a red square moves left over a green wave"')
+    if not seconds:
+        if len(prompts) not in (1, plan.prompts()):
+            raise UserError(f"{len(prompts)} prompts for a plan with {plan.prompts()}; give one, or one per scene")
+        return plan if len(prompts) > 1 else anchors.switch(plan, ())
+    if len(prompts) != len(seconds) + 1 or list(seconds) != sorted(set(seconds)) or not seconds[0] > 0:
+        raise UserError(f"--switch {' '.join(map(str, seconds))} needs rising times above 0 and {len(seconds) + 1} prompts, "
+                        f"got {len(prompts)}")
+    plan = anchors.switch(plan, [math.ceil(s * FPS / time) for s in seconds])
+    if idle := set(range(len(prompts))) - {s.prompt for s in plan.steps}:
+        raise UserError(f"prompt {min(idle) + 1} is never followed: no block begins at its time; move --switch")
+    return plan
+
+
+@torch.no_grad()
+def film(config: Settings, plan: Plan, prompts: Sequence[str], dit: DiT, vae: VAE, size: tuple[int, int],
+         given: dict[int, Tensor] | None = None, shown: dict[int, Tensor] | None = None, look: Iterable[int] = ()) -> dict[int, Tensor]:
+    """Make a plan's video and write it to --out as it is decoded: memory does not grow with its length.
+
+    given: the user's latents -> [1, C, h, w];  shown: frames -> [3, H, W] in [-1, 1], which replace the decoded ones
+    look: numbers of frames to return, {frame: [3, H, W]}, as they were written
+    On Ctrl-C or SIGTERM `writer.part` keeps what was decoded; in backward order that is nothing yet, so it keeps the end of
+    the video, up to the newest block, which serves as the past of the others and is not shown itself."""
+    weight, c, waiting, kept = dit.patch_embedding.weight, dit.config, {}, {}
+    writer, frames, time = VideoWriter(config.out, FPS), vae.config.frames(plan.length), vae.config.time
+    sheet = torch.linspace(0, frames - 1, min(16, frames)).round().int().tolist() if config.sheet else []
+    print(anchors.text_picture(plan) if plan.length <= 64 else f"{plan.name}: too long to draw")
+    print(f"{plan.name}: {plan.length} latents in {len(plan.steps)} steps = {frames} frames = {frames / FPS:.2f} s, {size[0]}x{size[1]}")
+    if config.compile:
+        for block in dit.blocks:
+            block.compile()
+    texts = [dit.text_kv(e[None].to(weight.device)) for e in text.embed(prompts, c.text_dim, c.text_len, config.embeddings, config.weights)]
+    h, w = (side // vae.config.space for side in size)
+    cache = KVCache(c, 1, plan.capacity, h, w, weight.dtype, weight.device)
+    noise = noise_seeded([(config.seed, 0, 0)], (c.in_dim, h, w), weight.device)
+    sigmas, first = (student_sigmas(steps, config.shift) for steps in (config.steps, config.first_steps or config.steps))
+    done = tqdm(rollout(dit, plan, texts, noise, sigmas, cache, given, commit_anchors=config.commit_anchors, first=(first, None)),
+                desc="blocks", total=len(plan.steps), unit="block")
+
+    def previewed() -> Iterator[tuple[int, Tensor]]:
+        last = None
+        for n, x0 in done:
+            at = plan.steps[n].targets
+            if config.preview and n and plan.steps[n - 1].targets[0] == at[-1] + 1:
+                with VideoWriter(Path(config.preview) / f"{time * at[-1] + 1:06d}.mp4", FPS) as file:  # named by its first frame
+                    file.write(vae.decode(torch.cat([x0, last], dim=1))[0, :, vae.config.frames(len(at)):])
+            last = x0
+            yield n, x0
+    old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with writer:
+            try:
+                for video in decode_in_order(vae, plan, previewed(), waiting=waiting):
+                    for f, frame in enumerate(video[0].unbind(1), writer.count):
+                        if shown and f in shown:
+                            frame.copy_(shown[f])
+                        if f in look or f in sheet:
+                            kept[f] = frame.cpu().clone()
+                    writer.write(video[0])
+            except KeyboardInterrupt:
+                if not writer.count and len(waiting) > config.block:
+                    run = [i for i in waiting if all(j in waiting for j in range(i, plan.length))]
+                    writer.write(vae.decode(torch.stack([waiting[i] for i in sorted(run)], dim=1))[0, :, vae.config.frames(config.block):])
+                raise
+    except KeyboardInterrupt:
+        done.close()
+        print(f"stopped: {f'{writer.part} has {writer.count / FPS:.2f}' if writer.count else 'nothing'} of {frames / FPS:.2f} s")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    print(f"wrote {config.out}")
+    if config.sheet:
+        write_sheet(config.sheet, torch.stack([kept[f] for f in sheet], dim=1)[None], columns=16)
+        print(f"wrote {config.sheet}")
+    return {f: kept[f] for f in look}
+
+
+# ---------------------------------------------------------------- command line
+@dataclass
+class Config(Settings):
+    """Generate a video in any temporal order. (To extend, join or loop your own clips: edit.py.)"""
+    order: str = "forward"          # forward, backward, inbetween, loop, transition or story
+    seconds: float = 5.0            # length at 16 frames a second, rounded up to whole blocks
+    frames: int = 0                 # length in frames instead: 1 + 4k, with k + 1 a multiple of the block
+    gap: int = 0                    # latents between the ends (inbetween: the rest; loop: 15; story, transition: 6)
 
 
 def make_plan(config: Config, time: int = 4) -> Plan:
@@ -241,49 +359,10 @@ def load_models(weights: str, dtype: torch.dtype, device: torch.device) -> tuple
     return tuple(m.to(device).eval().requires_grad_(False) for m in (dit.to(dtype), vae))
 
 
-@torch.no_grad()
 def main(config: Config) -> None:
-    device = start(config.device)[2]
-    dtype = dtype_of(config.dtype, device)
-    if not any(p.strip() for p in config.prompt):
-        raise UserError('--prompt is empty; say what to show, for instance --prompt "a red square moves left over a green wave"')
-    plan, sigmas = make_plan(config), student_sigmas(config.steps, config.shift)
-    first = student_sigmas(config.first_steps or config.steps, config.shift), None
-    writer = VideoWriter(config.out, FPS)
-    dit, vae = load_models(config.weights, dtype, device)
-    c, space = dit.config, vae.config.space
-    height, width = size = config.size or ((480, 832) if vae.config.dim == 96 else (32, 32))
-    unit = space * c.patch_size[1], space * c.patch_size[2]
-    if len(size) != 2 or min(size) < 1 or height % unit[0] or width % unit[1]:
-        raise UserError(f"--size {' '.join(map(str, size))} must be a height and a width divisible by {unit[0]} and {unit[1]}")
-    if vae.config.z_dim != c.in_dim:
-        raise UserError(f"the VAE makes {vae.config.z_dim} channels but the transformer reads {c.in_dim}; use a matching pair")
-    if len(config.prompt) not in (1, plan.prompts()):
-        raise UserError(f"{len(config.prompt)} prompts for a plan with {plan.prompts()}; give one, or one per scene")
-    prompts = config.prompt if len(config.prompt) > 1 else config.prompt * plan.prompts()
-    print(anchors.text_picture(plan))
-    frames = vae.config.frames(plan.length)
-    print(f"{config.order}: {plan.length} latents in {len(plan.steps)} steps = {frames} frames = {frames / FPS:.2f} s, {height}x{width}")
-
-    if config.compile:
-        for block in dit.blocks:
-            block.compile()
-    texts = [dit.text_kv(e[None].to(device)) for e in text.embed(prompts, c.text_dim, c.text_len, config.embeddings, config.weights)]
-    h, w = height // space, width // space
-    noise = noise_seeded([(config.seed, 0, 0)], (c.in_dim, h, w), device)
-    cache = KVCache(c, 1, plan.capacity, h, w, dtype, device)
-    done = tqdm(rollout(dit, plan, texts, noise, sigmas, cache, commit_anchors=config.commit_anchors, first=first),
-                desc="blocks", total=len(plan.steps), unit="block")
-    kept = []
-    with writer:
-        for video in decode_in_order(vae, plan, done):
-            writer.write(video[0])
-            if config.sheet:
-                kept.append(video)
-    print(f"wrote {config.out}")
-    if config.sheet:
-        write_sheet(config.sheet, torch.cat(kept, dim=2), columns=16)
-        print(f"wrote {config.sheet}")
+    plan = prompted(replace(make_plan(config), name=config.order), config.prompt, config.switch)
+    dit, vae, size = prepare(config)
+    film(config, plan, config.prompt, dit, vae, size)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,14 @@ weights: speed does not depend on them. Not a test (a busy machine would make it
 
     make bench
 """
+import contextlib
+import io
+import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -15,7 +20,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 import anchors
 from anchors import Plan, layout
 from dit import DiT, DiTConfig
-from sampler import generate, noise_from, student_sigmas
+from sampler import Settings, film, generate, load_models, noise_from, student_sigmas
 from vae import VAE, VAEConfig
 
 
@@ -33,10 +38,29 @@ def race(name: str, ours: Callable, other: Callable, turns: int = 9) -> None:
     print(f"| {name} | {a * 1e3:.0f} ms | {b * 1e3:.0f} ms | {pairs:.2f} |", flush=True)
 
 
-@torch.inference_mode()
+def longer(way: str) -> None:
+    """How time and memory of a toy video on disk grow from 10 s to 100 s: in one process, the short one first."""
+    dit, vae = load_models("random", torch.float32, torch.device("cpu"))
+    times, peaks = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for length in (42, 42, 402):  # the first turn warms up
+            Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
+            start = time.perf_counter()
+            config = Settings(("a red disc moves up over a blue wave",), out=f"{folder}/clip.mp4")
+            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+                film(config, anchors.long(length, way), config.prompt, dit, vae, (32, 32))
+            times.append(time.perf_counter() - start)
+            peaks.append(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20)
+    print(f"| 100 s of toy video, {way}, against 10 s | {times[2]:.1f} s | {times[1]:.1f} s | time x {times[2] / times[1]:.2f}, "
+          f"peak memory {peaks[1]:.2f} -> {peaks[2]:.2f} GiB (+ {100 * (peaks[2] / peaks[1] - 1):.1f} %) |", flush=True)
+
+
+@torch.no_grad()
 def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
     print("| what | ours | other | other / ours |\n|---|---|---|---|")
+    for way in ("forward", "backward"):
+        longer(way)
     config = DiTConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=8, text_dim=512)
     dit = DiT(config).eval()
     theirs = WanTransformer3DModel(num_attention_heads=6, attention_head_dim=64, ffn_dim=1536, num_layers=8, text_dim=512).eval()

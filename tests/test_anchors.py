@@ -93,7 +93,7 @@ def test_inbetween_by_hand():
     plan = anchors.inbetween(3, 15, 3)
     assert plan.steps == (Step((0, 1, 2), (0, 1, 2)), Step((18, 19, 20), (15, 16, 17, 18, 19, 20), (15, 16, 17), ends), last)
     assert anchors.inbetween(3, 15, 3, given=True).steps == (
-        Step((0, 1, 2), (0, 1, 2), given=True), Step((18, 19, 20), (18, 19, 20), reads=ends, given=True), last)
+        Step((0, 1, 2), (0, 1, 2), given=(0, 1, 2)), Step((18, 19, 20), (18, 19, 20), reads=ends, given=(18, 19, 20)), last)
     assert [i for i, b in enumerate(plan.boundaries()) if b] == [2, 17]
 
 
@@ -160,6 +160,45 @@ def test_transition_and_story_structure():
     assert [(s.targets, s.prompt) for s in gaps] == [(tuple(range(3, 9)), 1), (tuple(range(15, 21)), 2)]
     assert [sorted(i for i, _ in s.reads) for s in gaps] == [[0, 1, 2, *range(9, 15)], [*range(9, 15), *range(21, 27)]]
     assert anchors.transition(9, 6, 12).steps == anchors.story((9, 12), 6).steps
+
+
+def test_timeline_by_hand():
+    """The user's clip in the middle: committed forward, then blocks after it, then backward blocks with anchors before it."""
+    plan = anchors.with_given(anchors.timeline(12, [(3, 9)]), range(3, 9))
+    assert plan.steps == (Step((3, 4, 5), (3, 4, 5), given=(3, 4, 5)),
+                          Step((6, 7, 8), (3, 4, 5), reads=((3, 0), (4, 1), (5, 2)), given=(6, 7, 8)),
+                          Step((9, 10, 11), (6, 7, 8), reads=tuple((i, i - 3) for i in range(3, 9))),
+                          Step((0, 1, 2), (0, 1, 2), reads=same(*range(3, 12))))
+    assert anchors.timeline(9, [(3, 6)]).steps[0] == Step((3, 4, 5), (0, 1, 2, 3, 4, 5), (0, 1, 2))
+
+
+def test_timeline_contains_the_other_orders():
+    """One scene at the beginning is forward order, at the end backward order's blocks; two in one shot are inbetween."""
+    assert anchors.timeline(21, [(0, 6)]).steps == anchors.forward(21).steps
+    assert anchors.timeline(33, [(0, 6)], window=6, past_sink=True, future_sink=True).steps == anchors.long(33).steps
+    for a, b in ((anchors.timeline(33, [(30, 33)], window=6, past_sink=True), anchors.long(33, "backward", sink="past")),
+                 (anchors.timeline(21, [(18, 21)]), anchors.backward(21))):
+        assert a.steps[1:] == b.steps[1:]
+    joined = anchors.switch(anchors.timeline(21, [(0, 3), (18, 21)], joined=True), ())
+    assert joined.steps == anchors.inbetween().steps
+    assert anchors.with_given(joined, [0, 1, 2, 18, 19, 20]).steps == anchors.inbetween(given=True).steps
+    apart = anchors.timeline(36, [(0, 3), (33, 36)], joined=True)
+    assert not apart.steps[1].reads and [len(s.targets) for s in apart.steps] == [3, 3, 3, 3, 3, 3, 3, 15]  # 30 between, 15 at once
+
+
+def test_timeline_memory_is_constant():
+    """Hundreds of latents before and after a clip: the cache does not grow."""
+    sinks = {"window": 6, "past_sink": True, "future_sink": True}
+    assert {anchors.timeline(2 * n + 6, [(n, n + 6)], **sinks).capacity for n in (60, 300)} == {12}
+
+
+def test_given_latents_are_marked():
+    """Whole steps only commit, without anchors; a part of a step is held; prompts can change at any block."""
+    plan = anchors.with_given(anchors.backward(9), [3, 4, 5, 8])
+    assert plan.steps[0] == Step((6, 7, 8), (3, 4, 5, 6, 7, 8), (3, 4, 5), given=(3, 4, 5, 8)) and not plan.steps[0].commits
+    assert plan.steps[1] == Step((3, 4, 5), (3, 4, 5), reads=same(6, 7, 8), given=(3, 4, 5)) and plan.steps[1].commits
+    assert text_picture(plan).splitlines()[1].split()[2:] == [".", ".", ".", "a", "a", "a", "T", "T", "G"]
+    assert [s.prompt for s in anchors.switch(anchors.forward(9), (3, 4)).steps] == [0, 1, 2]
 
 
 # ---------------------------------------------------------------- what holds for every plan
@@ -244,6 +283,10 @@ def test_the_mask_is_the_plan(plan):
     (lambda: anchors.story((3, 4)), "4 latents"), (lambda: anchors.story((3, 3), anchors=4), "4 anchors"),
     (lambda: anchors.transition(3, 0, 3), "gap 0"),
     (lambda: anchors.long(33, sink="left"), "unknown sink 'left'; use past, future, both or none"),
+    (lambda: anchors.timeline(9, []), "scenes []"), (lambda: anchors.timeline(9, [(0, 5), (4, 9)]), "one after the other within 9"),
+    (lambda: anchors.timeline(9, [(3, 3)]), "[(3, 3)]"), (lambda: anchors.timeline(9, [(3, 10)]), "within 9 latents"),
+    (lambda: anchors.timeline(9, [(0, 3), (6, 9)], order=(0, 0)), "[0, 0] must name each of 0 to 1 once"),
+    (lambda: anchors.timeline(9, [(0, 3)], anchors=4), "4 anchors"), (lambda: anchors.timeline(60, [(0, 3)]), "horizon"),
     (lambda: anchors.long(33, window=30), "horizon"), (lambda: anchors.long(33, "backward", anchors=5), "5 anchors"),
     (lambda: anchors.long(33, "sideways"), "sideways"), (lambda: anchors.long(33, window=-1), "window -1"),
 ])
@@ -268,6 +311,8 @@ BEGIN = Step((0, 1), (0, 1))
     (4, (BEGIN, Step((3,), (3,))), "never generates latents [2]"),
     (3, (BEGIN, Step((2, 2), (2, 3))), "second time"),
     (3, (BEGIN, Step((2,), (2, 3), anchors=(2,))), "anchor"),
+    (2, (Step((0, 1), (0, 1), given=(2,)),), "is given (2,) but makes (0, 1)"),
+    (4, (BEGIN, Step((2, 3), (1, 2, 3), anchors=(1,), given=(2, 3))), "with the anchors (1,)"),
 ])
 def test_impossible_plans_are_refused(length, steps, says):
     """A plan checks itself: reads are finished, targets are new, positions are distinct and within the horizon, no latent is left."""

@@ -58,7 +58,7 @@ def test_video_is_absent_after_a_failure(tmp_path):
 
 def test_writer_refuses_other_formats(tmp_path):
     """The name is checked before any work."""
-    with pytest.raises(UserError, match=r"x\.avi must end in \.mp4 or \.gif"):
+    with pytest.raises(UserError, match=r"x\.avi must end in \.mp4, \.gif or \.mkv"):
         VideoWriter(tmp_path / "x.avi")
 
 

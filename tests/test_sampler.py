@@ -1,4 +1,6 @@
 """Executing a plan: cached == full for every order, no leak, no stray gradient, and a command line that cannot surprise."""
+import gc
+
 import imageio.v3 as iio
 import pytest
 import torch
@@ -179,7 +181,8 @@ def test_anchors_are_seen_by_their_own_step_only():
 
 # ---------------------------------------------------------------- rollouts
 ROLLOUTS = {k: PLANS[k] for k in ("forward", "forward, ragged window", "backward P=0", "backward P=2", "backward P=3", "backward, dummy",
-                                  "inbetween", "inbetween, given", "loop", "long forward, both sink", "long backward, both sink")}
+                                  "inbetween", "inbetween, given", "loop", "long forward, both sink", "long backward, both sink",
+                                  "timeline, held latents", "timeline, one shot", "timeline, long", "forward, held latent")}
 
 
 def drawn(plan: Plan, B: int = 2, seed: int = 10) -> tuple:
@@ -194,16 +197,20 @@ def obvious_rollout(model, plan: Plan, text, noise, renoise, own_latents, sigmas
     steps, clean, made = [], [], {}  # finished steps as they are seen later, and their clean latents
     for step in plan.steps:
         seen = Step(step.targets, step.pos[len(step.anchors):], (), step.reads)  # without anchors, as it is committed
-        if step.given:
-            x0, step = own_latents[:, list(step.targets)], seen
+        held = torch.tensor([i in step.given for i in step.own])
+        mine = (noise if own_latents is None else own_latents)[:, [max(i, 0) for i in step.own]]
+        if held.all():
+            x0, step = mine, seen
         else:
             for k, sigma in enumerate(first if first and not steps else sigmas):
                 fresh = torch.stack([(noise if k == 0 else renoise[k - 1])[:, row[i]] for i in step.own], 1)
                 x = fresh if k == 0 else (1 - sigma) * x0 + sigma * fresh
-                z = torch.cat([*clean, x], 1)
+                z = torch.cat([*clean, torch.where(held.view(-1, 1, 1, 1), mine, x)], 1)
                 owner, pos, visible = side_by_side([*steps, step])
-                t = torch.tensor([1000 * sigma if n == len(steps) else 0.0 for n in owner]).expand(len(z), -1)
-                x0 = x - sigma * model(z, t, text, torch.tensor(pos), visible)[:, -len(step.own):]
+                late = torch.tensor([n == len(steps) for n in owner])
+                late[late.clone()] = ~held
+                v = model(z, 1000 * sigma * late.float().expand(len(z), -1), text, torch.tensor(pos), visible)[:, -len(step.own):]
+                x0 = torch.where(held.view(-1, 1, 1, 1), mine, x - sigma * v)
         made.update(zip(step.targets, x0[:, len(step.anchors):].unbind(1)))
         steps.append(step if commit_anchors else seen)
         clean.append(x0 if commit_anchors else x0[:, len(step.anchors):])
@@ -217,11 +224,12 @@ def test_rollout_equals_a_slow_obvious_one(plan, commit_anchors):
     model, text = tiny_dit(), randn(5, 2, 5, 32)
     noise, renoise, own_latents = drawn(plan)
     given = {i: own_latents[:, i] for i in range(plan.length)}
-    got = generate(model, plan, [text], noise_from(noise, renoise, plan.length), given=given, commit_anchors=commit_anchors)
+    texts = [text] * plan.prompts()
+    got = generate(model, plan, texts, noise_from(noise, renoise, plan.length), given=given, commit_anchors=commit_anchors)
     expected = obvious_rollout(model, plan, text, noise, renoise, own_latents, SIGMAS, commit_anchors)
     assert 0.1 < expected.std() < 10 and distance(got, expected) <= 1e-5
-    if any(step.given for step in plan.steps):
-        assert torch.equal(got[:, :3], own_latents[:, :3]) and torch.equal(got[:, 9:], own_latents[:, 9:12])
+    mine = sorted(i for step in plan.steps for i in step.given if i in step.targets)
+    assert torch.equal(got[:, mine], own_latents[:, mine])
 
 
 def test_committing_anchors_is_a_choice():
@@ -343,6 +351,38 @@ def test_forward_decodes_early():
         assert frames[:3] == expected
 
 
+def live_bytes() -> int:
+    """Bytes of all tensors that are alive."""
+    storages = {x.data_ptr(): x.nbytes() for x in (o.untyped_storage() for o in gc.get_objects() if type(o) is torch.Tensor)}
+    return sum(storages.values())
+
+
+def evaluations(plan: Plan) -> int:
+    """How often the transformer runs: four denoising steps a block, and once to commit it if a later one reads it."""
+    return sum(4 * (not step.commits) + any(plan.last_read.get(i, -1) > n for i in step.targets) for n, step in enumerate(plan.steps))
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@torch.no_grad()
+def test_long_videos_take_constant_memory(way):
+    """100 s take less than 10.5 times the evaluations of 10 s. 30 s: the same cache and, at its peak, the same live tensors;
+    backward, the finished latents as well, since none can be decoded before the first."""
+    assert evaluations(anchors.long(402, way)) <= 10.5 * evaluations(anchors.long(42, way))
+    model, vae, peaks = tiny_dit(), randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))), []
+    for length in (42, 120):
+        plan, calls, peak = anchors.long(length, way), [], 0
+        hook = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        cache = KVCache(model.config, 1, plan.capacity, H, W)
+        made = rollout(model, plan, [randn(5, 1, 5, 32)], noise_seeded([(0, 0, 0)], (4, H, W)), SIGMAS, cache)
+        for n, _ in enumerate(decode_in_order(vae, plan, made)):
+            peak = max(peak, live_bytes()) if n % 6 == 0 else peak
+        hook.remove()
+        peaks.append((cache.bytes(), peak))
+        assert len(calls) == evaluations(plan)
+    latents = (120 - 42) * 4 * H * W * 4 * (way == "backward")
+    assert peaks[0][0] == peaks[1][0] and peaks[1][1] <= 1.01 * peaks[0][1] + latents
+
+
 # ---------------------------------------------------------------- command line
 def clip(tmp_path, name: str, *flags: str):
     """Run sampler.py with random weights; returns what it printed and the path."""
@@ -380,7 +420,7 @@ BAD = {
     "negative window": (["--window", "-3", "--frames", "177"], "window -3"),
     "size": (["--size", "40", "40"], "--size 40 40 must be a height and a width divisible by 16 and 16"),
     "unknown word": (["--prompt", "a purple square"], "does not know the word 'purple'"),
-    "avi": (["--out", "clip.avi"], "clip.avi must end in .mp4 or .gif"),
+    "avi": (["--out", "clip.avi"], "clip.avi must end in .mp4, .gif or .mkv"),
     "no folder": (["--weights", "nowhere"], "--weights nowhere is not a folder"),
     "empty folder": (["--weights", "empty"], "empty holds no transformer"),
     "two prompts": (["--prompt", PROMPT, PROMPT], "2 prompts for a plan with 1"),
@@ -397,6 +437,19 @@ def test_bad_input_is_one_sentence(flags, says, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["empty"] and not list((tmp_path / "empty").iterdir())
+
+
+def test_prompts_switch_with_the_blocks():
+    """--switch: the next prompt from the first block that begins at that time on; one that no block follows is refused."""
+    plan = sampler.prompted(anchors.forward(21), ["a", "b", "c"], [1.0, 3.1])
+    assert [step.prompt for step in plan.steps] == [0, 0, 1, 1, 1, 2, 2]  # latents 0, 3, 6 ...; frames 16 and 49.6 lie in 4 and 13
+    assert [step.prompt for step in sampler.prompted(anchors.backward(9), ["a", "b"], [1.0]).steps] == [1, 0, 0]
+    assert {step.prompt for step in sampler.prompted(anchors.transition(3, 3, 3), ["a"]).steps} == {0}
+    for prompts, seconds, says in ((["a"], [1.0], "2 prompts, got 1"), (["a", "b", "c"], [2.0, 1.0], "rising times"),
+                                   (["a", "b"], [0.0], "rising"), (["a", "b"], [9.0], "prompt 2 is never followed"),
+                                   (["a", "b", "c"], [1.0, 1.1], "prompt 2 is never followed"), (["a", " "], [1.0], "empty")):
+        with pytest.raises(UserError, match=says):
+            sampler.prompted(anchors.forward(21), prompts, seconds)
 
 
 def test_plans_of_the_command_line():

@@ -30,6 +30,13 @@ PLANS = {
     "loop": anchors.loop(9),
     "transition": anchors.transition(6, 3, 6),
     "story": anchors.story((3, 6, 3), gap=3),
+    "timeline, middle of a shot": anchors.timeline(15, [(6, 9)]),
+    "timeline, held latents": anchors.with_given(anchors.timeline(11, [(2, 5), (6, 8)]), [0, 3, 6, 7]),
+    "timeline, one shot": anchors.with_given(anchors.timeline(12, [(0, 3), (7, 12)], joined=True), [*range(3), *range(7, 12)]),
+    "timeline, in another order": anchors.switch(anchors.timeline(13, [(1, 4), (6, 9), (9, 12)], order=(2, 0, 1)), (3, 9)),
+    "timeline, wide gap": anchors.timeline(22, [(0, 1), (19, 22)], block=2, anchors=2),
+    "timeline, long": anchors.timeline(27, [(9, 15)], window=6, past_sink=True, future_sink=True),
+    "forward, held latent": anchors.with_given(anchors.forward(9), [0]),
     **{f"long forward, {s} sink": anchors.long(18, "forward", sink=s) for s in SINKS},
     **{f"long backward, {s} sink": anchors.long(18, "backward", sink=s) for s in SINKS},
 }

@@ -231,26 +231,32 @@ def table_4(config: "Config", device: torch.device) -> dict[str, dict[str, objec
 
 @torch.no_grad()
 def table(config: "Config", device: torch.device) -> dict[str, dict[str, object]]:
-    """The rows of `toy.tables` number --table, measured. raises: UserError with the command that trains what is missing."""
+    """The rows of `toy.tables` number --table, measured; rows without students are left out, with the command that trains them.
+
+    raises: UserError with that command if no row is left."""
     if config.table == 4:
         return table_4(config, device)
     if config.table not in tables.TABLES:
         raise UserError(f"--table {config.table} must be 1 to 6, or 10 (the initialisations)")
-    rows, ways = tables.TABLES[config.table], ("forward", "backward")
-    needed = {tables.folder(config.runs, row.student, seed) for row in rows for seed in row.seeds or config.seeds}
-    missing = sorted(f.name for f in needed if not any(f.glob("*ward.safetensors")) and not (f / "student.safetensors").exists())
+
+    def weights(row: tables.Row, seed: int) -> Path:
+        path = tables.folder(config.runs, row.student, seed)
+        own = path / f"{'backward' if row.plan.name == 'backward' else 'forward'}.safetensors"
+        return own if own.exists() else path / "student.safetensors"
+    seeds = {row: row.seeds or config.seeds for row in tables.TABLES[config.table]}
+    missing = {(row.student, seed) for row in seeds for seed in seeds[row] if not weights(row, seed).exists()}
+    rows = [row for row in seeds if not any((row.student, seed) in missing for seed in seeds[row])]
     if missing:
-        raise UserError(f"students {', '.join(missing)} are not trained yet: python -m toy.tables --out {config.runs} --seeds "
-                        f"{' '.join(map(str, config.seeds))} --students {' '.join(sorted({m.rsplit('-', 1)[0] for m in missing}))}")
+        says = (f"students {', '.join(sorted(f'{name}-{seed}' for name, seed in missing))} are not trained yet: python -m toy.tables "
+                f"--out {config.runs} --seeds {' '.join(sorted({str(s) for _, s in missing}))} --students "
+                f"{' '.join(sorted({name for name, _ in missing} & (tables.STAGE2 | tables.CAUSAL).keys()))}")
+        if not rows:
+            raise UserError(says)
+        print(says)
     vae, captions, result = load_vae(config.weights, device=device), held_out(config.clips), {}
     real = features(real_clips(config, device), vae) if config.table == 2 else None
     for row in tqdm(rows, desc=f"table {config.table}"):
-        runs = []
-        for seed in row.seeds or config.seeds:
-            path = tables.folder(config.runs, row.student, seed)
-            way = ways[row.plan.name == "backward"]
-            path = path / (f"{way}.safetensors" if (path / f"{way}.safetensors").exists() else "student.safetensors")
-            runs.append(table_row(row, load_dit(path, torch.float32, device), vae, captions, config, real))
+        runs = [table_row(row, load_dit(weights(row, seed), torch.float32, device), vae, captions, config, real) for seed in seeds[row]]
         result[row.label] = ({"paper": row.paper} if row.paper else {}) | over_runs(runs)
     return result
 

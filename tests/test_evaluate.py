@@ -360,6 +360,15 @@ def test_missing_students_come_with_their_command(weights, tmp_path):
         evaluate.table(evaluate.Config(weights=str(weights), runs=str(tmp_path), table=6, seeds=(0,)), torch.device("cpu"))
 
 
+def test_rows_without_students_are_left_out(runs, weights, monkeypatch, capsys):
+    """The initialisations: what is not trained is named with its command, the rest is measured; a row may have seeds of its own."""
+    monkeypatch.setitem(tables.TABLES, 10, tables.TABLES[10][3:12])  # stage 2 of noisy context, and all of clean context
+    found = evaluate.table(evaluate.Config(weights=str(weights), runs=str(runs), table=10, seeds=(0, 1), clips=2), torch.device("cpu"))
+    assert list(found) == [f"noisy context (UniTemp), stage 2, {name}" for name in ("forward", "backward, P = 3", "backward, P = 0")]
+    says = capsys.readouterr().out
+    assert "clean-p3-1, clean0-0" in says and says.strip().endswith("--seeds 0 1 --students clean0 clean3")
+
+
 def test_every_student_of_a_table_is_trained_by_some_command():
     """The commands parse, write the file that ends them, and start stage 2 from the stage 1 of the same seed."""
     commands = tables.commands("out", "w", "pairs", [4])

@@ -10,7 +10,7 @@ export MALLOC_TRIM_THRESHOLD_ = 20000000000
 export MALLOC_TOP_PAD_ = 268435456
 export MALLOC_ARENA_MAX = 2
 
-.PHONY: test lint demo bench fullsize clean
+.PHONY: test lint demo bench fullsize fuzz clean
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -57,6 +57,9 @@ bench: .venv/dev
 
 fullsize: .venv/run
 	PYTHONPATH=. $(RUN) tests/full_size.py
+
+fuzz: .venv/dev
+	PYTHONPATH=. $(RUN) tests/fuzz.py --inputs 10000
 
 clean:
 	rm -rf .venv out .pytest_cache .ruff_cache .hypothesis

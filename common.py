@@ -48,6 +48,17 @@ class UserError(ValueError):
     """A mistake the user can mend: its text is one sentence with the offending value and the fix."""
 
 
+def within(config: object, what: str, **most: int) -> None:
+    """Sizes of a network, often read from a stranger's file, are whole numbers (or tuples of them) from 1 to these.
+
+    raises: UserError naming the first that is not, before anything is built from it"""
+    for name, limit in most.items():
+        value = getattr(config, name)
+        for x in value if isinstance(value, tuple) else (value,):
+            if not isinstance(x, int) or isinstance(x, bool) or not 1 <= x <= limit:
+                raise UserError(f"the {what} config's {name} is {str(value)[:60]}; it must be from 1 to {limit}")
+
+
 # ---------------------------------------------------------------- command line
 def _convert(name: str, kind: type, words: list[str]):
     """Turn the words after a flag into a value of the field's type."""
@@ -361,18 +372,23 @@ def load_state(path: str | os.PathLike, config: dict, trained: dict[str, tuple[n
     raises: UserError naming the settings that differ (`steps`, `out`, `save_every`, `micro` and the like may), or a
     damaged file."""
     tree = read_pickle(path)
-    then = json.loads(tree.get("config", "{}"))
     free = ("steps", "out", "resume", "save_every", "micro", "device", "parallel", "checkpointing", "sheet_every")
-    differ = [k for k, v in json.loads(json.dumps(config)).items() if then.get(k) != v and k not in free]
-    if differ or "step" not in tree:
-        raise UserError(f"{path} was written by a run with other settings ({', '.join(f'{k}={then.get(k)!r}' for k in differ)}); "
-                        "use them again, or another --out")
-    for name, (model, optimiser) in trained.items():
-        set_model_state_dict(model, tree[name], options=WHOLE)
-        set_optimizer_state_dict(model, optimiser, tree[name + ".optimiser"], options=WHOLE)
-    for name, average in averages.items():
-        average.load(tree[name])
-    return tree["step"]
+    try:
+        then, step = json.loads(tree["config"]), int(tree["step"])
+        differ = [k for k, v in json.loads(json.dumps(config)).items() if then.get(k) != v and k not in free]
+        if differ:
+            raise UserError(f"{path} was written by a run with other settings ({', '.join(f'{k}={then.get(k)!r}' for k in differ)}); "
+                            "use them again, or another --out")
+        for name, (model, optimiser) in trained.items():
+            set_model_state_dict(model, tree[name], options=WHOLE)
+            set_optimizer_state_dict(model, optimiser, tree[name + ".optimiser"], options=WHOLE)
+        for name, average in averages.items():
+            average.load(tree[name])
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a whole state of this run ({type(error).__name__}); move it away to start again") from None
+    return step
 
 
 def trim_log(path: str | os.PathLike, step: int) -> None:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError
+from common import UserError, within
 from weights import config_from, load_strict, read_dit, write_dit
 
 
@@ -46,7 +46,9 @@ class DiTConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.patch_size[0] != 1 or len(self.patch_size) != 3:
+        within(self, "transformer", dim=2 ** 16, ffn_dim=2 ** 18, num_heads=1024, num_layers=512, freq_dim=2 ** 16, text_dim=2 ** 16,
+               text_len=2 ** 16, in_dim=1024, out_dim=1024, patch_size=64)
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
             raise UserError(f"patch_size {self.patch_size} must be (1, height, width): one timestep per latent needs 1")
         if self.dim % self.num_heads or self.dim // self.num_heads % 2 or self.dim // self.num_heads < 6:
             raise UserError(f"dim {self.dim} / num_heads {self.num_heads} must be an even whole number of at least 6")

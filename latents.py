@@ -35,6 +35,8 @@ class Clips:
             raise UserError(f"{folder} holds no latents; make them with python latents.py --out {folder}")
         for path in shards:
             tensors, made = read_tensors(path)
+            if "latents" not in tensors or not made or {type(made.get(k)) for k in ("vae", "prompt")} != {str}:
+                raise UserError(f"{path} holds no latents of clips; delete it and run latents.py again")
             x, want, vae = tensors["latents"], (latent[0], channels, *latent[1:]), made["vae"]
             if tuple(x.shape[1:]) != want:
                 raise UserError(f"{path} holds latents of shape {tuple(x.shape[1:])}, but the model and --latent ask for {want}: other "
@@ -42,9 +44,9 @@ class Clips:
             self.vae = self.vae or vae
             if vae != self.vae:
                 raise UserError(f"{path} was made by another VAE than {shards[0].name}; delete it and run latents.py again")
-            if made["first"] != len(self.where) or source.words(made["first"]) != made["prompt"]:
-                raise UserError(f"{path} begins with clip {made['first']}, {made['prompt'][:60]!r}, but prompt {len(self.where)} of these "
-                                f"is {source.words(len(self.where))[:60]!r}; use --prompts {Path(folder) / 'prompts.txt'}")
+            if made.get("first") != len(self.where) or source.words(len(self.where)) != made["prompt"]:
+                raise UserError(f"{path} begins with clip {made.get('first')}, {made['prompt'][:60]!r}, but prompt {len(self.where)} of "
+                                f"these is {source.words(len(self.where))[:60]!r}; use --prompts {Path(folder) / 'prompts.txt'}")
             self.where += [(x, i) for i in range(len(x))]
 
     def __len__(self) -> int:

@@ -34,7 +34,7 @@ from kvcache import KVCache
 from latents import Clips
 from sampler import Noise, noise_from, ode_sigmas
 from text import Prompts
-from weights import read_tensors, write_safetensors
+from weights import read_json, read_tensors, write_safetensors
 
 KEEP = (0, 12, 24, 36, 48)  # of the 49 states: the student's four levels, exactly, and the end point [Self-Forcing]
 DIRECTIONS = ("forward", "backward")
@@ -201,15 +201,37 @@ def generate_pairs(config, rank: int, world: int, device: torch.device) -> None:
 
 
 # ---------------------------------------------------------------- reading them
-def read_pairs(config) -> tuple[list[dict[str, Tensor]], dict]:
-    """All shards, memory-mapped, and the settings they were made with. raises: UserError where these are not the run's."""
-    folder = Path(config.data)
+def read_index(folder: Path) -> dict[str, str]:
+    """Shard -> its hash. raises: UserError"""
     if not (folder / "index.json").is_file():
         raise UserError(f"{folder / 'index.json'} does not exist: make pairs first with python train_ode.py --generate --data {folder}")
-    index, shards, first = json.loads((folder / "index.json").read_text()), [], None
+    shards = read_json(folder / "index.json").get("shards")
+    if not shards or not isinstance(shards, dict) or not all(Path(name).name == name for name in shards):
+        raise UserError(f"{folder / 'index.json'} names no shards; delete it and run --generate again")
+    return shards
+
+
+def has_shapes(config, tensors: dict[str, Tensor]) -> bool:
+    """Whether a shard holds what its kind of teacher leaves behind, for the run's plans and latents."""
+    (T, h, w), some = config.latent, tensors.get("clean", tensors.get("states"))
+    if some is None or some.ndim < 5:
+        return False
+    S, C = len(some), some.shape[-3]
+    slots = [sum(len(step.own) for step in plan.steps) for plan in plans_of(config)]
+    want = {"sigmas": (len(KEEP),), "states": (S, len(KEEP), T, C, h, w)}
+    if is_causal(config):
+        want = {"sigmas": (len(KEEP),), "clean": (S, T, C, h, w)} | {k: (S, len(KEEP), n, C, h, w) for k, n in zip(DIRECTIONS, slots)}
+    return {k: tuple(x.shape) for k, x in tensors.items()} == want
+
+
+def read_pairs(config) -> tuple[list[dict[str, Tensor]], dict]:
+    """All shards, memory-mapped, and the settings they were made with. raises: UserError where these are not the run's."""
+    folder, shards, first = Path(config.data), [], None
     want = torch.tensor([ode_sigmas(KEEP[-1], config.shift)[k] for k in KEEP])
-    for name in index["shards"]:
+    for name in read_index(folder):
         tensors, made = read_tensors(folder / name)
+        if not made or "teacher" not in made or "sigmas" not in tensors:
+            raise UserError(f"{name} is not a shard of pairs; delete it and run --generate again")
         if tensors["sigmas"].shape != want.shape or (tensors["sigmas"] - want).abs().max() > 1e-6:
             raise UserError(f"{name} has noise levels {tensors['sigmas'].tolist()}, but shift {config.shift} needs {want.tolist()}")
         for key in ("teacher", "latent", "block", "anchors", "head") if is_causal(config) else ("teacher", "latent", "prompts"):
@@ -217,6 +239,9 @@ def read_pairs(config) -> tuple[list[dict[str, Tensor]], dict]:
             if made.get(key) != (list(ours) if isinstance(ours, tuple) else ours):
                 theirs, ours = (" ".join(map(str, x)) if isinstance(x, (list, tuple)) else x for x in (made.get(key), ours))
                 raise UserError(f"{name} was made with --{key} {theirs}, but --{key} is {ours}; use the same, or --data for other pairs")
+        if made.keys() != settings(config).keys() or not has_shapes(config, tensors):
+            raise UserError(f"{name} is not a whole shard of pairs for --latent {' '.join(map(str, config.latent))}; delete it and run "
+                            "--generate again")
         if differ := [k for k in made if made[k] != (first := first or made)[k]]:
             raise UserError(f"{name} differs from the other shards in {', '.join(f'{k}={made[k]!r}' for k in differ)}; delete it "
                             "and run --generate again")
@@ -229,10 +254,9 @@ def check_pairs(config) -> None:
     share of noise falls from state to state to the end point."""
     folder, T = Path(config.data), config.latent[0]
     shards, made = read_pairs(config)
-    index = json.loads((folder / "index.json").read_text())
     causal = is_causal(config)
     plans = plans_of(config)
-    for (name, digest), tensors in zip(index["shards"].items(), tqdm(shards, desc="check", unit="shard")):
+    for (name, digest), tensors in zip(read_index(folder).items(), tqdm(shards, desc="check", unit="shard")):
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             raise UserError(f"{name} is not the file the index names (its hash differs); delete it and run --generate again")
         first = int(name[6:12])

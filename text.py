@@ -129,11 +129,13 @@ def read_embeddings(path: str | Path) -> list[tuple[str, Tensor, bool]]:
     and the empty prompt, which come first, are not)."""
     path, found = Path(path), []
     names = (read_tensors(path)[1] or {}).get("shards", [])
-    for file in (path, *(path.parent / name for name in names)):
+    for file in (path, *(path.parent / str(name) for name in (names if isinstance(names, list) else []))):
         tensors, made = read_tensors(file)
-        if not made or not {"rows", "lengths"} <= tensors.keys() or len(made.get("prompts", ())) != len(tensors["lengths"]):
+        rows, lengths, prompts = tensors.get("rows"), tensors.get("lengths"), (made or {}).get("prompts")
+        if rows is None or lengths is None or not isinstance(prompts, list) or rows.ndim != 2 or lengths.shape != (len(prompts),) or (
+                lengths.is_floating_point() or lengths.min() < 0 or lengths.sum() != len(rows)):
             raise UserError(f"{file} does not hold embeddings of prompts; make them with text.py")
-        found += [(prompt, x, file != path) for prompt, x in zip(made["prompts"], tensors["rows"].split(tensors["lengths"].tolist()))]
+        found += [(str(prompt), x, file != path) for prompt, x in zip(prompts, rows.split(lengths.tolist()))]
     return found
 
 

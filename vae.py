@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import UserError, run, start
+from common import UserError, run, start, within
 from media import VideoWriter, read_frames
 from weights import config_from, load_strict, read_vae, write_safetensors
 
@@ -44,6 +44,9 @@ class VAEConfig:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        within(self, "VAE", dim=4096, z_dim=1024, dim_mult=64, num_res_blocks=16)
+        if not 1 <= len(self.dim_mult) <= 8:
+            raise UserError(f"the VAE config's dim_mult {self.dim_mult} must have 1 to 8 numbers")
         wan = self.z_dim == len(WAN_MEAN)
         for name, default in (("mean", WAN_MEAN if wan else (0.0,) * self.z_dim), ("std", WAN_STD if wan else (1.0,) * self.z_dim)):
             if not getattr(self, name):

@@ -126,7 +126,9 @@ def config_from(cls: type, values: dict, source: object):
         kind = typing.get_origin(kinds.get(k)) or kinds.get(k)
         if kind is None:
             raise UserError(f"{source}: the config has an unknown field {k!r}; {cls.__name__} has {', '.join(kinds)}")
-        if not isinstance(v, (kind, int) if kind is float else kind) or (isinstance(v, bool) and kind is not bool):
+        inside = typing.get_args(kinds[k])[0] if kind is tuple else None
+        if not isinstance(v, (kind, int) if kind is float else kind) or (isinstance(v, bool) and kind is not bool) or (
+                inside and not all(isinstance(x, (inside, int) if inside is float else inside) for x in v)):
             raise UserError(f"{source}: the config field {k} is {v!r}, which is not of type {kind.__name__}")
     return cls(**known)
 
@@ -226,9 +228,10 @@ def read_dit(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
     values = {k: v for k, v in (values or {}).items() if k not in ("qk_norm", "cross_attn_norm", "window_size")}  # always the same
     if any(k.startswith("condition_embedder.") for k in tensors):
         tensors = {rename(k, to_diffusers=False): v for k, v in tensors.items()}
-        head_dim = values.get("attention_head_dim", 128)
-        values = {new: values[old] for old, new in DIFFUSERS_DIT.items() if old in values}
-        values["dim"] = values.get("num_heads", 40) * head_dim
+        heads, width = values.get("num_attention_heads", 40), values.get("attention_head_dim", 128)
+        if not type(heads) is type(width) is int:
+            raise UserError(f"{path}: the config has {heads!r} heads of {width!r} channels; both must be whole numbers")
+        values = {new: values[old] for old, new in DIFFUSERS_DIT.items() if old in values} | {"dim": heads * width}
     elif values.pop("model_type", "t2v") != "t2v":
         raise UserError(f"{path}: only the text-to-video model (model_type t2v) is supported")
     values = sizes_of_dit(tensors, path) | (values if "dim" in values else {})

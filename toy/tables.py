@@ -101,7 +101,8 @@ def commands(root: str, weights: str, pairs: str, seeds: list[int]) -> list[tupl
     todo = []
     for seed in seeds:
         for name, flags in STAGE1.items():
-            out, start = folder(root, name, seed), "" if "--weights" in flags else f"--weights {weights}/teacher.safetensors "
+            out, teacher = folder(root, name, seed), f"{weights}/teacher.safetensors"
+            start = "" if "--weights" in flags else f"--teacher {teacher} --weights {teacher} "
             data = "" if "--data" in flags else f"--data {pairs} "
             todo.append((out / "student.safetensors", None, f"train_ode.py {start}{data}--out {out} --seed {seed} {BUDGET[0]} {flags}"))
         for name, (first, flags) in (STAGE2 | CAUSAL).items():

@@ -53,6 +53,7 @@ demo: .venv/run
 	$(RUN) evaluate.py --clips 32 --report $(DEMO)/report
 
 bench: .venv/dev
+	$(RUN) bench.py --train
 	PYTHONPATH=. $(RUN) tests/speed.py
 
 fullsize: .venv/run

@@ -27,10 +27,12 @@ from anchors import Plan
 from common import UserError, atomic, dtype_of, run, start
 from dit import PRESETS, DiT, DiTConfig
 from kvcache import KVCache
-from pairs import KEEP
+from pairs import KEEP, settings
 from sampler import noise_seeded, ode_sigmas, rollout, student_sigmas
+from text import TOY_DIM
 from vae import PRESETS as VAES
 from vae import VAE
+from weights import write_safetensors
 
 SIZES = {  # transformer, VAE, height, width
     "toy": ("toy", "toy", 32, 32), "toy64": ("toy64", "toy", 64, 64), "wan": ("wan1.3b", "wan", 480, 832)}
@@ -171,17 +173,20 @@ def long_video(clock: Clock, dit: DiT, text: Tensor, h: int, w: int, dtype: torc
 def training(config: Config, c: DiTConfig, h: int, w: int, device: torch.device) -> dict[str, float]:
     """Seconds of a step, by running the scripts themselves on random weights and pairs: stage 1 (both directions), the
     generator's and the critic's update of stage 2 (both directions), one sample a step."""
-    from weights import write_safetensors
     found, latent = {}, (21, h, w)
     with tempfile.TemporaryDirectory() as folder:
         for name, size in (("student", c), ("teacher", PRESETS.get(config.teacher, c))):
             with torch.device(device):
                 write_safetensors(f"{folder}/{name}.safetensors", DiT(size).to(torch.bfloat16).state_dict(), asdict(size))
-        usual = {"latent": latent, "batch": 1, "prompts": "toy", "dtype": "bfloat16", "device": str(device).split(":")[0],
+        prompts = "toy" if c.text_dim == TOY_DIM else f"{folder}/prompts.safetensors"
+        if prompts != "toy":  # random embeddings of one prompt, and of the empty one
+            for name, said, more in (("prompts", [""], {"shards": ["one.safetensors"]}), ("one", ["a"], {})):
+                write_safetensors(f"{folder}/{name}.safetensors", {"rows": torch.randn(9, c.text_dim), "lengths": torch.tensor([9])},
+                                  {"prompts": said} | more)
+        usual = {"latent": latent, "batch": 1, "prompts": prompts, "dtype": "bfloat16", "device": str(device).split(":")[0],
                  "checkpointing": config.preset == "wan"}
         ode = train_ode.Config(**usual, weights=f"{folder}/student.safetensors", data=f"{folder}/pairs", out=f"{folder}/ode", steps=6)
         sigmas = torch.tensor([ode_sigmas(KEEP[-1], ode.shift)[k] for k in KEEP])
-        from pairs import settings
         write_safetensors(f"{folder}/pairs/pairs-000000.safetensors", {"states": torch.randn(1, 5, 21, c.in_dim, h, w).half(),
                                                                        "sigmas": sigmas}, settings(ode))
         Path(f"{folder}/pairs/index.json").write_text(json.dumps({"shards": {"pairs-000000.safetensors": ""}}))

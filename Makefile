@@ -57,7 +57,7 @@ bench: .venv/dev
 	PYTHONPATH=. $(RUN) tests/speed.py
 
 fullsize: .venv/run
-	PYTHONPATH=. $(RUN) tests/full_size.py
+	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ -u MALLOC_TOP_PAD_ PYTHONPATH=. $(RUN) tests/full_size.py
 
 fuzz: .venv/dev
 	PYTHONPATH=. $(RUN) tests/fuzz.py --inputs 10000

@@ -71,8 +71,7 @@ class Config:
     PRESETS["wan-2step"] = PRESETS["wan-framewise"] | {  # [Causal Forcing++]: the first block still takes four
         "denoising": (1000.0, 500.0), "first_denoising": (1000.0, 750.0, 500.0, 250.0)}
     PRESETS["wan-1step"] = PRESETS["wan-2step"] | {"denoising": (1000.0,)}
-    preset: str = "toy"              # toy, toy64 (64 pixels), wan (the paper's numbers), wan-small-teacher (1.3B), wan-framewise,
-                                     # wan-2step or wan-1step (Causal Forcing's)
+    preset: str = "toy"              # toy, toy64 (64 pixels), wan (the paper's), wan-small-teacher, wan-framewise, -2step, -1step
     student: str = "toy/weights/ode.safetensors"      # what the student starts from: stage 1
     teacher: str = "toy/weights/teacher.safetensors"  # the frozen real score
     critic: str = "toy/weights/teacher.safetensors"   # what the fake score starts from

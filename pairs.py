@@ -32,7 +32,7 @@ from common import UserError, atomic, dtype_of, generator, stop_signals
 from dit import DiT, load_dit
 from kvcache import KVCache
 from latents import Clips
-from sampler import Noise, noise_from, ode_sigmas
+from sampler import Noise, commit, noise_from, ode_sigmas
 from text import Prompts
 from weights import read_json, read_tensors, write_safetensors
 
@@ -66,15 +66,10 @@ def integrate(dit: DiT, plan: Plan, prompt: Tensor, negative: Tensor, noise: Noi
                 states.append(x)
             if bar is not None:
                 bar.update(B)
-        keeps = {i for i in step.targets if plan.last_read.get(i, -1) > n}
         if cache:
-            cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
-        if keeps:
             skip = len(step.anchors)
             clean = x[:, skip:] if context is None else context[:, [i if i >= 0 else ~i for i in step.targets]]
-            clean = torch.cat([clean, clean])
-            kv = dit(clean, clean.new_zeros(clean.shape[:2]), text, pos[skip:], past=past, kv_only=True)
-            cache.write(tuple(i if i in keeps else None for i in step.targets), kv)
+            commit(dit, cache, plan, n, step.targets, torch.cat([clean, clean]), pos[skip:], text, past)
         yield n, torch.stack(states, dim=1)
 
 

@@ -28,7 +28,7 @@ import anchors
 import text
 from anchors import HORIZON, Plan
 from common import UserError, dtype_of, generator, run, start
-from dit import KV, PRESETS, DiT, load_dit
+from dit import KV, PRESETS, DiT, Past, load_dit
 from kvcache import KVCache
 from media import VideoWriter, write_sheet
 from vae import PRESETS as VAE_PRESETS
@@ -120,15 +120,22 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
                     x0 = x - sigma * dit(x, t, prompt, pos, past=past)
                 if held:
                     x0[:, held] = mine
-        keep = {i for i in step.targets if plan.last_read.get(i, -1) > n}
-        cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
-        if keep:
-            first = 0 if commit_anchors else skip
-            clean = x0[:, first:].detach()
-            with torch.no_grad():
-                kv = dit(clean, clean.new_zeros(clean.shape[:2]), prompt, pos[first:], past=past, kv_only=True)
-            cache.write(tuple(i if i in keep else None for i in own[first:]), kv)
+        seen = 0 if commit_anchors else skip
+        commit(dit, cache, plan, n, own[seen:], x0[:, seen:].detach(), pos[seen:], prompt, past)
         yield n, x0[:, skip:]
+
+
+@torch.no_grad()
+def commit(dit: DiT, cache: KVCache, plan: Plan, n: int, latents: tuple[int, ...], clean: Tensor, pos: Tensor,
+           prompt: Tensor | list[KV], past: list[Past] | None) -> None:
+    """After step n: forget what no later step reads, and write the keys and values of its targets that one does.
+
+    latents, pos: numbers and positions of clean [B, len(latents), C, h, w]; those that are not targets are only seen"""
+    keep = {i for i in plan.steps[n].targets if plan.last_read.get(i, -1) > n}
+    cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
+    if keep:
+        kv = dit(clean, clean.new_zeros(clean.shape[:2]), prompt, pos, past=past, kv_only=True)
+        cache.write(tuple(i if i in keep else None for i in latents), kv)
 
 
 def generate(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noise, sigmas: Sequence[float] | None = None,

@@ -3,9 +3,10 @@
 - `run(main, Config)`   a typed dataclass is the command line; a user's mistake is one sentence and exit code 2
 - `start()`             device and torchrun: the same script runs as one process or as many
 - `atomic`, `read_pickle`   files that are whole or absent (checkpoints of models: weights.py)
-- `generator`, `EMA`, `save_state`, `distribute`, `log_row`: what training loops share
+- `generator`             randomness as a function of numbers
 
-No model, loss, sampler or training loop lives here, and nothing here is imported for its cleverness.
+No model, loss, sampler or training loop lives here, and nothing here is imported for its cleverness. What training
+loops share is in training.py.
 
     python -c "import common; help(common)"
 """
@@ -13,8 +14,6 @@ import dataclasses
 import difflib
 import gc
 import inspect
-import json
-import math
 import os
 import pathlib
 import re
@@ -24,39 +23,15 @@ import types
 import typing
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class UserError(ValueError):
     """A mistake the user can mend: its text is one sentence with the offending value and the fix."""
-
-
-def within(config: object, what: str, **most: int) -> None:
-    """Sizes of a network, often read from a stranger's file, are whole numbers (or tuples of them) from 1 to these.
-
-    raises: UserError naming the first that is not, before anything is built from it"""
-    for name, limit in most.items():
-        value = getattr(config, name)
-        for x in value if isinstance(value, tuple) else (value,):
-            if not isinstance(x, int) or isinstance(x, bool) or not 1 <= x <= limit:
-                raise UserError(f"the {what} config's {name} is {str(value)[:60]}; it must be from 1 to {limit}")
 
 
 # ---------------------------------------------------------------- command line
@@ -170,7 +145,9 @@ def start(device: str = "auto") -> tuple[int, int, torch.device]:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))  # torchrun restarts with the store of before: what was left there hangs
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # the new attempt [measured]
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, torch.device(device)
 
 
@@ -179,20 +156,6 @@ def dtype_of(name: str, device: torch.device | str = "cpu") -> torch.dtype:
     if name not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype {name!r} must be float32, bfloat16 or auto")
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and torch.device(device).type == "cuda") else torch.float32
-
-
-@contextmanager
-def computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Linear layers, convolutions and attention in dtype, weights and sums as they are (autocast); float32: no change.
-
-    Casts are not cached: a cast made without gradient would be reused with gradient, and the weight would get none.
-    On a CPU attention is spelt out: under gradients the fused kernel takes twice as long in bfloat16 [measured]."""
-    with ExitStack() as stack:
-        if dtype != torch.float32:
-            stack.enter_context(torch.autocast(device.type, dtype, cache_enabled=False))
-            if device.type == "cpu":
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
 
 
 def generator(*numbers: int) -> torch.Generator:
@@ -247,161 +210,3 @@ def read_pickle(path: str | os.PathLike) -> dict:
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, not a dictionary of tensors")
     return tree
-
-
-# ---------------------------------------------------------------- training helpers
-def distribute(model: nn.Module, how: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """Prepare a model for training on all processes, before its optimiser is made.
-
-    "ddp": every process holds all of it, `sync_gradients` averages. "fsdp": FSDP2 shards each block and the rest;
-    float32 masters, computation in `dtype`, gradients reduced in float32. Inputs are not cast: t needs its float32."""
-    if how == "fsdp":
-        if not dist.is_initialized():  # one process without torchrun
-            cuda = next(model.parameters()).is_cuda
-            dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in model.blocks:
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-    elif how != "ddp":
-        raise UserError(f"--parallel {how!r} must be ddp or fsdp")
-    return model
-
-
-def split_batch(batch: int, micro: int, rank: int, world: int) -> tuple[int, int]:
-    """Samples a forward pass and rounds accumulated, so that micro * rounds * world = batch; prints the product.
-
-    micro = 0: the whole share of a process at once. raises: UserError if it does not divide."""
-    micro = micro or max(batch // world, 1)
-    if batch % (micro * world):
-        raise UserError(f"--batch {batch} is not a multiple of --micro {micro} times {world} processes")
-    rounds = batch // (micro * world)
-    if rank == 0:
-        print(f"{world} processes x {rounds} accumulated x {micro} = {batch} samples a step, in each direction", flush=True)
-    return micro, rounds
-
-
-def sync_gradients(model: nn.Module, how: str) -> None:
-    """Average the gradients over the processes (FSDP has done so in its backward pass)."""
-    if how == "ddp" and dist.is_initialized() and dist.get_world_size() > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for g, part in zip(grads, flat.div_(dist.get_world_size()).split([g.numel() for g in grads])):
-            g.copy_(part.view_as(g))
-
-
-def clip_gradients(model: nn.Module, limit: float, where: str) -> float:
-    """Clip the gradient to this norm; return the norm before. raises: FloatingPointError saying `where` if not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"{where}: the gradient has norm {norm}; the last saved state is good")
-    return norm
-
-
-def mean_over_processes(value: float, device: torch.device) -> float:
-    """Average a number over the processes: a loss for the log, or whether anyone was asked to stop."""
-    if not dist.is_initialized():
-        return value
-    x = torch.tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-    dist.all_reduce(x)
-    return x.item() / dist.get_world_size()
-
-
-class EMA:
-    """Exponential moving average of a model's trainable parameters, kept in float32."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.shadow = {k: p.detach().clone().float() for k, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        for k, p in model.named_parameters():
-            self.shadow[k].lerp_(p.detach().float(), 1 - self.decay)
-
-    def load(self, shadow: dict[str, Tensor]) -> None:
-        """Take over another average's values (whole tensors; sharded ones take their part)."""
-        for k, mine in self.shadow.items():
-            value = shadow[k].to(mine.device)
-            if hasattr(mine, "device_mesh"):
-                value = distribute_tensor(value, mine.device_mesh, mine.placements)
-            mine.copy_(value)
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Make the average the model's weights."""
-        for m in model.modules():  # FSDP2 leaves parts gathered after a forward pass without a backward one
-            if isinstance(m, FSDPModule):
-                m.reshard()
-        for k, p in model.named_parameters():
-            p.copy_(self.shadow[k])
-
-
-def cosine(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Learning rate: linear warm-up, then half a cosine to zero."""
-    return peak * min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The full state dict on the CPU, gathered if the model is sharded: call it on every process, use it on rank 0."""
-    return get_model_state_dict(model, options=WHOLE)
-
-
-def save_state(path: str | os.PathLike, step: int, config: dict, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
-               **averages: "EMA") -> None:
-    """Write everything a run needs to go on exactly: step, config, models, optimisers, averages. Call it on every process."""
-    tree = {"step": step, "config": json.dumps(config)}
-    for name, (model, optimiser) in trained.items():
-        tree[name] = whole_state(model)
-        tree[name + ".optimiser"] = get_optimizer_state_dict(model, optimiser, options=WHOLE)
-    for name, average in averages.items():
-        tree[name] = {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).cpu() for k, v in average.shadow.items()}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        with atomic(path) as tmp:
-            torch.save(tree, tmp)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def load_state(path: str | os.PathLike, config: dict, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
-               **averages: "EMA") -> int:
-    """Load what `save_state` wrote; return the number of finished steps. The number of processes may differ.
-
-    raises: UserError naming the settings that differ (`steps`, `out`, `save_every`, `micro` and the like may), or a
-    damaged file."""
-    tree = read_pickle(path)
-    free = ("steps", "out", "resume", "save_every", "micro", "device", "parallel", "checkpointing", "sheet_every")
-    try:
-        then, step = json.loads(tree["config"]), int(tree["step"])
-        differ = [k for k, v in json.loads(json.dumps(config)).items() if then.get(k) != v and k not in free]
-        if differ:
-            raise UserError(f"{path} was written by a run with other settings ({', '.join(f'{k}={then.get(k)!r}' for k in differ)}); "
-                            "use them again, or another --out")
-        for name, (model, optimiser) in trained.items():
-            set_model_state_dict(model, tree[name], options=WHOLE)
-            set_optimizer_state_dict(model, optimiser, tree[name + ".optimiser"], options=WHOLE)
-        for name, average in averages.items():
-            average.load(tree[name])
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not a whole state of this run ({type(error).__name__}); move it away to start again") from None
-    return step
-
-
-def trim_log(path: str | os.PathLike, step: int) -> None:
-    """Drop the rows from this step on: a run that was killed after its last save does these steps again."""
-    path = pathlib.Path(path)
-    if path.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if json.loads(line)["step"] < step]
-        with atomic(path) as tmp:
-            tmp.write_text("".join(kept), encoding="utf-8")
-
-
-def log_row(path: str | os.PathLike, **row: float | int | str) -> None:
-    """Append one JSON line; a line is complete or absent."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
-

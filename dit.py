@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, within
-from weights import config_from, load_strict, read_dit, write_dit
+from common import UserError
+from weights import config_from, load_strict, read_dit, within, write_dit
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,8 @@ def main(config: Config) -> None:
         prompt = torch.where(torch.tensor(told).view(-1, 1, 1), source(numbers), nothing).to(device)
         return ar_loss(dit, lay, x0, torch.stack(noise).to(device), torch.stack(sigma).to(device), prompt, config.shift,
                        config.loss_on_anchors)
-    if fit(config, dit, lays, loss_of, rank, world, device, "teacher") and config.vae:
+    fit(config, dit, lays, loss_of, rank, world, device, "teacher")
+    if config.vae:
         sheet(config, dit, source, rank, device)
 
 

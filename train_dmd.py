@@ -15,46 +15,35 @@ trained *critic* f_fake score whole videos, seeing everything. One iteration:
 x holds the targets only; anchors are never in a loss, they learn through the targets that see them. Both directions
 run one after the other and their gradients add up. Exit steps are drawn from (seed, step, direction), so all processes
 agree without talking. Every random number is a function of such numbers: 2 processes equal 1, and a run continues
-exactly from its last state with --resume. Guidance is uncond + w (cond - uncond); the "3.0" of public DMD code is w = 4.
+exactly from its last state: run the same command again. Guidance is uncond + w (cond - uncond); the "3.0" of public DMD code is w = 4.
 
     torchrun --nproc_per_node=1 train_dmd.py
     torchrun --nnodes=8 --nproc_per_node=8 train_dmd.py --preset wan
 """
-import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from anchors import both_directions
-from common import (
-    EMA,
-    UserError,
-    clip_gradients,
-    computing,
-    distribute,
-    dtype_of,
-    generator,
-    load_state,
-    log_row,
-    mean_over_processes,
-    run,
-    save_state,
-    split_batch,
-    start,
-    stop_signals,
-    sync_gradients,
-    trim_log,
-    whole_state,
-)
+from common import UserError, dtype_of, generator, run, start
 from dit import DiT, load_dit
-from media import write_curves, write_sheet
+from media import write_sheet
 from pairs import dummies_of
 from sampler import generate, noise_from, shift_sigma, student_sigmas
 from text import NEGATIVE, Prompts
+from training import (
+    EMA,
+    clip_gradients,
+    computing,
+    distribute,
+    finite_means,
+    split_batch,
+    sync_gradients,
+    training_steps,
+    whole_state,
+)
 from vae import load_vae
 from weights import read_dit, write_safetensors
 
@@ -78,7 +67,6 @@ class Config:
     vae: str = "toy/weights/vae.safetensors"          # for the sample sheets
     prompts: str = "toy"             # toy: captions without end; or what text.py wrote; or a text file of toy captions
     out: str = "out/dmd"             # folder of student.safetensors, log.jsonl, curves.png, sheets and state.pt
-    resume: str = ""                 # a folder with state.pt: go on from there, exactly
     latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
     steps: int = 500                 # iterations: critic updates [paper: 600]
     ratio: int = 5                   # critic updates a student update [paper]
@@ -184,13 +172,6 @@ def main(config: Config) -> None:
     source = Prompts(config.prompts, c.text_dim, c.text_len)
     negative = source.embed([config.negative]).to(device)
     rows, most = T + dummies_of(plans), max(len(sigmas), len(first_sigmas))  # dummies have noise of their own
-    log, first = out / "log.jsonl", 0
-    if config.resume:
-        first = load_state(Path(config.resume) / "state.pt", asdict(config), trained, **averages)
-        trim_log(log, first)
-    elif (out / "state.pt").exists():
-        raise UserError(f"{out} holds a run already; go on with --resume {out} or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
 
     def draw(step: int, role: int, r: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int]]:
         """This process's share of round r: prompts, noise and re-noise of the rollout, level and noise of the score;
@@ -219,14 +200,12 @@ def main(config: Config) -> None:
             optimisers[id(m)].zero_grad(set_to_none=True)
         return max(norms)
 
-    def finite(values: list[float], step: int, what: str) -> list[float]:
-        values = [mean_over_processes(v, device) for v in values]
-        if not all(map(math.isfinite, values)):
-            raise FloatingPointError(f"step {step}: {what} is {values} (forward, backward); the last saved state is good")
-        return values
+    def bad(values: Tensor, r: int) -> list[int]:
+        """The samples of round r whose value [micro] is not finite."""
+        return [(r * world + rank) * micro + m for m in (~values.isfinite()).nonzero().flatten().tolist()]
 
     def student_step(step: int) -> dict[str, float]:
-        size, moved = [0.0, 0.0], [0.0, 0.0]
+        size, moved, lost = [0.0, 0.0], [0.0, 0.0], []
         for r in range(rounds):
             for d in range(2):
                 prompt, noise, renoise, u, score_noise, exits = draw(step, 5, r, d)
@@ -234,9 +213,11 @@ def main(config: Config) -> None:
                 gradient = dmd_gradient(teacher, critics[d % len(critics)], x.detach(), u, score_noise, prompt, negative,
                                         config.guidance, config.shift)
                 (dmd_loss(x, gradient).mean() / rounds).backward()
-                size[d] += gradient.abs().mean().item() / rounds
+                sizes = gradient.abs().flatten(1).mean(1)
+                size[d] += sizes.mean().item() / rounds
                 moved[d] += x.detach().diff(dim=1).abs().mean().item() / rounds
-        size = finite(size, step, "the DMD gradient")
+                lost += bad(sizes, r)
+        size = finite_means(size, lost, f"step {step}: the DMD gradient", device)
         norm = update(students, step, "student")
         for average, m in zip(averages.values(), students):
             average.decay = config.ema if step >= config.ema_start else 0.0
@@ -245,16 +226,17 @@ def main(config: Config) -> None:
                 "motion_forward": moved[0], "motion_backward": moved[1]}
 
     def critic_step(step: int) -> dict[str, float]:
-        losses = [0.0, 0.0]
+        losses, lost = [0.0, 0.0], []
         for r in range(rounds):
             for d in range(2):
                 prompt, noise, renoise, u, score_noise, exits = draw(step, 6, r, d)
                 with torch.no_grad():
                     x = roll(d, prompt, noise, renoise, exits)
-                loss = critic_loss(critics[d % len(critics)], x, u, score_noise, prompt, config.shift).mean() / rounds
-                loss.backward()
-                losses[d] += loss.item()
-        losses = finite(losses, step, "the critic's loss")
+                loss = critic_loss(critics[d % len(critics)], x, u, score_noise, prompt, config.shift) / rounds
+                loss.mean().backward()
+                losses[d] += loss.mean().item()
+                lost += bad(loss, r)
+        losses = finite_means(losses, lost, f"step {step}: the critic's loss", device)
         return {"critic_forward": losses[0], "critic_backward": losses[1], "norm_critic": update(critics, step, "critic")}
 
     def sheet(step: int) -> None:
@@ -267,25 +249,14 @@ def main(config: Config) -> None:
                 vae = load_vae(config.vae, device=device)
                 write_sheet(out / f"sheet-{step:05d}.png", torch.cat([vae.decode(x[None]) for x in z]), columns=11)
 
-    casts = dtype if config.parallel == "ddp" else torch.float32  # FSDP2 casts by itself
-    with (stop_signals() as stop, computing(casts, device),
-          trange(first, config.steps, initial=first, total=config.steps, desc="stage 2", disable=rank > 0) as bar):
-        for step in bar:
-            began = time.perf_counter()
-            row = student_step(step) if step % config.ratio == 0 else {}
+    with computing(dtype if config.parallel == "ddp" else torch.float32, device):  # FSDP2 casts by itself
+        for step, row in training_steps(config, "stage 2", trained, device, averages):
+            if step % config.ratio == 0:
+                row |= student_step(step)
             row |= critic_step(step)
-            last, stopping = step + 1 == config.steps, mean_over_processes(float(stop()), device) > 0
-            if rank == 0:
-                log_row(log, step=step, seconds=round(time.perf_counter() - began, 3), **row)
-                bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k.startswith(("dmd", "critic"))})
+            last = step + 1 == config.steps
             if config.sheet_every and (step % config.sheet_every == 0 or last):
                 sheet(step + last)
-            if (step + 1) % config.save_every == 0 or last or stopping:
-                save_state(out / "state.pt", step + 1, asdict(config), trained, **averages)
-                if rank == 0:
-                    write_curves(out / "curves.png", log)
-                if stopping and not last:
-                    return print(f"stopped at step {step + 1}; go on with --resume {out}") if rank == 0 else None
     for i, (m, average) in enumerate(zip(students, averages.values())):
         average.copy_to(m)
         weights, name = whole_state(m), "student" if config.shared_student else ("forward", "backward")[i]

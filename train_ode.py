@@ -22,41 +22,31 @@ an interrupted run goes on exactly: run the same command again. No rollout and n
     torchrun --nproc_per_node=8 train_ode.py --preset wan --teacher Wan2.1-T2V-14B --weights Wan2.1-T2V-1.3B
 """
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from anchors import Layout, both_directions, layout
-from common import (
-    EMA,
-    UserError,
-    clip_gradients,
-    computing,
-    distribute,
-    dtype_of,
-    generator,
-    load_state,
-    log_row,
-    mean_over_processes,
-    run,
-    save_state,
-    split_batch,
-    start,
-    stop_signals,
-    sync_gradients,
-    trim_log,
-    whole_state,
-)
+from common import UserError, dtype_of, generator, run, start
 from dit import DiT, load_dit
 from latents import Clips
 from pairs import KEEP, check_pairs, generate_pairs, is_causal, pairs_in, read_pairs, slot_states, teacher_file
 from sampler import ode_sigmas, student_sigmas
 from text import NEGATIVE, Prompts
+from training import (
+    EMA,
+    clip_gradients,
+    computing,
+    distribute,
+    finite_means,
+    split_batch,
+    sync_gradients,
+    training_steps,
+    whole_state,
+)
 from weights import write_safetensors
 
 
@@ -170,60 +160,39 @@ Loss = Callable[[int, list[int], int, Layout], Tensor]  # (step, samples, direct
 
 
 def fit(config, dit: DiT, lays: list[Layout], loss_of: Loss, rank: int, world: int, device: torch.device, name: str,
-        average: tuple[EMA, DiT] | None = None) -> bool:
-    """Train on the mean of `loss_of` in every layout, both in each iteration; write `name`.safetensors. False: interrupted.
+        average: tuple[EMA, DiT] | None = None) -> None:
+    """Train on the mean of `loss_of` in every layout, both in each iteration; write `name`.safetensors.
 
     config: has what `Config` has from `steps` to `device`;  average: kept up to date, and part of the resume state"""
     micro, rounds = split_batch(config.batch, config.micro, rank, world)
     optimiser = torch.optim.AdamW(dit.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
-    averages = {"ema": average[0]} if average else {}
-    out, first = Path(config.out), 0
-    state, log = out / "state.pt", out / "log.jsonl"
-    if state.exists():
-        first = load_state(state, asdict(config), {"dit": (dit, optimiser)}, **averages)
-        trim_log(log, first)
-    out.mkdir(parents=True, exist_ok=True)
     dtype = dtype_of(config.dtype if config.parallel == "ddp" else "float32")  # FSDP2 casts by itself
-    with (stop_signals() as stop, computing(dtype, device),
-          trange(first, config.steps, initial=first, total=config.steps, desc=name, disable=rank > 0) as bar):
-        for step in bar:
-            began = time.perf_counter()
+    with computing(dtype, device):
+        for step, row in training_steps(config, name, {"dit": (dit, optimiser)}, device, {"ema": average[0]} if average else {}):
             for group in optimiser.param_groups:
                 group["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1),
                                               (config.steps - step) / max(config.steps * config.decay, 1))
             if average:
                 average[0].copy_to(average[1])
-            losses = [0.0] * len(lays)
+            losses, lost = [0.0] * len(lays), []
             for r in range(rounds):
                 samples = [(r * world + rank) * micro + m for m in range(micro)]
                 for d, lay in enumerate(lays):
-                    loss = loss_of(step, samples, d, lay).mean() / rounds
-                    loss.backward()
-                    losses[d] += loss.item()
+                    loss = loss_of(step, samples, d, lay) / rounds
+                    loss.mean().backward()
+                    losses[d] += loss.mean().item()
+                    lost += [sample for sample, x in zip(samples, loss.tolist()) if not math.isfinite(x)]
             sync_gradients(dit, config.parallel)
-            losses = [mean_over_processes(x, device) for x in losses]
-            if not all(map(math.isfinite, losses)):
-                raise FloatingPointError(f"step {step}: the loss is {losses} (forward, backward); the last saved state is good")
-            norm = clip_gradients(dit, config.clip, f"step {step}")
+            losses = finite_means(losses, lost, f"step {step}: the loss", device)
+            row |= {"forward": losses[0], "backward": losses[1], "norm": clip_gradients(dit, config.clip, f"step {step}")}
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             if average:
                 average[0].update(dit)
-            last, stopping = step + 1 == config.steps, mean_over_processes(float(stop()), device) > 0
-            if rank == 0:
-                log_row(log, step=step, seconds=round(time.perf_counter() - began, 3), forward=losses[0], backward=losses[1], norm=norm)
-                bar.set_postfix(forward=f"{losses[0]:.4f}", backward=f"{losses[1]:.4f}")
-            if (step + 1) % config.save_every == 0 or last or stopping:
-                save_state(state, step + 1, asdict(config), {"dit": (dit, optimiser)}, **averages)
-                if stopping and not last:
-                    if rank == 0:
-                        print(f"stopped at step {step + 1}; run the same command to go on")
-                    return False
-    weights = whole_state(dit)
+    weights, path = whole_state(dit), Path(config.out) / f"{name}.safetensors"
     if rank == 0:
-        write_safetensors(out / f"{name}.safetensors", weights, asdict(dit.config))
-        print(f"wrote {out / name}.safetensors")
-    return True
+        write_safetensors(path, weights, asdict(dit.config))
+        print(f"wrote {path}")
 
 
 def network(config, path: str, device: torch.device, trained: bool = True, dtype: torch.dtype = torch.float32) -> DiT:

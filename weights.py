@@ -116,6 +116,17 @@ def check_names(want: typing.Iterable[str], have: typing.Iterable[str], what: st
         raise UserError(f"{what}: " + "; ".join(problems))
 
 
+def within(config: object, what: str, **most: int) -> None:
+    """Sizes of a network, often read from a stranger's file, are whole numbers (or tuples of them) from 1 to these.
+
+    raises: UserError naming the first that is not, before anything is built from it"""
+    for name, limit in most.items():
+        value = getattr(config, name)
+        for x in value if isinstance(value, tuple) else (value,):
+            if not isinstance(x, int) or isinstance(x, bool) or not 1 <= x <= limit:
+                raise UserError(f"the {what} config's {name} is {str(value)[:60]}; it must be from 1 to {limit}")
+
+
 def config_from(cls: type, values: dict, source: object):
     """Make the config dataclass `cls` from JSON values; keys that start with _ are ignored, lists become tuples.
 

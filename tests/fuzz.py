@@ -32,11 +32,12 @@ import text
 import train_ar
 import train_dmd
 import train_ode
-from common import UserError, from_cli, load_state, run, save_state
+from common import UserError, from_cli, run
 from dit import load_dit, save_dit
 from media import load_clip, read_frames
 from pairs import read_pairs
 from text import Prompts, read_embeddings
+from training import load_state, save_state
 from vae import VAE, VAEConfig, load_vae, save_vae
 from weights import read_tensors, read_umt5
 

@@ -23,16 +23,14 @@ from common import UserError, run
 SMALL = "--latent 6 4 4 --dtype float32 --batch 4"
 
 
-def jobs(folder: Path) -> dict[str, tuple[str, str]]:
-    """name -> (command, the same for going on). Enough steps that most runs are killed in the middle; a state each step."""
+def jobs(folder: Path) -> dict[str, str]:
+    """name -> command. Enough steps that most runs are killed in the middle; a state each step."""
     paths = tiny_checkpoints(Path(folder).parent / "start")
     ode = f"train_ode.py {SMALL} --teacher {paths['teacher']} --weights {paths['student']} --data {folder}/pairs --pairs 600 --shard 2"
     dmd = (f"train_dmd.py {SMALL} --teacher {paths['teacher']} --critic {paths['student']} --student {paths['student']} "
            f"--vae {paths['vae']} --steps 250 --ratio 2 --save_every 1 --sheet_every 0 --out {folder}")
     train = f"{ode} --steps 600 --save_every 1 --out {folder}/ode"
-    return {"generate": (f"{ode} --generate",) * 2, "stage 1": (train, train),
-            "stage 2": (f"{dmd}/dmd", f"{dmd}/dmd --resume {folder}/dmd"),
-            "stage 2, two processes": (f"{dmd}/two", f"{dmd}/two --resume {folder}/two")}
+    return {"generate": f"{ode} --generate", "stage 1": train, "stage 2": f"{dmd}/dmd", "stage 2, two processes": f"{dmd}/two"}
 
 
 def launch(words: str, processes: int) -> subprocess.Popen:
@@ -50,11 +48,11 @@ def members(group: int) -> list[int]:
     return [pid for child in found for pid in members(child)] + [group]
 
 
-def drive(name: str, command: str, again: str, done: Path, state: Path, kill: bool, r: random.Random) -> int:
+def drive(name: str, command: str, done: Path, kill: bool, r: random.Random) -> int:
     """Run a job to its end, killing it 3 to 7 seconds after each start, if at all; how many kills it took."""
     struck, processes = 0, 2 if "two" in name else 1
     while not done.exists():
-        job = launch(again if state.exists() else command, processes)
+        job = launch(command, processes)
         limit = r.uniform(3, 7) if kill and struck < 40 else 600.0
         began = time.monotonic()
         while job.poll() is None and time.monotonic() - began < limit:
@@ -84,10 +82,10 @@ def main(config: Config) -> None:
         rounds = 0
         while total < config.kills or not rounds:
             folder, kind = Path(root) / str(rounds), "killed" if rounds else "left alone"
-            for name, (command, again) in jobs(folder).items():
+            for name, command in jobs(folder).items():
                 out = folder / {"generate": "pairs", "stage 1": "ode", "stage 2": "dmd"}.get(name, "two")
                 done = out / ("index.json" if name == "generate" else "student.safetensors")
-                struck = drive(name, command, again, done, out / "state.pt", rounds > 0, r)
+                struck = drive(name, command, done, rounds > 0, r)
                 total += struck
                 print(f"{kind}, {name}: done after {struck} kills", flush=True)
             for name in ("ode", "dmd", "two"):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import common
 import sampler
 import vae
-from common import EMA, UserError, atomic, from_cli, generator, log_row
+from common import UserError, atomic, from_cli, generator
+from training import EMA, log_row
 
 
 # ---------------------------------------------------------------- command line

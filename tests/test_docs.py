@@ -13,8 +13,8 @@ import common
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 READING_ORDER = ["toy.world", "common", "media", "weights", "vae", "dit", "kvcache", "anchors", "text", "sampler", "latents", "pairs",
-                 "train_ode", "train_ar", "train_dmd", "memory", "metrics", "edit", "report", "toy.tables", "evaluate", "toy.train_vae",
-                 "toy.train_teacher", "toy.pack", "toy.causality", "bench"]
+                 "training", "train_ode", "train_ar", "train_dmd", "memory", "metrics", "edit", "report", "toy.tables", "evaluate",
+                 "toy.train_vae", "toy.train_teacher", "toy.pack", "toy.causality", "bench"]
 
 
 def tracked() -> list[str]:

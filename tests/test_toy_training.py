@@ -1,11 +1,11 @@
 """The toy's VAE and teacher: they learn, go on exactly after an interruption, and write weights that load."""
 import hashlib
-import json
+from contextlib import suppress
 from functools import partial
 
 import pytest
 import torch
-from tiny import WORDED, at_call, command_line, crash, distance, randn, same, saved, terminate
+from tiny import WORDED, at_call, command_line, crash, distance, randn, rows, same, saved, terminate
 
 import text
 from common import UserError, generator
@@ -34,12 +34,9 @@ def train(out, script=train_vae, **changes):
     """Train in this process; the folder it wrote."""
     usual = {"steps": 4, "size": 16, "preset": "small"}
     usual |= {"frames": (1, 5), "batch": (2, 2), "share": (0.5, 0.5)} if script is train_vae else {"clips": 6, "batch": 2}
-    script.main(script.Config(**usual | {"out": str(out)} | changes))
+    with suppress(SystemExit):  # stopped by a signal
+        script.main(script.Config(**usual | {"out": str(out)} | changes))
     return out
-
-
-def log(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ---------------------------------------------------------------- the VAE
@@ -109,8 +106,8 @@ def test_stages_follow_their_shares(tmp_path, monkeypatch):
 
 def test_vae_learns(tmp_path):
     """On the world's clips the error falls by a third in 120 small steps."""
-    rows = log(train(tmp_path, steps=121, lr=3e-3, frames=(5,), batch=(2,), share=(1.0,)) / "vae.log.jsonl")
-    assert rows[-2]["step"] == 120 and rows[-2]["l1"] < rows[0]["l1"] * 2 / 3, rows
+    steps = rows(train(tmp_path, steps=121, lr=3e-3, frames=(5,), batch=(2,), share=(1.0,)), "vae.log.jsonl")
+    assert steps[-2]["step"] == 120 and steps[-2]["l1"] < steps[0]["l1"] * 2 / 3, steps
 
 
 def test_vae_weights_load_with_measured_statistics(tmp_path, capsys):
@@ -119,9 +116,9 @@ def test_vae_weights_load_with_measured_statistics(tmp_path, capsys):
     z = torch.cat([vae.encode(clips([HELD_OUT + i], 16, 9)[0]) for i in range(64)]).transpose(1, 2).transpose(0, 1).flatten(1)
     assert vae.config.z_dim == 2 and z.shape[0] == 2
     assert z.mean(1).abs().max() < 1e-2 and (z.std(1) - 1).abs().max() < 1e-2
-    *rows, last = log(tmp_path / "vae.log.jsonl")
+    *steps, last = rows(tmp_path, "vae.log.jsonl")
     assert last.keys() == {"step", "psnr"} and f"PSNR {last['psnr']:.2f} dB" in capsys.readouterr().out
-    assert all(r.keys() == {"step", "l1", "mse", "diff", "kl", "norm"} for r in rows) and not (tmp_path / "vae.state.pt").exists()
+    assert all(r.keys() == {"step", "l1", "mse", "diff", "kl", "norm"} for r in steps) and not (tmp_path / "vae.state.pt").exists()
 
 
 def test_psnr_is_that_of_the_written_vae(tmp_path):
@@ -130,7 +127,7 @@ def test_psnr_is_that_of_the_written_vae(tmp_path):
     video = torch.cat([clips([HELD_OUT + i], 16, 9)[0] for i in range(64)])
     made = torch.cat([vae.decode(vae.encode(v[None])) for v in video])
     psnr = 10 * torch.log10(4 / (made - video).square().mean()).item()
-    assert log(tmp_path / "vae.log.jsonl")[-1]["psnr"] == pytest.approx(psnr, abs=1e-2)
+    assert rows(tmp_path, "vae.log.jsonl")[-1]["psnr"] == pytest.approx(psnr, abs=1e-2)
 
 
 # ---------------------------------------------------------------- both scripts
@@ -159,7 +156,7 @@ def test_interrupted_training_goes_on_exactly(script, loss, name, both, monkeypa
     train(b, script)
     x, y = (read_tensors(folder / f"{name}.safetensors") for folder in both)
     assert same(x[0], y[0]) and x[1] == y[1]
-    assert log(a / f"{name}.log.jsonl") == log(b / f"{name}.log.jsonl")
+    assert rows(a, f"{name}.log.jsonl") == rows(b, f"{name}.log.jsonl")
 
 
 @pytest.mark.parametrize("script, loss, name", PARTS)
@@ -175,7 +172,7 @@ def test_killed_training_goes_on_from_its_last_state(script, loss, name, both, m
         train(b, script, lr=0.5)
     train(b, script)
     assert same(*(read_tensors(folder / f"{name}.safetensors")[0] for folder in both))
-    steps = [r["step"] for r in log(b / f"{name}.log.jsonl")]
+    steps = [r["step"] for r in rows(b, f"{name}.log.jsonl")]
     assert steps == sorted(set(steps))
 
 
@@ -201,7 +198,7 @@ def test_teacher_learns_and_writes_its_average(both, monkeypatch):
     """Flow matching on six clips: the loss falls; the written weights are the moving average; a sheet and scores are there."""
     a, b = both
     train(a, train_teacher, steps=101, lr=3e-3, batch=4, ema=0.9)
-    first, *_, last, scores = log(a / "teacher.log.jsonl")
+    first, *_, last, scores = rows(a, "teacher.log.jsonl")
     assert last["step"] == 100 and last["loss"] < 0.8 * first["loss"]
     assert {"all", "colour", "shape", "direction", "motion"} <= scores.keys()
     assert (a / "teacher.png").read_bytes()[:4] == b"\x89PNG"

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ def files(tmp_path_factory):
 
 def train(files, out, **changes):
     """Train in this process; the folder it wrote."""
-    main(Config(**files | {"out": str(out)} | changes))
+    with suppress(SystemExit):  # stopped by a signal
+        main(Config(**files | {"out": str(out)} | changes))
     return out
 
 
@@ -194,7 +196,7 @@ def test_each_iteration_draws_anew(files, tmp_path):
 def test_student_is_the_average_from_ema_start_on(files, tmp_path):
     """Before ema_start the average is the weights; then ema * average + (1 - ema) * weights at each update of the student."""
     first = saved(train(files, tmp_path / "run", steps=2))
-    last = saved(train(files, tmp_path / "run", resume=str(tmp_path / "run")))
+    last = saved(train(files, tmp_path / "run"))
     got = read_tensors(tmp_path / "run" / "student.safetensors")[0]
     for name, w in got.items():
         assert torch.equal(first[f"ema0/{name}"], first[f"student0/{name}"])
@@ -216,7 +218,7 @@ def test_two_processes_equal_one(files, tmp_path):
         assert a.keys() == b.keys() and max(distance(a[k], b[k]) for k in a if k.startswith(("student", "critic", "ema"))
                                             and "optimiser" not in k) <= 1e-5
     assert saved(tmp_path / "stopped")["step"] == 1
-    assert apart(one, train(flags, tmp_path / "stopped", resume=str(tmp_path / "stopped"))) <= 1e-5
+    assert apart(one, train(flags, tmp_path / "stopped")) <= 1e-5
 
 
 @pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
@@ -230,7 +232,7 @@ def test_shared_rounds_do_not_depend_on_the_number_of_processes(files, tmp_path)
 def test_resume_is_exact(files, tmp_path):
     """2 + 2 steps are 4 steps, bit for bit: weights, averages, optimisers and log."""
     a, b = train(files, tmp_path / "a"), train(files, tmp_path / "b", steps=2)
-    train(files, b, resume=str(b))
+    train(files, b)
     assert same(saved(a), saved(b)) and apart(a, b) == 0 and rows(a) == rows(b)
     assert {k.split("/")[0] for k in saved(a)} == {"step", "ema0", "student0", "student0.optimiser", "critic0", "critic0.optimiser"}
 
@@ -238,7 +240,7 @@ def test_resume_is_exact(files, tmp_path):
 def test_resume_under_fsdp(files, tmp_path):
     """A run may go on under another --parallel, averages included."""
     a, b = train(files, tmp_path / "a"), train(files, tmp_path / "b", steps=2)
-    assert apart(a, train(files, b, resume=str(b), parallel="fsdp")) <= 1e-6
+    assert apart(a, train(files, b, parallel="fsdp")) <= 1e-6
 
 
 @pytest.mark.parametrize("setting", [{"lr": 1e-4}, {"anchors": 2}, {"guidance": 7.0}, {"seed": 5}, {"batch": 2}, {"commit_anchors": True}])
@@ -247,18 +249,7 @@ def test_resume_with_other_settings_is_refused(setting, files, tmp_path):
     train(files, tmp_path, steps=1)
     (name,) = setting
     with pytest.raises(UserError, match=rf"other settings \({name}="):
-        train(files, tmp_path, resume=str(tmp_path), **setting)
-
-
-def test_run_is_not_overwritten(files, tmp_path, monkeypatch, capsys):
-    """Without --resume a folder that holds a run is refused, with both ways out; a folder without a state cannot be resumed."""
-    train(files, tmp_path, steps=1)
-    before = (tmp_path / "state.pt").read_bytes()
-    code, error = command_line(monkeypatch, capsys, train_dmd, **files | {"out": tmp_path})
-    assert code == 2 and f"go on with --resume {tmp_path} or choose another --out" in error
-    assert (tmp_path / "state.pt").read_bytes() == before
-    with pytest.raises(UserError, match="state.pt does not exist"):
-        train(files, tmp_path / "new", resume=str(tmp_path / "none"))
+        train(files, tmp_path, **setting)
 
 
 def test_sigterm_in_a_step(files, tmp_path, monkeypatch):
@@ -267,7 +258,7 @@ def test_sigterm_in_a_step(files, tmp_path, monkeypatch):
     b = train(files, tmp_path / "b")
     assert saved(b)["step"] == 2 and len(rows(b)) == 2 and not (b / "student.safetensors").exists()
     a = train(files, tmp_path / "a")
-    train(files, b, resume=str(b))
+    train(files, b)
     assert same(saved(a), saved(b)) and apart(a, b) == 0 and rows(a) == rows(b)
 
 
@@ -283,9 +274,9 @@ def test_sigterm_as_a_user_sends_it(files, tmp_path):
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=60)[0]
     done = saved(out)["step"]
-    assert process.returncode == 0 and f"stopped at step {done}; go on with --resume {out}" in said and (out / "curves.png").exists()
+    assert process.returncode == 0 and f"stopped at step {done}; run the same command to go on" in said and (out / "curves.png").exists()
     a = train(files, tmp_path / "a", steps=done + 2)
-    train(files, out, steps=done + 2, resume=str(out))
+    train(files, out, steps=done + 2)
     assert same(saved(a), saved(out)) and rows(a) == rows(out)
 
 
@@ -295,7 +286,7 @@ def test_a_killed_run_logs_each_step_once(files, tmp_path, monkeypatch):
     with pytest.raises(MemoryError):
         train(files, tmp_path, save_every=2)
     assert saved(tmp_path)["step"] == 2
-    assert [r["step"] for r in rows(train(files, tmp_path, save_every=2, resume=str(tmp_path)))] == [0, 1, 2, 3]
+    assert [r["step"] for r in rows(train(files, tmp_path, save_every=2))] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("changes", [{"anchors": 0}, {"latent": (9, 4, 4), "block": 6, "anchors": 0, "head": 3}, {"commit_anchors": True},
@@ -312,7 +303,7 @@ def test_ablations_run_and_change_the_result(changes, files, tmp_path):
 def test_two_students_are_two_files(files, tmp_path):
     """shared_student false: forward.safetensors and backward.safetensors, each trained in its own direction, resumable."""
     train(files, tmp_path / "b", shared_student=False, steps=2)
-    b = train(files, tmp_path / "b", shared_student=False, resume=str(tmp_path / "b"))
+    b = train(files, tmp_path / "b", shared_student=False)
     a = train(files, tmp_path / "a", shared_student=False)
     assert sorted(p.name for p in a.glob("*.safetensors")) == ["backward.safetensors", "forward.safetensors"] and same(saved(a), saved(b))
     x, y, start = (load_dit(p) for p in (a / "forward.safetensors", a / "backward.safetensors", files["student"]))
@@ -328,7 +319,7 @@ def test_bfloat16_takes_the_same_steps(files, tmp_path):
     assert [k for k in start if steps[0][k].abs().max() and not steps[1][k].abs().max()] == []
     assert torch.nn.functional.cosine_similarity(*(torch.cat([v.flatten() for v in x.values()]) for x in steps), dim=0) > 0.9
     halves = train(files, tmp_path / "halves", dtype="bfloat16", steps=1)
-    train(files, halves, dtype="bfloat16", steps=2, resume=str(halves))
+    train(files, halves, dtype="bfloat16", steps=2)
     assert same(saved(halves), saved(train(files, tmp_path / "whole", dtype="bfloat16", steps=2)))
 
 
@@ -339,7 +330,7 @@ def test_recomputing_activations_changes_nothing(files, tmp_path):
 
 @pytest.mark.parametrize("micro", [1, 2])
 def test_accumulated_rounds_equal_one_batch(micro, files, tmp_path):
-    """--micro is a matter of memory: --resume lets it change, and a batch in rounds gives the weights of a batch at once."""
+    """--micro is a matter of memory: a batch in rounds gives the weights of a batch at once."""
     flags = files | {"steps": 3, "lr": 1e-4, "lr_critic": 1e-4}  # small: Adam turns rounding into steps of up to lr
     a, b = train(flags, tmp_path / "a"), train(flags, tmp_path / "b", micro=micro)
     assert apart(a, b) <= 1e-6
@@ -379,7 +370,7 @@ def test_nan_later_leaves_the_saved_state_good(term, call, says, files, tmp_path
         patch.setattr(train_dmd, term, broken)
         code, error = command_line(patch, capsys, train_dmd, **files | {"out": tmp_path / "b", "save_every": 2})
     assert code == 1 and says in error and saved(tmp_path / "b")["step"] == 2
-    a, b = train(files, tmp_path / "a"), train(files, tmp_path / "b", resume=str(tmp_path / "b"))
+    a, b = train(files, tmp_path / "a"), train(files, tmp_path / "b")
     assert same(saved(a), saved(b))
 
 

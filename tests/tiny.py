@@ -109,7 +109,10 @@ for name, changes in json.load(open(sys.argv[2])):
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*args)
         script.clip_gradients = clip
-    script.main(script.Config(**changes | {"latent": tuple(changes["latent"])}))
+    try:
+        script.main(script.Config(**changes | {"latent": tuple(changes["latent"])}))
+    except SystemExit:  # stopped by the signal
+        pass
 common.leave()
 """
 
@@ -149,9 +152,9 @@ def workers_of(pid: int) -> list[int]:
     return [*map(int, children), pid]
 
 
-def rows(folder: Path) -> list[dict]:
+def rows(folder: Path, name: str = "log.jsonl") -> list[dict]:
     """The log of a run, without the time it took."""
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / name).read_text().splitlines()]
 
 
 def saved(folder: Path, name: str = "state.pt") -> dict[str, Tensor]:

@@ -108,10 +108,9 @@ def commands(root: str, weights: str, pairs: str, seeds: list[int]) -> list[tupl
         for name, (first, flags) in (STAGE2 | CAUSAL).items():
             out, student = folder(root, name, seed), folder(root, first, seed) / "student.safetensors"
             end = out / ("backward.safetensors" if "shared_student false" in flags else "student.safetensors")
-            resume = f" --resume {out}" if (out / "state.pt").exists() else ""
             teacher = f"{weights}/teacher.safetensors"
             todo.append((end, student, f"train_dmd.py --student {student} --teacher {teacher} --critic {teacher} "
-                         f"--vae {weights}/vae.safetensors --out {out} --seed {seed} {BUDGET[1]} {flags}{resume}"))
+                         f"--vae {weights}/vae.safetensors --out {out} --seed {seed} {BUDGET[1]} {flags}"))
     return todo
 
 

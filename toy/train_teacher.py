@@ -6,35 +6,21 @@ exponential moving average is what is kept. Caption accuracy of samples is read 
 
     python -m toy.train_teacher --out out/toy          # after toy.train_vae with the same --out
 """
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
 import latents
 import text
-from common import (
-    EMA,
-    UserError,
-    computing,
-    cosine,
-    dtype_of,
-    generator,
-    load_state,
-    log_row,
-    run,
-    save_state,
-    start,
-    stop_signals,
-    trim_log,
-)
+from common import UserError, dtype_of, generator, run, start
 from dit import PRESETS, DiT, save_dit
 from media import write_sheet
 from pairs import many_steps
 from sampler import noise_from, shift_sigma
 from toy import world
+from training import EMA, clip_gradients, computing, cosine, log_row, training_steps
 from vae import VAE, load_vae
 
 FRAMES = 81  # [Wan]
@@ -96,40 +82,30 @@ def main(config: Config) -> None:
     source, side = text.Prompts("toy", dit.config.text_dim, dit.config.text_len), config.size // vae.config.space
     clips = latents.Clips(str(out / "latents"), (vae.config.latents(FRAMES), side, side), vae.config.z_dim, source)
     optimiser = torch.optim.AdamW(dit.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    ema, first = EMA(dit, config.ema), 0
-    state, log = out / "teacher.state.pt", out / "teacher.log.jsonl"
-    if state.exists():
-        first = load_state(state, asdict(config), {"dit": (dit, optimiser)}, ema=ema)
-        trim_log(log, first)
-    with stop_signals() as stop, trange(first, config.steps, initial=first, total=config.steps, desc="teacher") as bar:
-        for step in bar:
-            for group in optimiser.param_groups:
-                group["lr"] = cosine(step, config.steps, config.lr)
-            g = generator(config.seed, 2, step)
-            pick = torch.randint(config.clips, (config.batch,), generator=g)
-            x0 = torch.stack([clips[i] for i in pick.tolist()]).to(device)
-            prompts = source(pick.tolist()) * (torch.rand(config.batch, 1, 1, generator=g) >= config.dropout)
-            u, noise = torch.rand(config.batch, generator=g).to(device), torch.randn(x0.shape, generator=g).to(device)
-            with computing(dtype, device):
-                losses = teacher_loss(dit, x0, prompts.to(device), u, noise, config.shift)
-            losses.mean().backward()
-            norm = torch.nn.utils.clip_grad_norm_(dit.parameters(), 1.0).item()
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            ema.update(dit)
-            if step % 20 == 0:
-                low, high = losses.detach()[u < 0.5], losses.detach()[u >= 0.5]
-                log_row(log, step=step, loss=losses.mean().item(), low=low.mean().item(), high=high.mean().item(), norm=norm)
-                bar.set_postfix(loss=f"{losses.mean().item():.3f}")
-            if stop() or (step + 1) % config.save_every == 0:
-                save_state(state, step + 1, asdict(config), {"dit": (dit, optimiser)}, ema=ema)
-                if stop():
-                    return print(f"stopped at step {step + 1}; run the same command to go on")
+    ema = EMA(dit, config.ema)
+    for step, row in training_steps(config, "teacher", {"dit": (dit, optimiser)}, device, {"ema": ema}, prefix="teacher."):
+        for group in optimiser.param_groups:
+            group["lr"] = cosine(step, config.steps, config.lr)
+        g = generator(config.seed, 2, step)
+        pick = torch.randint(config.clips, (config.batch,), generator=g)
+        x0 = torch.stack([clips[i] for i in pick.tolist()]).to(device)
+        prompts = source(pick.tolist()) * (torch.rand(config.batch, 1, 1, generator=g) >= config.dropout)
+        u, noise = torch.rand(config.batch, generator=g).to(device), torch.randn(x0.shape, generator=g).to(device)
+        with computing(dtype, device):
+            losses = teacher_loss(dit, x0, prompts.to(device), u, noise, config.shift)
+        losses.mean().backward()
+        norm = clip_gradients(dit, 1.0, f"step {step}")
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        ema.update(dit)
+        if step % 20 == 0:
+            low, high = losses.detach()[u < 0.5], losses.detach()[u >= 0.5]
+            row |= {"loss": losses.mean().item(), "low": low.mean().item(), "high": high.mean().item(), "norm": norm}
     ema.copy_to(dit)
     dit.eval()
     save_dit(dit, out / "teacher.safetensors")
     scores = report(dit, vae, config, out / "teacher.png")
-    log_row(log, step=config.steps, **scores)
+    log_row(out / "teacher.log.jsonl", step=config.steps, **scores)
     print(f"wrote {out / 'teacher.safetensors'}; 64 held-out captions: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
 

@@ -9,16 +9,16 @@ All randomness of a step is a function of (seed, step), so an interrupted run co
 
     python -m toy.train_vae --out out/toy
 """
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
-from common import UserError, cosine, generator, load_state, log_row, run, save_state, start, stop_signals, trim_log
+from common import UserError, generator, run, start
 from text import HELD_OUT, toy_caption
 from toy import world
+from training import clip_gradients, cosine, log_row, training_steps
 from vae import PRESETS, VAE, Attention, ResidualBlock, load_vae, save_vae
 
 
@@ -102,41 +102,30 @@ def main(config: Config) -> None:
     vae.encoder.requires_grad_(config.encoder)
     vae.conv1.requires_grad_(config.encoder)
     optimiser = torch.optim.Adam([p for p in vae.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.99))
-    out, first = Path(config.out), 0
+    out = Path(config.out)
     if not len(config.frames) == len(config.batch) == len(config.share):
         raise UserError(f"--frames {config.frames}, --batch {config.batch} and --share {config.share} need one number a stage each")
-    state, log = out / "vae.state.pt", out / "vae.log.jsonl"
-    if state.exists():
-        first = load_state(state, asdict(config), {"vae": (vae, optimiser)})
-        trim_log(log, first)
-    out.mkdir(parents=True, exist_ok=True)
-    with stop_signals() as stop, trange(first, config.steps, initial=first, total=config.steps, desc="vae") as bar:
-        for step in bar:
-            for group in optimiser.param_groups:
-                group["lr"] = cosine(step, config.steps, config.lr)
-            g = generator(config.seed, 1, step)
-            stage = sum(step >= config.steps * sum(config.share[:i + 1]) for i in range(len(config.share) - 1))
-            frames, batch = config.frames[stage], config.batch[stage]
-            video = clips(torch.randint(HELD_OUT, (batch,), generator=g).tolist(), config.size, frames)[0].to(device)
-            latents = (batch, vae.config.z_dim, 1 + (frames - 1) // vae.config.time, *[config.size // vae.config.space] * 2)
-            loss, terms = vae_loss(vae, video, torch.randn(latents, generator=g).to(device), config.kl, config.diff)
-            loss.backward()
-            for p in optimiser.param_groups[0]["params"]:  # pictures do not reach the temporal layers, but Adam's state
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # must be whole to be saved
-            norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0).item()
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            bar.set_postfix(l1=f"{terms['l1']:.4f}", diff=f"{terms['diff']:.4f}")
-            if step % 20 == 0:
-                log_row(log, step=step, **terms, norm=norm)
-            if stop() or (step + 1) % config.save_every == 0:
-                save_state(state, step + 1, asdict(config), {"vae": (vae, optimiser)})
-                if stop():
-                    return print(f"stopped at step {step + 1}; run the same command to go on")
+    for step, row in training_steps(config, "vae", {"vae": (vae, optimiser)}, device, prefix="vae."):
+        for group in optimiser.param_groups:
+            group["lr"] = cosine(step, config.steps, config.lr)
+        g = generator(config.seed, 1, step)
+        stage = sum(step >= config.steps * sum(config.share[:i + 1]) for i in range(len(config.share) - 1))
+        frames, batch = config.frames[stage], config.batch[stage]
+        video = clips(torch.randint(HELD_OUT, (batch,), generator=g).tolist(), config.size, frames)[0].to(device)
+        latents = (batch, vae.config.z_dim, 1 + (frames - 1) // vae.config.time, *[config.size // vae.config.space] * 2)
+        loss, terms = vae_loss(vae, video, torch.randn(latents, generator=g).to(device), config.kl, config.diff)
+        loss.backward()
+        for p in optimiser.param_groups[0]["params"]:  # pictures do not reach the temporal layers, but Adam's state
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # must be whole to be saved
+        norm = clip_gradients(vae, 1.0, f"step {step}")
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if step % 20 == 0:
+            row |= terms | {"norm": norm}
     vae, psnr = finish(vae.eval(), config, device)
     save_vae(vae, out / "vae.safetensors")
-    state.unlink(missing_ok=True)
-    log_row(log, step=config.steps, psnr=psnr)
+    (out / "vae.state.pt").unlink(missing_ok=True)
+    log_row(out / "vae.log.jsonl", step=config.steps, psnr=psnr)
     print(f"wrote {out / 'vae.safetensors'}: PSNR {psnr:.2f} dB on 64 held-out clips, "
           f"latent mean {vae.config.mean}, std {vae.config.std}")
 

@@ -11,6 +11,7 @@ All of them are brought to Wan's names, which are the parameters' names in dit.p
 
     python weights.py --weights out/dmd --to diffusers --out transformer        # also: --to native, --to self-forcing
 """
+import hashlib
 import json
 import re
 import typing
@@ -42,7 +43,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict | None]:
     Tensors stay memory-mapped until they are used; those of safetensors have a mapping each, so that the memory of the
     file's pages goes with the tensor. returns: (tensors, config), where config comes from the metadata key `config`,
     else from `config.json` beside the file, else None.
-    raises: UserError naming the file when it is missing, truncated, not a checkpoint, or an unsafe pickle."""
+    raises: UserError naming the file when it is missing, truncated, not the one that a SHA256SUMS beside it means, not a
+    checkpoint, or an unsafe pickle."""
     path = Path(path)
     if path.is_dir():
         found = sorted(path.glob("*.index.json")) or sorted(p for s in (".safetensors", ".pt", ".pth") for p in path.glob("*" + s))
@@ -52,6 +54,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict | None]:
         path = found[0]
     if not path.is_file():
         raise UserError(f"{path} does not exist")
+    verify(path)
     config = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else None
     if path.name.endswith(".index.json"):
         names = read_json(path).get("weight_map")
@@ -75,6 +78,17 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict | None]:
     if config is not None and not isinstance(config, dict):
         raise UserError(f"{path}: the metadata's config is a JSON {type(config).__name__}, not an object")
     return tensors, config
+
+
+def verify(path: Path) -> None:
+    """Compare a file with the SHA256SUMS beside it, if that names it. raises: UserError if it is not the file meant there"""
+    sums = path.parent / "SHA256SUMS"
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines() if sums.is_file() else []
+    meant = {name.lstrip("*"): digest for digest, _, name in (line.replace("  ", " ").partition(" ") for line in lines)}.get(path.name)
+    if meant:
+        with open(path, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != meant.lower():
+                raise UserError(f"{path} is not the file that {sums} names (its hash differs); copy it again, or correct that line")
 
 
 def read_json(path: Path) -> dict:

@@ -96,7 +96,8 @@ def test_full_and_read_only_file_systems(paths, tmp_path):
         {more} > /dev/null 2> {keep}/full; echo $? >> {keep}/full; cp -r {disk}/dmd {keep}/after
         rm {disk}/ballast; mount -o remount,ro {disk}
         {more} > /dev/null 2> {keep}/readonly; echo $? >> {keep}/readonly
-        mount -o remount,rw {disk} && echo '{{"step": 2, "sec' >> {disk}/dmd/log.jsonl && {more} > /dev/null && cp -r {disk}/dmd {keep}/end"""
+        mount -o remount,rw {disk}
+        echo '{{"step": 2, "sec' >> {disk}/dmd/log.jsonl; {more} > /dev/null && cp -r {disk}/dmd {keep}/end"""
     run = ended(["unshare", "-rm", "sh", "-c", script])
     for name, why in (("full", "No space left"), ("readonly", "Read-only")):
         lines = (keep / name).read_text().splitlines()

@@ -365,11 +365,14 @@ def test_nan_later_leaves_the_saved_state_good(term, call, says, files, tmp_path
 
     def broken(*args):
         calls.append(1)
-        return real(*args) * (float("nan") if len(calls) == call else 1)
+        x, factor = real(*args), torch.ones(4)
+        factor[2] = float("nan") if len(calls) == call else 1.0
+        return x * factor.view(-1, *[1] * (x.ndim - 1))
     with monkeypatch.context() as patch:
         patch.setattr(train_dmd, term, broken)
         code, error = command_line(patch, capsys, train_dmd, **files | {"out": tmp_path / "b", "save_every": 2})
     assert code == 1 and says in error and saved(tmp_path / "b")["step"] == 2
+    assert ("through sample 2;" in error) == (term != "dmd_loss")
     a, b = train(files, tmp_path / "a"), train(files, tmp_path / "b")
     assert same(saved(a), saved(b))
 

@@ -424,6 +424,18 @@ def test_nan_in_a_pair_stops_training(files, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "state.pt").read_bytes() == before
 
 
+def test_nan_names_its_sample(files, tmp_path, monkeypatch, capsys):
+    """One sample of a batch in two rounds is not finite: its number in the step is named, and no other."""
+    real, calls = train_ode.ode_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        return real(*args) * torch.tensor([1.0, float("nan") if len(calls) == 7 else 1.0])  # step 1, second round, forward
+    monkeypatch.setattr(train_ode, "ode_loss", broken)
+    code, error = command_line(monkeypatch, capsys, train_ode, **files | {"out": tmp_path, "steps": 4, "batch": 4, "micro": 2})
+    assert code == 1 and "step 1: the loss is [nan, " in error and "through sample 3;" in error
+
+
 def test_infinite_gradient_stops_training(files, tmp_path, monkeypatch):
     """A gradient that is not finite is named with the step, before it reaches the weights."""
     dit = load_dit(files["weights"])

@@ -1,4 +1,5 @@
 """Checkpoints in every layout people have become the same bits, go out again as they came, and what is missing is named."""
+import hashlib
 import json
 import os
 
@@ -220,3 +221,16 @@ def test_ambiguous_or_empty_folder_is_refused(tmp_path):
     for name in ("one.pt", "two.pt"):
         torch.save({}, tmp_path / name)
     assert "one.pt, two.pt" in complaint(tmp_path)
+
+
+def test_a_file_that_is_not_the_one_meant_is_refused(tmp_path):
+    """SHA256SUMS beside a checkpoint is checked before it is used, by any reader; files it does not name load as ever."""
+    good = tmp_path / "student.safetensors"
+    save_dit(tiny_dit(1), good)
+    (tmp_path / "SHA256SUMS").write_text(f"{hashlib.sha256(good.read_bytes()).hexdigest()}  student.safetensors\n")
+    other = tmp_path / "other.safetensors"
+    save_dit(tiny_dit(2), other)
+    assert load_dit(good) and load_dit(other)
+    good.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match="student.safetensors is not the file that .*SHA256SUMS names"):
+        load_dit(good)

@@ -12,14 +12,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 import anchors
 from anchors import Plan, layout
-from dit import DiT, DiTConfig
+from dit import PRESETS, DiT, DiTConfig
 from sampler import Settings, film, generate, load_models, noise_from, student_sigmas
 from vae import VAE, VAEConfig
 
@@ -55,41 +57,96 @@ def longer(way: str) -> None:
           f"peak memory {peaks[1]:.2f} -> {peaks[2]:.2f} GiB (+ {100 * (peaks[2] / peaks[1] - 1):.1f} %) |", flush=True)
 
 
+def transformers(dim: int, ffn: int, heads: int, layers: int, latents: int) -> tuple[DiT, Callable, Callable, Callable]:
+    """Our transformer; a forward pass of it, of diffusers' of this size, and of the matrix products and attention calls alone."""
+    config = DiTConfig(dim=dim, ffn_dim=ffn, num_heads=heads, num_layers=layers, text_dim=512)
+    dit = DiT(config).eval().requires_grad_(False)
+    theirs = WanTransformer3DModel(num_attention_heads=heads, attention_head_dim=dim // heads, ffn_dim=ffn, num_layers=layers,
+                                   text_dim=512).eval()
+    z, text, t, pos = torch.randn(1, latents, 16, 16, 16), torch.randn(1, 512, 512), torch.full((1,), 500.0), torch.arange(latents)
+    zt = z.transpose(1, 2).contiguous()
+    x, words, wide = torch.randn(latents * 64, dim), torch.randn(512, dim), torch.randn(latents * 64, ffn)
+    q, k = (y.view(1, -1, heads, dim // heads).transpose(1, 2) for y in (x, words))
+
+    def floor() -> None:
+        for b in dit.blocks:
+            for layer, y in ((b.self_attn.q, x), (b.self_attn.k, x), (b.self_attn.v, x), (b.self_attn.o, x), (b.cross_attn.q, x),
+                             (b.cross_attn.k, words), (b.cross_attn.v, words), (b.cross_attn.o, x), (b.ffn[0], x), (b.ffn[2], wide)):
+                layer(y)
+            F.scaled_dot_product_attention(q, q, q)
+            F.scaled_dot_product_attention(q, k, k)
+    return dit, lambda: dit(z, t[:, None].expand(1, latents), text, pos), lambda: theirs(zt, t, text), floor
+
+
+def convolutions(run: Callable) -> Callable:
+    """The 3D convolutions that a run calls, alone."""
+    calls, real = [], F.conv3d
+    F.conv3d = lambda *args, **more: calls.append((args, more)) or real(*args, **more)
+    try:
+        run()
+    finally:
+        F.conv3d = real
+    assert calls
+    return lambda: [real(*args, **more) for args, more in calls]
+
+
+def autoencoders(dim: int) -> None:
+    """Decoding and encoding of 17 frames against diffusers' VAE, and against its own convolutions alone."""
+    vae, theirs = VAE(VAEConfig(dim=dim)).eval().requires_grad_(False), AutoencoderKLWan(base_dim=dim).eval()
+    z, video = torch.randn(1, 5, 16, 16, 16), torch.rand(1, 3, 17, 128, 128) * 2 - 1
+    zt = z.transpose(1, 2).contiguous()
+    for name, ours, other in (("decode", lambda: vae.decode(z), lambda: theirs.decode(zt)),
+                              ("encode", lambda: vae.encode(video), lambda: theirs.encode(video))):
+        race(f"VAE {name}, dim {dim}, 17x128x128, against diffusers", ours, other, turns=5)
+        race(f"VAE {name}, dim {dim}, 17x128x128, against its convolutions alone", ours, convolutions(ours), turns=5)
+
+
+def rollouts(dit: DiT) -> None:
+    """A rollout of 21 latents: cached against recomputed, forward against backward; and what fusing two passes would save."""
+    plans, text_kv = {"forward": anchors.forward(21), "backward": anchors.backward(21)}, dit.text_kv(torch.randn(1, 512, 512))
+    noise, renoise, pos = torch.randn(1, 21, 16, 16, 16), torch.randn(3, 1, 21, 16, 16, 16), torch.arange(21)
+
+    def cached(way: str) -> None:
+        generate(dit, plans[way], [text_kv], noise_from(noise, renoise))
+
+    def recompute() -> None:
+        """Every denoising step runs all earlier blocks again, clean, and the current one: what a cache saves."""
+        plan = plans["forward"]
+        for n in range(len(plan.steps)):
+            latents = plan.steps[n].targets[-1] + 1
+            visible = layout(Plan("prefix", latents, plan.steps[:n + 1])).visible
+            for sigma in student_sigmas():
+                t = torch.zeros(1, latents)
+                t[:, -3:] = 1000 * sigma
+                dit(noise[:, :latents], t, text_kv, pos[:latents], visible)
+    race("rollout of 21 latents, cached against recomputed", lambda: cached("forward"), recompute, turns=3)
+    race("rollout of 21 latents, forward against backward with P = 3", lambda: cached("forward"), lambda: cached("backward"), turns=3)
+
+
+def fused(name: str, config: DiTConfig, h: int) -> None:
+    """What fusing a block's clean pass with the next one's first step would save: twice the tokens in one pass, or one after the other."""
+    dit = DiT(config).eval().requires_grad_(False)
+    z, t, pos = torch.randn(1, 6, config.in_dim, h, h), torch.zeros(1, 6), torch.arange(6)
+    kv = dit.text_kv(torch.randn(1, config.text_len, config.text_dim))
+    race(f"clean pass and next step in one pass, {name}, 6x{config.tokens(h, h)} tokens, against one after the other",
+         lambda: dit(z, t, kv, pos), lambda: (dit(z[:, :3], t[:, :3], kv, pos[:3], kv_only=True), dit(z[:, 3:], t[:, 3:], kv, pos[3:])))
+
+
 @torch.no_grad()
 def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
     print("| what | ours | other | other / ours |\n|---|---|---|---|")
     for way in ("forward", "backward"):
         longer(way)
-    config = DiTConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=8, text_dim=512)
-    dit = DiT(config).eval()
-    theirs = WanTransformer3DModel(num_attention_heads=6, attention_head_dim=64, ffn_dim=1536, num_layers=8, text_dim=512).eval()
-    z, text, t, pos = torch.randn(1, 21, 16, 16, 16), torch.randn(1, 512, 512), torch.full((1,), 500.0), torch.arange(21)
-    zt = z.transpose(1, 2).contiguous()
-    race("DiT forward, 21x64 tokens, against diffusers", lambda: dit(z, t[:, None].expand(1, 21), text, pos), lambda: theirs(zt, t, text))
-
-    vae, their_vae = VAE(VAEConfig(dim=32)).eval(), AutoencoderKLWan(base_dim=32).eval()
-    z = torch.randn(1, 5, 16, 16, 16)
-    zt = z.transpose(1, 2).contiguous()
-    video = torch.rand(1, 3, 17, 128, 128) * 2 - 1
-    race("VAE decode, dim 32, 17x128x128, against diffusers", lambda: vae.decode(z), lambda: their_vae.decode(zt))
-    race("VAE encode, dim 32, 17x128x128, against diffusers", lambda: vae.encode(video), lambda: their_vae.encode(video))
-
-    plan = anchors.forward(21)
-    text_kv = dit.text_kv(text)
-    noise, renoise = torch.randn(1, 21, 16, 16, 16), torch.randn(3, 1, 21, 16, 16, 16)
-
-    def recompute() -> None:
-        """Every denoising step runs all earlier blocks again, clean, and the current one: what a cache saves."""
-        for n in range(len(plan.steps)):
-            visible = layout(Plan("prefix", plan.steps[n].targets[-1] + 1, plan.steps[:n + 1])).visible
-            latents = plan.steps[n].targets[-1] + 1
-            for sigma in student_sigmas():
-                t = torch.zeros(1, latents)
-                t[:, -3:] = 1000 * sigma
-                dit(noise[:, :latents], t, text_kv, pos[:latents], visible)
-    race("rollout of 21 latents, cached against recomputed",
-         lambda: generate(dit, plan, [text_kv], noise_from(noise, renoise)), recompute, turns=3)
+    small, wide = transformers(384, 1536, 6, 8, 21), transformers(1536, 8960, 12, 2, 12)
+    for name, (ours, theirs, floor) in (("dim 384, 8 layers, 21x64 tokens", small[1:]), ("dim 1536, 2 layers, 12x64 tokens", wide[1:])):
+        race(f"DiT forward, {name}, against diffusers", ours, theirs)
+        race(f"DiT forward, {name}, against its matrix products and attention alone", ours, floor)
+    for dim in (32, 96):
+        autoencoders(dim)
+    rollouts(small[0])
+    fused("the toy", PRESETS["toy"], 4)
+    fused("1.3B's layers, two of them", replace(PRESETS["wan1.3b"], num_layers=2), 32)
 
 
 if __name__ == "__main__":

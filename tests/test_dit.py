@@ -265,7 +265,7 @@ def test_angles_are_wans(head_dim):
 
 def test_rotate_is_a_rotation():
     """By hand: a quarter turn sends (a, b) to (-b, a); head_dim 6 at position 2, row 1, column 3 turns by 2, 1, 3 radians."""
-    quarter = Rope(torch.zeros(1, 1, 2), torch.tensor([[[-1., 1.]]]))
+    quarter = Rope(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
     assert rotate(torch.tensor([[[[3., 4.]]]]), quarter).flatten().tolist() == [-4, 3]
     token = rotate(torch.tensor([1., 0, 0, 1, 1, 0]).expand(1, 8, 1, 6), rope(torch.tensor([2]), 2, 4, 6))[0, 7, 0]
     by_hand = torch.tensor([-0.41614684, 0.90929743, -0.84147098, 0.54030231, -0.98999250, 0.14112001])  # cos 2, sin 2, -sin 1, ...

@@ -470,3 +470,20 @@ def test_plans_of_the_command_line():
             plan(seconds=seconds)
     with pytest.raises(UserError, match="--block 0"):
         plan(block=0)
+
+
+@torch.no_grad()
+def test_compiled_blocks_make_the_same_clip_and_are_compiled_once():
+    """One graph serves all blocks, steps and layers of an order; the second clip, and a long one, compile nothing. (Traced, not
+    generated code: that needs a C++ compiler or a GPU.) Keys are turned by the other formula, real numbers only: <= 1e-5."""
+    slow, fast = tiny_dit(1), tiny_dit(1)
+    for block in fast.blocks:
+        block.compile(backend="eager")
+    texts, graphs = [slow.text_kv(randn(2, 1, 3, slow.config.text_dim))], []
+    torch._dynamo.utils.counters.clear()
+    for plan in (anchors.forward(21), anchors.forward(21), anchors.backward(21), anchors.backward(21), anchors.long(42)):
+        noise = randn(3, 4, 1, plan.length, slow.config.in_dim, 4, 4)
+        a, b = (generate(dit, plan, texts, noise_from(noise[0], noise[1:])) for dit in (slow, fast))
+        assert distance(a, b) <= 1e-5
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[1] < graphs[2] == graphs[3] == graphs[4] <= 8, graphs

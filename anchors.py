@@ -29,6 +29,7 @@ import torch
 
 from common import UserError, atomic, run
 from dit import Visible
+from media import draw_grid
 
 HORIZON = 21  # positions and latents the model has seen at once in training [paper Sec. 4.3]
 SINK_GAP = 3  # empty positions between a block and a sink moved to its far side [paper A.2]
@@ -376,9 +377,6 @@ def text_picture(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-DIGITS = {c: np.array([int(b) for b in bits]).reshape(5, 3) for c, bits in zip("0123456789d", (  # a 3 x 5 pixel font
-    "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001", "111100111001111",
-    "111100111101111", "111001010010010", "111101111101111", "111101111001111", "001001111101111"))}
 COLOURS = {".": (255, 255, 255), "T": (88, 163, 90), "G": (120, 120, 120), "a": (244, 200, 66), "r": (190, 225, 190), "d": (90, 140, 220)}
 
 
@@ -386,36 +384,26 @@ def picture(plan: Plan) -> np.ndarray:
     """uint8 [H, W, 3]: above, the order of generation (paper Fig. 9), below, the stage-1 mask (Fig. 8), a row per query.
 
     Green: targets, light green: read, yellow: anchors, blue: dummy, grey: given. Numbers are latents."""
-    cell, names = 16, [i for i in range(plan.length)]
-    def draw(rows: list[list[str]], left: list[int], top: list[int]) -> np.ndarray:
-        image = np.full(((len(rows) + 1) * cell, (len(top) + 1) * cell, 3), 255, np.uint8)
-        for r, c, text, mark in [(0, j + 1, i, ".") for j, i in enumerate(top)] + [(k + 1, 0, i, ".") for k, i in enumerate(left)] + [
-                (k + 1, j + 1, None, m) for k, row in enumerate(rows) for j, m in enumerate(row)]:
-            box = image[r * cell:(r + 1) * cell, c * cell:(c + 1) * cell]
-            if text is None:
-                box[1:, 1:] = COLOURS[mark]
-                box[0], box[:, 0] = 210, 210
-            for d, digit in enumerate("" if text is None else f"d{~text}" if text < 0 else str(text)):
-                box[5:10, 1 + 4 * d:4 + 4 * d][DIGITS[digit] == 1] = 60
-        return image
+    def name(i: int) -> str:
+        return f"d{~i}" if i < 0 else str(i)
     dummies = sorted({i for step in plan.steps for i in step.own if i < 0}, reverse=True)
-    shown = dummies + names
+    shown = [*dummies, *range(plan.length)]
     order = []
     for step in plan.steps:
         mark = {i: "r" for i, _ in step.reads} | {i: "a" for i in step.anchors}
         mark |= {i: "d" if i < 0 else "G" if i in step.given else "T" for i in step.targets}
         order.append([mark.get(i, ".") for i in shown])
-    panels = [draw(order, list(range(len(plan.steps))), shown)]
+    panels = [draw_grid(order, [str(n) for n in range(len(order))], [name(i) for i in shown], COLOURS)]
     lay = layout(plan)
     if len(lay.latent) <= 64 and lay.visible.key_slot is None:  # beyond that, or with moved keys, a mask tells nothing
         dense, show = lay.visible.dense(), sorted(range(len(lay.latent)), key=lambda s: (
             min(plan.steps[lay.step[s]].targets) if lay.latent[s] >= 0 else -9, lay.pos[s]))
         kind = ["d" if lay.latent[s] < 0 else "T" if lay.is_target[s] else "a" for s in range(len(lay.latent))]
         rows = [[(kind[k] if lay.step[k] == lay.step[q] else "r") if dense[q, k] else "." for k in show] for q in show]
-        labels = [lay.latent[s] for s in show]
-        panels.append(draw(rows, labels, labels))
+        labels = [name(lay.latent[s]) for s in show]
+        panels.append(draw_grid(rows, labels, labels, COLOURS))
     width = max(p.shape[1] for p in panels)
-    return np.concatenate([np.pad(p, ((0, cell), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in panels])
+    return np.concatenate([np.pad(p, ((0, 16), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in panels])
 
 
 def write_picture(path: str | os.PathLike, plan: Plan) -> None:

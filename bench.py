@@ -107,7 +107,9 @@ def matmul_rate(clock: Clock, dtype: torch.dtype) -> float:
 
 # ---------------------------------------------------------------- generating
 def parts(clock: Clock, dit: DiT, vae: VAE, text: Tensor, h: int, w: int, runs: int, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of the parts of forward generation, in the last block of 21 latents: three latents that see eighteen."""
+    """Seconds of the parts of forward generation, in the last block of 21 latents: three latents that see eighteen.
+
+    text: embeddings [1, L, text_dim];  h, w: cells of a latent;  dtype: of the cache"""
     c, B = dit.config, 3
     x, pos = torch.randn(1, B, c.in_dim, h, w, device=clock.device), torch.arange(18, 21, device=clock.device)
     kv, t = dit.text_kv(text), torch.full((1, B), 625.0, device=clock.device)

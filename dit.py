@@ -265,7 +265,7 @@ class Block(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, without weights of its own, in float32."""
+    """LayerNorm(x) * (1 + scale) + shift, without weights of its own, in float32: x [B, T, N, E], shift, scale [B, T, 1, E]."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
@@ -318,7 +318,8 @@ class DiT(nn.Module):
         return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
 
     def text_kv(self, text: Tensor) -> list[KV]:
-        """Cross-attention keys and values of every layer, to be computed once per prompt and passed as `text`."""
+        """Cross-attention keys and values of every layer, [B, text_len, A, D] each, to be computed once per prompt from
+        text [B, L, text_dim] and passed as `text`."""
         embedded = self.embed_text(text)
         return [block.cross_attn.kv(embedded) for block in self.blocks]
 

@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import imageio
 import imageio.v3 as iio
@@ -170,6 +170,26 @@ def write_sheet(path: str | os.PathLike, video: Tensor, columns: int = 7) -> Non
     scale = max(1, 96 // video.shape[-2])  # toy clips are enlarged to be seen
     with atomic(path) as tmp:
         iio.imwrite(tmp, sheet.repeat(scale, 0).repeat(scale, 1))
+
+
+DIGITS = {c: np.array([int(b) for b in bits]).reshape(5, 3) for c, bits in zip("0123456789d", (  # a 3 x 5 pixel font
+    "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001", "111100111001111",
+    "111100111101111", "111001010010010", "111101111101111", "111101111001111", "001001111101111"))}
+
+
+def draw_grid(rows: Sequence[Sequence[str]], left: Sequence[str], top: Sequence[str], colours: dict[str, tuple[int, int, int]],
+              cell: int = 16) -> np.ndarray:
+    """A table as a picture, uint8 [H, W, 3]: a coloured cell for every mark in `rows`, labels of digits beside and above."""
+    image = np.full(((len(rows) + 1) * cell, (len(top) + 1) * cell, 3), 255, np.uint8)
+    for r, row in enumerate(rows, 1):
+        for c, mark in enumerate(row, 1):
+            box = image[r * cell:(r + 1) * cell, c * cell:(c + 1) * cell]
+            box[1:, 1:] = colours[mark]
+            box[0], box[:, 0] = 210, 210
+    for r, c, label in [(0, c, x) for c, x in enumerate(top, 1)] + [(r, 0, x) for r, x in enumerate(left, 1)]:
+        for d, digit in enumerate(label):
+            image[r * cell + 5:r * cell + 10, c * cell + 1 + 4 * d:c * cell + 4 + 4 * d][DIGITS[digit] == 1] = 60
+    return image
 
 
 def write_curves(path: str | os.PathLike, log: str | os.PathLike) -> None:

@@ -162,7 +162,7 @@ class Prompts:
         return self.embed([self.words(n) for n in numbers])
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings of any prompts, for the same model. raises: UserError for one that a file of embeddings does not hold."""
+        """Embeddings of any prompts, of the same shape. raises: UserError for one that a file of embeddings does not hold."""
         if not self.known:
             return embed(prompts, self.text_dim, self.text_len)
         if absent := [p for p in prompts if p not in self.known]:

@@ -43,13 +43,13 @@ class Config:
 
 
 def clips(seeds: list[int], size: int, frames: int) -> tuple[Tensor, list[str]]:
-    """The clip with a number is always the same: caption and motion follow from it."""
+    """Video [B, 3, F, size, size] and captions; the clip with a number is always the same, caption and motion follow from it."""
     captions = [toy_caption(s) for s in seeds]
     return world.render(captions, seeds, size, frames), captions
 
 
 def vae_loss(vae: VAE, video: Tensor, noise: Tensor, kl: float, diff: float) -> tuple[Tensor, dict[str, float]]:
-    """Reconstruction, smoothness and KL of a batch of clips; noise has the shape of the posterior mean."""
+    """Reconstruction, smoothness and KL of clips [B, 3, F, H, W]; noise [B, C, T, h, w] has the shape of the posterior mean."""
     mu, logvar = vae.moments(video)
     made = vae.decoder(vae.conv2(mu + (0.5 * logvar).exp() * noise), None).float()
     error = made - video

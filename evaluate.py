@@ -39,7 +39,7 @@ from metrics import (
     temporal_flickering,
 )
 from pairs import is_causal, many_steps, teacher_file
-from sampler import generate, load_models, noise_seeded, ode_sigmas
+from sampler import generate, guided, load_models, noise_seeded, ode_sigmas
 from toy import tables, world
 from vae import VAE, load_vae
 
@@ -193,11 +193,10 @@ def table_row(row: tables.Row, dit: DiT, vae: VAE, captions: Sequence[str], conf
 def fill_in(teacher: DiT, prompts: Tensor, z: Tensor, known: list[int], noise: Tensor, guidance: float, shift: float = 5.0) -> Tensor:
     """The bidirectional teacher between given latents z[:, known]: 48 steps, the known ones set to their noised selves in each."""
     x, pos, sigmas = noise.clone(), torch.arange(z.shape[1], device=z.device), ode_sigmas(48, shift)
+    both = torch.cat([prompts, torch.zeros_like(prompts)])
     for sigma, below in zip(sigmas[:-1], sigmas[1:]):
         x[:, known] = (1 - sigma) * z[:, known] + sigma * noise[:, known]
-        t = torch.full((2 * len(x), x.shape[1]), 1000 * sigma, device=x.device)
-        cond, uncond = teacher(torch.cat([x, x]), t, torch.cat([prompts, torch.zeros_like(prompts)]), pos).chunk(2)
-        x = x + (below - sigma) * (uncond + guidance * (cond - uncond))
+        x = x + (below - sigma) * guided(teacher, x, torch.full(x.shape[:2], 1000 * sigma, device=x.device), both, pos, guidance)
     x[:, known] = z[:, known]
     return x
 

@@ -32,7 +32,7 @@ from common import UserError, atomic, dtype_of, generator, stop_signals
 from dit import DiT, load_dit
 from kvcache import KVCache
 from latents import Clips
-from sampler import Noise, commit, noise_from, ode_sigmas
+from sampler import Noise, commit, guided, noise_from, ode_sigmas
 from text import Prompts
 from weights import read_json, read_tensors, write_safetensors
 
@@ -59,9 +59,8 @@ def integrate(dit: DiT, plan: Plan, prompt: Tensor, negative: Tensor, noise: Noi
         x = noise(0, step.own)
         states = [x] if 0 in keep else []
         for i, (sigma, below) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-            t = torch.full((2 * B, x.shape[1]), 1000 * sigma, device=x.device)
-            cond, uncond = dit(torch.cat([x, x]), t, text, pos, past=past).chunk(2)
-            x = x + (below - sigma) * (uncond + guidance * (cond - uncond))
+            t = torch.full(x.shape[:2], 1000 * sigma, device=x.device)
+            x = x + (below - sigma) * guided(dit, x, t, text, pos, guidance, past=past)
             if i + 1 in keep:
                 states.append(x)
             if bar is not None:

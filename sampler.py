@@ -57,6 +57,15 @@ def ode_sigmas(steps: int = 48, shift: float = 5.0) -> list[float]:
     return [shift_sigma(1 - i / steps, shift) for i in range(steps)] + [0.0]
 
 
+def guided(dit: DiT, x: Tensor, t: Tensor, both: Tensor | list[KV], pos: Tensor, w: float, **seen: object) -> Tensor:
+    """A teacher's velocity [B, T, C, h, w] with guidance, uncond + w (cond - uncond), in one pass of twice the batch.
+
+    both: embeddings of the B prompts, then of the B unconditional ones [2B, L, text_dim], or `text_kv` of them;  t: [B, T]
+    seen: `visible` or `past`, as `DiT.forward` takes them, for 2B samples"""
+    cond, uncond = dit(torch.cat([x, x]), torch.cat([t, t]), both, pos, **seen).chunk(2)
+    return uncond + w * (cond - uncond)
+
+
 # ---------------------------------------------------------------- noise
 Noise = Callable[[int, tuple[int, ...]], Tensor]  # (denoising step, latents) -> [B, len(latents), C, h, w]
 

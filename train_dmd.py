@@ -31,7 +31,7 @@ from common import UserError, dtype_of, generator, run, start
 from dit import DiT, load_dit
 from media import write_sheet
 from pairs import dummies_of
-from sampler import generate, noise_from, shift_sigma, student_sigmas
+from sampler import generate, guided, noise_from, shift_sigma, student_sigmas
 from text import NEGATIVE, Prompts
 from training import (
     EMA,
@@ -113,8 +113,7 @@ def dmd_gradient(teacher: DiT, critic: DiT, x: Tensor, u: Tensor, noise: Tensor,
     the mean |x - x_real|."""
     xt, sigma, t = noised(x, u, noise, shift)
     pos = torch.arange(x.shape[1], device=x.device)
-    cond, uncond = teacher(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([prompt, negative.expand_as(prompt)]), pos).chunk(2)
-    x_real = xt - sigma * (uncond + guidance * (cond - uncond))
+    x_real = xt - sigma * guided(teacher, xt, t, torch.cat([prompt, negative.expand_as(prompt)]), pos, guidance)
     x_fake = xt - sigma * critic(xt, t, prompt, pos)
     return (x_fake - x_real) / (x - x_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
 

@@ -34,7 +34,7 @@ from common import UserError, dtype_of, generator, run, start
 from dit import DiT, load_dit
 from latents import Clips
 from pairs import KEEP, check_pairs, generate_pairs, is_causal, pairs_in, read_pairs, slot_states, teacher_file
-from sampler import ode_sigmas, student_sigmas
+from sampler import guided, ode_sigmas, student_sigmas
 from text import NEGATIVE, Prompts
 from training import (
     EMA,
@@ -150,8 +150,8 @@ def cd_loss(dit: DiT, average: DiT, teacher: DiT, lay: Layout, x0: Tensor, noise
     with torch.no_grad():
         pos = torch.tensor(lay.pos, device=x.device)
         both = torch.cat([prompt, negative.expand_as(prompt)])
-        cond, uncond = teacher(torch.cat([x, x]), 1000 * torch.cat([sigma, sigma]), both, pos, lay.visible).chunk(2)
-        target = denoise(average, lay, x + (low - high) * (uncond + guidance * (cond - uncond)), below, prompt)
+        v = guided(teacher, x, 1000 * sigma, both, pos, guidance, visible=lay.visible)
+        target = denoise(average, lay, x + (low - high) * v, below, prompt)
     return mean_over(lay, (denoise(dit, lay, x, sigma, prompt) - target).square(), loss_on_anchors)
 
 

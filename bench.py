@@ -115,7 +115,7 @@ def parts(clock: Clock, dit: DiT, vae: VAE, text: Tensor, h: int, w: int, runs: 
     kv, t = dit.text_kv(text), torch.full((1, B), 625.0, device=clock.device)
     cache = KVCache(c, 1, 18, h, w, dtype, clock.device)
     own = dit(torch.randn(1, 18, c.in_dim, h, w, device=clock.device), torch.zeros(1, 18, device=clock.device), kv,
-              torch.arange(18, device=clock.device), kv_only=True)
+              torch.arange(18, device=clock.device), need=0)
     cache.write(tuple(range(18)), own)
     past = cache.read(tuple((i, i) for i in range(18)), room=B)
     _, state = vae.decode_chunk(x[:, :1], None)
@@ -123,7 +123,7 @@ def parts(clock: Clock, dit: DiT, vae: VAE, text: Tensor, h: int, w: int, runs: 
         "text: keys and values, once a prompt": median_of(clock, runs, lambda: dit.text_kv(text)),
         "cache: turn 18 latents' keys, once a block": median_of(clock, runs, lambda: cache.read(tuple((i, i) for i in range(18)))),
         "denoising step, 3 latents see 18": median_of(clock, runs, lambda: dit(x, t, kv, pos, past=past)),
-        "commit pass": median_of(clock, runs, lambda: dit(x, 0 * t, kv, pos, past=past, kv_only=True)),
+        "commit pass": median_of(clock, runs, lambda: dit(x, 0 * t, kv, pos, past=past, need=0)),
         "VAE, 3 latents": median_of(clock, runs, lambda: vae.decode_chunk(x, state))}
 
 

@@ -211,11 +211,11 @@ class SelfAttention(nn.Module):
     def kv(self, x: Tensor) -> KV:
         return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
 
-    def forward(self, x: Tensor, at: Rope, visible: Visible | None, at_keys: Rope, past: Past | None) -> tuple[Tensor, KV]:
-        """x: [B, L, E] -> output [B, L, E] and this sequence's own keys, unrotated, and values, for a cache to keep.
+    def forward(self, x: Tensor, at: Rope, visible: Visible | None, at_keys: Rope, past: Past | None, last: int) -> tuple[Tensor, KV]:
+        """x: [B, L, E] -> output of the `last` tokens [B, last, E], and all tokens' keys, unrotated, and values, for a cache to keep.
 
         at, at_keys: angles of queries and keys; past: keys already rotated, and values, of finished latents."""
-        q = rotate(self.heads(self.norm_q(self.q(x))), at)
+        q = rotate(self.heads(self.norm_q(self.q(x[:, -last:]))), Rope(*(angle[-last:] for angle in at)))
         own = k, v = self.kv(x)
         if visible is not None and visible.key_slot is not None:  # one latent may serve as several keys
             k, v = (y.unflatten(1, (visible.spans[-1][1], -1))[:, visible.key_slot].flatten(1, 2) for y in own)
@@ -247,16 +247,18 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor | KV, at: Rope, visible: Visible | None, at_keys: Rope,
-                past: Past | None, kv_only: bool = False) -> tuple[Tensor, KV]:
+                past: Past | None, need: int | None = None) -> tuple[Tensor, KV]:
         """x: [B, T, N, E] float32, T latents of N tokens; time: [B, T, 6, E] float32; text: [B, L, E] or its keys.
 
-        kv_only: stop at this layer's keys and values, x is returned as it came."""
+        need: all latents give keys and values, but only the last so many go on; 0: none, x is returned as it came."""
         dtype = self.ffn[0].weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unsqueeze(3).unbind(2)
         y = modulate(x, shift1, scale1, self.eps).to(dtype).flatten(1, 2)  # (B, L, E)
-        if kv_only:
+        if need == 0:
             return x, self.self_attn.kv(y)
-        y, own = self.self_attn(y, at, visible, at_keys, past)
+        y, own = self.self_attn(y, at, visible, at_keys, past, (need or x.shape[1]) * x.shape[2])
+        if need:
+            x, gate1, shift2, scale2, gate2 = (a[:, -need:] for a in (x, gate1, shift2, scale2, gate2))
         x = torch.addcmul(x, y.view_as(x), gate1)  # x + y * gate
         y = F.layer_norm(x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
         x = x + self.cross_attn(y.to(dtype).flatten(1, 2), text).view_as(x)
@@ -324,7 +326,7 @@ class DiT(nn.Module):
         return [block.cross_attn.kv(embedded) for block in self.blocks]
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor | list[KV], pos: Tensor, visible: Visible | None = None,
-                past: list[Past] | None = None, return_kv: bool = False, kv_only: bool = False
+                past: list[Past] | None = None, return_kv: bool = False, need: int | None = None
                 ) -> Tensor | tuple[Tensor, list[KV]] | list[KV]:
         """Predict the velocity of every latent.
 
@@ -332,9 +334,10 @@ class DiT(nn.Module):
         text: [B, L, text_dim] embeddings, or what `text_kv` made of them
         visible: who sees whom among these T latents (default: all see all);  past: per layer, rotated keys and values
             of finished latents that all T latents see besides (`KVCache.read`)
-        returns: v [B, T, C, h, w] float32; with return_kv also, per layer, the unrotated keys and the values; with
-            kv_only these alone, and the last layer stops there
-        raises: UserError if a shape does not fit the config"""
+        need: velocities of the last so many latents are wanted, and the last layer computes no others; None: of all
+        returns: v [B, T or need, C, h, w] float32; with return_kv also, per layer, the unrotated keys and the values of
+            all T; with need = 0 these alone
+        raises: UserError if a shape does not fit the config; ValueError for need together with spans"""
         c = self.config
         B, T, C, h, w = z.shape
         _, ph, pw = c.patch_size
@@ -343,6 +346,8 @@ class DiT(nn.Module):
                             " (with an 8x VAE the frame's sides must be divisible by 16)")
         if t.shape != (B, T) or pos.shape != (T,):
             raise UserError(f"t {tuple(t.shape)} and pos {tuple(pos.shape)} must be {(B, T)} and {(T,)} for z {tuple(z.shape)}")
+        if need and visible is not None:
+            raise ValueError("spans say what all latents see; need = n is for sequences without them")
         weight = self.patch_embedding.weight
         grid, head_dim = (h // ph, w // pw), c.dim // c.num_heads
         x = self.patch_embedding(z.transpose(1, 2).to(weight.dtype))  # (B, E, T, h/2, w/2)
@@ -357,13 +362,14 @@ class DiT(nn.Module):
 
         kept = []
         for i, block in enumerate(self.blocks):
-            args = (x, time, text[i], at, visible, at_keys, past[i] if past else None, kv_only and i == c.num_layers - 1)
+            args = (x, time, text[i], at, visible, at_keys, past[i] if past else None, need if i == c.num_layers - 1 else None)
             x, own = checkpoint(block, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*args)
-            if return_kv or kv_only:
+            if return_kv or need == 0:
                 kept.append(own)
-        if kv_only:
+        if need == 0:
             return kept
-        x = self.head(x, e.view(B, T, c.dim).float())                 # (B, T, N, ph * pw * C)
+        T = x.shape[1]                                                # or `need`
+        x = self.head(x, e.view(B, -1, c.dim)[:, -T:].float())        # (B, T, N, ph * pw * C)
         x = x.view(B, T, *grid, ph, pw, c.out_dim).permute(0, 1, 6, 2, 4, 3, 5)
         v = x.reshape(B, T, c.out_dim, h, w).float()
         return (v, kept) if return_kv else v

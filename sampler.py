@@ -118,20 +118,22 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
         if step.commits:
             x0 = mine
         else:
-            x = noise(0, own)
-            for k, sigma in enumerate(levels[:None if last is None else last + 1]):
+            x, levels = noise(0, own), levels[:None if last is None else last + 1]
+            for k, sigma in enumerate(levels):
                 if k:
                     x = (1 - sigma) * x0 + sigma * noise(k, own)
                 t = torch.full(x.shape[:2], 1000 * sigma, device=device)
                 if held:
                     x[:, held], t[:, held] = mine, 0
+                # of anchors the last step's result is not needed
+                need = len(step.targets) if skip and k + 1 == len(levels) and not (held or commit_anchors) else len(own)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
-                    x0 = x - sigma * dit(x, t, prompt, pos, past=past)
+                    x0 = x[:, -need:] - sigma * dit(x, t, prompt, pos, past=past, need=need)
                 if held:
                     x0[:, held] = mine
         seen = 0 if commit_anchors else skip
-        commit(dit, cache, plan, n, own[seen:], x0[:, seen:].detach(), pos[seen:], prompt, past)
-        yield n, x0[:, skip:]
+        commit(dit, cache, plan, n, own[seen:], x0[:, seen - len(own):].detach(), pos[seen:], prompt, past)
+        yield n, x0[:, -len(step.targets):]
 
 
 @torch.no_grad()
@@ -143,7 +145,7 @@ def commit(dit: DiT, cache: KVCache, plan: Plan, n: int, latents: tuple[int, ...
     keep = {i for i in plan.steps[n].targets if plan.last_read.get(i, -1) > n}
     cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
     if keep:
-        kv = dit(clean, clean.new_zeros(clean.shape[:2]), prompt, pos, past=past, kv_only=True)
+        kv = dit(clean, clean.new_zeros(clean.shape[:2]), prompt, pos, past=past, need=0)
         cache.write(tuple(i if i in keep else None for i in latents), kv)
 
 

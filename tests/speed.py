@@ -103,13 +103,14 @@ def autoencoders(dim: int) -> None:
 
 def rollouts(dit: DiT) -> None:
     """A rollout of 21 latents: cached against recomputed, forward against backward; and what fusing two passes would save."""
-    plans, text_kv = {"forward": anchors.forward(21), "backward": anchors.backward(21)}, dit.text_kv(torch.randn(1, 512, 512))
+    plans, text = {"forward": anchors.forward(21), "backward": anchors.backward(21)}, torch.randn(1, 512, 512)
+    text_kv = dit.text_kv(text)
     noise, renoise, pos = torch.randn(1, 21, 16, 16, 16), torch.randn(3, 1, 21, 16, 16, 16), torch.arange(21)
 
     def cached(way: str) -> None:
-        generate(dit, plans[way], [text_kv], noise_from(noise, renoise))
+        generate(dit, plans[way], [dit.text_kv(text)], noise_from(noise, renoise))
 
-    def recompute() -> None:
+    def recompute(words: torch.Tensor | list) -> None:
         """Every denoising step runs all earlier blocks again, clean, and the current one: what a cache saves."""
         plan = plans["forward"]
         for n in range(len(plan.steps)):
@@ -118,8 +119,9 @@ def rollouts(dit: DiT) -> None:
             for sigma in student_sigmas():
                 t = torch.zeros(1, latents)
                 t[:, -3:] = 1000 * sigma
-                dit(noise[:, :latents], t, text_kv, pos[:latents], visible)
-    race("rollout of 21 latents, cached against recomputed", lambda: cached("forward"), recompute, turns=3)
+                dit(noise[:, :latents], t, words, pos[:latents], visible)
+    race("rollout of 21 latents, cached, against nothing cached", lambda: cached("forward"), lambda: recompute(text), turns=3)
+    race("rollout of 21 latents, cached, against only the text cached", lambda: cached("forward"), lambda: recompute(text_kv), turns=3)
     race("rollout of 21 latents, forward against backward with P = 3", lambda: cached("forward"), lambda: cached("backward"), turns=3)
 
 
@@ -129,7 +131,7 @@ def fused(name: str, config: DiTConfig, h: int) -> None:
     z, t, pos = torch.randn(1, 6, config.in_dim, h, h), torch.zeros(1, 6), torch.arange(6)
     kv = dit.text_kv(torch.randn(1, config.text_len, config.text_dim))
     race(f"clean pass and next step in one pass, {name}, 6x{config.tokens(h, h)} tokens, against one after the other",
-         lambda: dit(z, t, kv, pos), lambda: (dit(z[:, :3], t[:, :3], kv, pos[:3], kv_only=True), dit(z[:, 3:], t[:, 3:], kv, pos[3:])))
+         lambda: dit(z, t, kv, pos), lambda: (dit(z[:, :3], t[:, :3], kv, pos[:3], need=0), dit(z[:, 3:], t[:, 3:], kv, pos[3:])))
 
 
 @torch.no_grad()

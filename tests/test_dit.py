@@ -14,6 +14,7 @@ from torch.nn.attention import flex_attention as flex
 
 from common import UserError
 from dit import PRESETS, DiT, DiTConfig, Past, Rope, SelfAttention, Visible, attend, load_dit, rope, rotate, save_dit, sinusoid
+from kvcache import KVCache
 
 CONFIGS = {
     "head_dim 12": {},
@@ -301,7 +302,7 @@ def test_one_latent_may_be_several_keys():
     layer = randomise(SelfAttention(24, 2, 1e-6)).requires_grad_()
     h, w, pos = 1, 3, torch.arange(5)
     x = randn(0, 2, 15, 24).requires_grad_()
-    out, (k_own, _) = layer(x, rope(pos, h, w, 12), REPEATED, rope(REPEATED.key_pos, h, w, 12), None)
+    out, (k_own, _) = layer(x, rope(pos, h, w, 12), REPEATED, rope(REPEATED.key_pos, h, w, 12), None, x.shape[1])
     q, k, v = layer.norm_q(layer.q(x)), layer.norm_k(layer.k(x)), layer.v(x)
     rows = (REPEATED.key_slot[:, None] * 3 + torch.arange(3)).flatten()
     q, k, v = (y.view(2, -1, 2, 12) for y in (q, k[:, rows], v[:, rows]))
@@ -389,3 +390,21 @@ def test_impossible_sizes_are_refused(changes):
     """Patches over time, and widths that do not split into even heads of at least 6, are no DiT of this kind."""
     with pytest.raises(UserError, match="patch_size|num_heads"):
         tiny_dit(**changes)
+
+
+def test_what_nobody_needs_is_not_computed():
+    """need = k gives the last k velocities of a whole pass, need = 0 its keys and values alone, with a past or without."""
+    dit, pos = tiny_dit(5), torch.arange(6)
+    z, text, t = randn(1, 2, 6, dit.config.in_dim, 4, 4), randn(2, 2, 3, dit.config.text_dim), randn(3, 2, 6).abs() * 100
+    cache = KVCache(dit.config, 2, 2, 4, 4)
+    cache.write((0, 1), dit(z[:, :2], t[:, :2], text, pos[:2], need=0))
+    for past in (None, cache.read(((0, 7), (1, 8)))):
+        whole, kept = dit(z, t, text, pos, past=past, return_kv=True)
+        for k in (1, 3, 6):
+            part, same = dit(z, t, text, pos, past=past, return_kv=True, need=k)
+            assert part.shape[1] == k and distance(part, whole[:, -k:]) <= 1e-6
+            assert all(torch.equal(a, b) for x, y in zip(kept, same) for a, b in zip(x, y))
+        alone = dit(z, t, text, pos, past=past, need=0)
+        assert all(torch.equal(a, b) for x, y in zip(kept, alone) for a, b in zip(x, y))
+    with pytest.raises(ValueError, match="without them"):
+        dit(z, t, text, pos, Visible(((0, 6, ((0, 6),)),)), need=2)

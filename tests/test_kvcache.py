@@ -167,7 +167,7 @@ def test_room_changes_nothing_but_speed():
     pass writes over the first; with gradient nothing is written."""
     model, text = tiny_dit(), randn(1, 2, 5, 32)
     cache = KVCache(model.config, 2, 3, 4, 6)
-    cache.write((0, 1, 2), model(randn(0, 2, 3, 4, 4, 6), torch.zeros(2, 3), text, torch.arange(3), kv_only=True))
+    cache.write((0, 1, 2), model(randn(0, 2, 3, 4, 4, 6), torch.zeros(2, 3), text, torch.arange(3), need=0))
     reads = tuple((i, i) for i in range(3))
     tight, roomy = cache.read(reads), cache.read(reads, room=4)
     for seed, n in ((2, 4), (3, 2)):  # fewer than there is room for, too

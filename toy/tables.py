@@ -86,7 +86,7 @@ TABLES = {  # paper: FR inter / intra
 WAYS = {"noisy context (UniTemp)": ("p3", "exp7", "p0", "exp1"),  # the initialisations: stage 1 and 2 with P = 3, with P = 0
         **{words: (f"{x}-p3", f"{x}3", f"{x}-p0", f"{x}0") for words, x in (
             ("clean context", "clean"), ("causal ODE", "causal"), ("causal CD", "cd"))}}
-TABLES[10] = tuple(Row(f"{way}, stage {n + 1}, {name}", names[n if P else 2 + n], plan, seeds=() if P and names[1] != "cd3" else (0,))
+TABLES[10] = tuple(Row(f"{way}, stage {n + 1}, {name}", names[n if P else 2 + n], plan, seeds=() if P else (0,))
                    for way, names in WAYS.items() for n in (0, 1)
                    for name, plan, P in (("forward", FORWARD, 3), ("backward, P = 3", P3, 3), ("backward, P = 0", DUMMY, 0)))
 

@@ -63,8 +63,8 @@ class KVCache:
         if not reads:
             return None
         k = self.layers[0][0]
-        slots = torch.tensor([self.slot[i] for i, _ in reads], device=k.device)
-        at = rope(torch.tensor([p for _, p in reads], device=k.device), *self.grid, k.shape[-1])
+        slots, pos = (torch.tensor(x).to(k.device, non_blocking=True) for x in zip(*((self.slot[i], p) for i, p in reads)))
+        at = rope(pos, *self.grid, k.shape[-1])
         extra = (0, 0, 0, 0, 0, room * self.tokens)
         return [Past(*(F.pad(x, extra) if room else x for x in (rotate(k[:, slots].flatten(1, 2), at), v[:, slots].flatten(1, 2))),
                      len(reads) * self.tokens) for k, v in self.layers]

@@ -88,7 +88,7 @@ def noise_seeded(seeds: Sequence[tuple[int, ...]], shape: tuple[int, ...], devic
     """Noise as a pure function of numbers: one tuple (seed, prompt, sample) per clip; shape [C, h, w]."""
     def draw(k: int, latents: tuple[int, ...]) -> Tensor:
         return torch.stack([torch.stack([torch.randn(shape, generator=generator(*s, i, k)) for i in latents])
-                            for s in seeds]).to(device)
+                            for s in seeds]).to(device, non_blocking=True)
     return draw
 
 
@@ -111,7 +111,7 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
         past = cache.read(step.reads, room=0 if torch.is_grad_enabled() else len(step.own))  # gradients keep the past: no slack
         own = step.own
         skip = len(own) - len(step.targets)  # anchors come first
-        pos, prompt = torch.tensor(step.pos, device=device), texts[step.prompt]
+        pos, prompt = torch.tensor(step.pos).to(device, non_blocking=True), texts[step.prompt]  # no GPU waits for the host
         held = [j for j, i in enumerate(own) if i in step.given]
         if held:
             mine = torch.stack([given[own[j]] for j in held], dim=1)

@@ -39,6 +39,7 @@ from training import (
     computing,
     distribute,
     finite_means,
+    inference,
     split_batch,
     sync_gradients,
     training_steps,
@@ -209,8 +210,9 @@ def main(config: Config) -> None:
             for d in range(2):
                 prompt, noise, renoise, u, score_noise, exits = draw(step, 5, r, d)
                 x = roll(d, prompt, noise, renoise, exits)
-                gradient = dmd_gradient(teacher, critics[d % len(critics)], x.detach(), u, score_noise, prompt, negative,
-                                        config.guidance, config.shift)
+                with inference():
+                    gradient = dmd_gradient(teacher, critics[d % len(critics)], x.detach(), u, score_noise, prompt, negative,
+                                            config.guidance, config.shift)
                 (dmd_loss(x, gradient).mean() / rounds).backward()
                 sizes = gradient.abs().flatten(1).mean(1)
                 size[d] += sizes.mean().item() / rounds
@@ -229,7 +231,7 @@ def main(config: Config) -> None:
         for r in range(rounds):
             for d in range(2):
                 prompt, noise, renoise, u, score_noise, exits = draw(step, 6, r, d)
-                with torch.no_grad():
+                with inference():
                     x = roll(d, prompt, noise, renoise, exits)
                 loss = critic_loss(critics[d % len(critics)], x, u, score_noise, prompt, config.shift) / rounds
                 loss.mean().backward()
@@ -242,7 +244,7 @@ def main(config: Config) -> None:
         """Fixed prompts and noise, all denoising steps: two clips forward, the same two backward."""
         gs = [generator(config.seed, 8, i) for i in range(2)]
         noise = torch.stack([torch.randn(most, rows, c.in_dim, h, w, generator=g) for g in gs], 1).to(device)
-        with torch.no_grad():
+        with inference():
             z = torch.cat([roll(d, source(range(2)).to(device), noise[0], noise[1:], (None, None)) for d in range(2)])
             if rank == 0:
                 vae = load_vae(config.vae, device=device)

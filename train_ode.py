@@ -42,6 +42,7 @@ from training import (
     computing,
     distribute,
     finite_means,
+    inference,
     split_batch,
     sync_gradients,
     training_steps,
@@ -147,7 +148,7 @@ def cd_loss(dit: DiT, average: DiT, teacher: DiT, lay: Layout, x0: Tensor, noise
     sigma, below = (per_slot(lay, grid[index + k], 0.0) for k in (0, 1))
     high, low = (s[..., None, None, None] for s in (sigma, below))
     x = (1 - high) * x0 + high * noise
-    with torch.no_grad():
+    with inference():
         pos = torch.tensor(lay.pos, device=x.device)
         both = torch.cat([prompt, negative.expand_as(prompt)])
         v = guided(teacher, x, 1000 * sigma, both, pos, guidance, visible=lay.visible)

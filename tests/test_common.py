@@ -14,7 +14,7 @@ import common
 import sampler
 import vae
 from common import UserError, atomic, from_cli, generator
-from training import EMA, log_row
+from training import EMA, computing, inference, log_row
 
 
 # ---------------------------------------------------------------- command line
@@ -251,3 +251,17 @@ def test_log_row_appends_lines_of_json(tmp_path):
     for row in rows:
         log_row(tmp_path / "log.jsonl", **row)
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == rows
+
+
+def test_inference_casts_once_and_leaves_nothing_behind():
+    """Within it a weight is cast once; after it the same weight gets its gradient, which a cast kept from there would swallow."""
+    layer, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    with computing(torch.bfloat16, torch.device("cpu")):
+        with inference():
+            y = layer(x)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                assert torch.equal(layer(x), y) and not y.requires_grad
+        assert not torch.is_autocast_cache_enabled()
+        layer(x).sum().backward()
+    assert sum(e.count for e in seen.key_averages() if e.key == "aten::_to_copy") == 1  # of x alone
+    assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0

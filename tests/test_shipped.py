@@ -59,9 +59,10 @@ def test_student_follows_its_prompt(way, made):
 
 @torch.no_grad()
 def test_anchors_are_worth_dropping(models, made):
-    """Latents that were imagined do not come back when decoded and encoded; finished ones do."""
+    """Latents that were imagined do not come back as well, when decoded and encoded, as finished ones do."""
     trips = {name: round_trip(models[1], z[:6], PLANS[name]).mean().item() for name, (z, _) in made.items()}
-    assert trips["forward"] < 1.2 and trips["backward"] < 1.3 and trips["backward, anchors as output"] > 1.8
+    assert trips["forward"] < 1.15 and trips["backward"] < 1.2 < trips["backward, anchors as output"], trips
+    assert trips["backward, anchors as output"] > 1.2 * trips["backward"], trips
 
 
 def test_stage_1_from_the_shipped_teacher(tmp_path):

@@ -14,7 +14,6 @@ another one's keys. (Self-Forcing writes in place while differentiating and so h
 The cache does not choose what to keep: windows and sinks are facts of the plan, and `evict` follows the plan.
 """
 import torch
-import torch.nn.functional as F
 
 from dit import KV, DiTConfig, Past, rope, rotate
 
@@ -65,9 +64,12 @@ class KVCache:
         k = self.layers[0][0]
         slots, pos = (torch.tensor(x).to(k.device, non_blocking=True) for x in zip(*((self.slot[i], p) for i, p in reads)))
         at = rope(pos, *self.grid, k.shape[-1])
-        extra = (0, 0, 0, 0, 0, room * self.tokens)
-        return [Past(*(F.pad(x, extra) if room else x for x in (rotate(k[:, slots].flatten(1, 2), at), v[:, slots].flatten(1, 2))),
-                     len(reads) * self.tokens) for k, v in self.layers]
+        past, n = [], len(reads) * self.tokens
+        for k, v in self.layers:
+            keys, values = (x.new_empty(len(x), n + room * self.tokens, *x.shape[3:]) for x in (k, v))
+            keys[:, :n], values[:, :n] = rotate(k[:, slots].flatten(1, 2), at), v[:, slots].flatten(1, 2)
+            past.append(Past(keys, values, n))
+        return past
 
     def evict(self, latents: set[int] | tuple[int, ...]) -> None:
         """Forget these latents and free their slots; those not held are passed over."""

@@ -4,6 +4,7 @@ The real scripts in processes of their own, at toy size. (Fifty kills at random 
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -136,8 +137,11 @@ def test_torchrun_restarts_a_killed_rank_by_itself(paths, tmp_path):
 @pytest.mark.xdist_group("torchrun")
 def test_two_hosts_are_one_job(paths, tmp_path):
     """Two agents that meet through torchrun's rendezvous, with two processes each, train what one process trains."""
-    agents = [subprocess.Popen([str(w) for w in (*torchrun("--nnodes=2", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-id=7",
-                                                           "--rdzv-endpoint=127.0.0.1:29631"), *dmd(paths, tmp_path / "hosts"))],
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes=2", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-id=7", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    agents = [subprocess.Popen([str(w) for w in (*torchrun(*options), *dmd(paths, tmp_path / "hosts"))],
                                env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for agent in agents:
         error = agent.communicate(timeout=150)[1]

@@ -108,19 +108,24 @@ def from_cli(cls: type, argv: list[str] | None = None):
 def run(main: Callable, cls: type) -> None:
     """Run a script: parse the flags, call `main(config)`; UserError and OSError become one line and exit code 2,
     numbers that are not finite (FloatingPointError) one line and exit code 1."""
+    code = None
     try:
         main(from_cli(cls))
+    except SystemExit as stop:  # kept as a number: its traceback would keep the networks alive, and `leave` wants them gone
+        code = stop.code
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code = 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        code = 130
     finally:
         leave()
+    if code is not None:
+        raise SystemExit(code)
 
 
 # ---------------------------------------------------------------- devices, processes, randomness

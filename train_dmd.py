@@ -187,7 +187,9 @@ def main(config: Config) -> None:
         return source(numbers).to(device), noise[0], noise[1:], u, score_noise, (exit_first, exit_at)
 
     def roll(d: int, prompt: Tensor, noise: Tensor, renoise: Tensor, exits: tuple[int | None, int | None]) -> Tensor:
-        return generate(students[d % len(students)], plans[d], [prompt], noise_from(noise, renoise, T), sigmas, exit_at=exits[1],
+        student = students[d % len(students)]
+        text = prompt if config.parallel == "fsdp" else student.text_kv(prompt)  # once a rollout; FSDP gathers weights in forward alone
+        return generate(student, plans[d], [text], noise_from(noise, renoise, T), sigmas, exit_at=exits[1],
                         commit_anchors=config.commit_anchors, first=(first_sigmas, exits[0]),
                         dtype=dtype if config.parallel == "fsdp" else None)
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +34,11 @@ def jobs(folder: Path) -> dict[str, str]:
     return {"generate": f"{ode} --generate", "stage 1": train, "stage 2": f"{dmd}/dmd", "stage 2, two processes": f"{dmd}/two"}
 
 
-def launch(words: str, processes: int) -> subprocess.Popen:
-    """Start a script as a group of its own."""
+def launch(words: str, processes: int, errors: typing.TextIO) -> subprocess.Popen:
+    """Start a script as a group of its own; what it says goes to a file, for a pipe that nobody reads fills up."""
     start = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen([*start, *words.split()], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    return subprocess.Popen([*start, *words.split()], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors,
                             start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -52,7 +53,8 @@ def drive(name: str, command: str, done: Path, kill: bool, r: random.Random) -> 
     """Run a job to its end, killing it 3 to 7 seconds after each start, if at all; how many kills it took."""
     struck, processes = 0, 2 if "two" in name else 1
     while not done.exists():
-        job = launch(command, processes)
+        errors = tempfile.TemporaryFile("w+")
+        job = launch(command, processes, errors)
         limit = r.uniform(3, 7) if kill and struck < 40 else 600.0
         began = time.monotonic()
         while job.poll() is None and time.monotonic() - began < limit:
@@ -63,8 +65,9 @@ def drive(name: str, command: str, done: Path, kill: bool, r: random.Random) -> 
             job.wait()
             struck += 1
         elif job.returncode:
-            raise UserError(f"{name} failed after {struck} kills: {job.stderr.read().strip().splitlines()[-1]}")
-        job.stderr.close()
+            errors.seek(0)
+            raise UserError(f"{name} failed after {struck} kills: {errors.read().strip().splitlines()[-1]}")
+        errors.close()
     return struck
 
 

@@ -5,6 +5,7 @@ commands are parsed by test_docs.py, and their scripts run on small random weigh
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,11 +47,8 @@ def test_there_are_commands():
     assert len(commands()) >= 25
 
 
-@pytest.mark.xdist_group("readme")  # they build on each other
-@pytest.mark.parametrize("command", commands(), ids=lambda c: c[10:70])
-def test_readme_command_runs(command, folder, monkeypatch):
-    """It ends without an error, and the file it was asked for is there."""
-    monkeypatch.chdir(folder)
+def run(command: str, folder: Path) -> None:
+    """One command, in this process; the file it was asked for is there afterwards."""
     words = shlex.split(command)
     if words[0] == "cp":
         shutil.copy(*words[1:])
@@ -62,11 +60,19 @@ def test_readme_command_runs(command, folder, monkeypatch):
         words.pop(0)
     script = __import__(words[0].removesuffix(".py"), fromlist=["Config"])
     config = common.from_cli(script.Config, words[1:])
-    for name, value in FEWER.items():
+    for name, value in (FEWER | IN_PLACE.get(words[0], {})).items():
         if hasattr(config, name) and not (name == "steps" and isinstance(config.steps, tuple)):
             setattr(config, name, value)
-    for name, value in IN_PLACE.get(words[0], {}).items():
-        setattr(config, name, value)
     script.main(config)
     if "--out" in words:
-        assert (folder / words[words.index("--out") + 1]).exists()
+        assert (folder / words[words.index("--out") + 1]).exists(), "it left nothing behind"
+
+
+def test_readme_commands_run(folder, monkeypatch):
+    """Each ends without an error. One test, because they build on each other."""
+    monkeypatch.chdir(folder)
+    for command in commands():
+        try:
+            run(command, folder)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{command}\n{type(error).__name__}: {error}") from error

@@ -28,7 +28,7 @@ from common import UserError, atomic, dtype_of, run, start
 from dit import PRESETS, DiT, DiTConfig
 from kvcache import KVCache
 from pairs import KEEP, settings
-from sampler import noise_seeded, ode_sigmas, rollout, student_sigmas
+from sampler import decode_in_order, noise_seeded, ode_sigmas, rollout, student_sigmas
 from text import TOY_DIM
 from vae import PRESETS as VAES
 from vae import VAE
@@ -48,7 +48,7 @@ class Config:
     """Measure speed and memory."""
     preset: str = "toy"       # toy, toy64 or wan
     runs: int = 5             # timed repetitions, after one that warms up
-    compile: bool = False     # torch.compile the transformer's blocks
+    compile: bool = False     # torch.compile the transformer's blocks, of --train too
     train: bool = False       # also the steps of both stages
     teacher: str = ""         # of --train: wan14b for the paper's teacher; default: the student's size
     dtype: str = "auto"       # float32 or bfloat16; auto: bfloat16 on CUDA
@@ -132,18 +132,18 @@ def generate_once(clock: Clock, dit: DiT, vae: VAE, plan: Plan, text: Tensor, h:
     c, device = dit.config, clock.device
     noise = noise_seeded([(0, 0, 0)], (c.in_dim, h, w), device)
     given = {i: torch.zeros(1, c.in_dim, h, w, device=device) for step in plan.steps if step.given for i in step.targets}
-    began = last = clock.now()
-    cache, blocks, first, state, at, waiting = KVCache(c, 1, plan.capacity, h, w, dtype, device), [], 0.0, None, 0, {}
-    for n, x0 in rollout(dit, plan, [dit.text_kv(text)], noise, student_sigmas(), cache, given):
-        if not plan.steps[n].given:
-            blocks.append(clock.now() - last)
-        waiting.update(zip(plan.steps[n].targets, x0.unbind(1)))
-        while at in waiting:
-            _, state = vae.decode_chunk(waiting.pop(at)[:, None], state)
-            at += 1
-            first = first or clock.now() - began
-        last = clock.now()
-    return {"total": last - began, "first frame": first, "blocks": blocks}
+    began, blocks, first = clock.now(), [], 0.0
+
+    def blocks_made() -> Iterator[tuple[int, Tensor]]:
+        last, cache = began, KVCache(c, 1, plan.capacity, h, w, dtype, device)
+        for n, x0 in rollout(dit, plan, [dit.text_kv(text)], noise, student_sigmas(), cache, given):
+            if not plan.steps[n].given:
+                blocks.append(clock.now() - last)
+            yield n, x0  # until asked again, decoding
+            last = clock.now()
+    for _ in decode_in_order(vae, plan, blocks_made()):
+        first = first or clock.now() - began
+    return {"total": clock.now() - began, "first frame": first, "blocks": blocks}
 
 
 def orders(clock: Clock, dit: DiT, vae: VAE, text: Tensor, h: int, w: int, runs: int, dtype: torch.dtype) -> dict[str, dict]:
@@ -186,7 +186,7 @@ def training(config: Config, c: DiTConfig, h: int, w: int, device: torch.device)
                 write_safetensors(f"{folder}/{name}.safetensors", {"rows": torch.randn(9, c.text_dim), "lengths": torch.tensor([9])},
                                   {"prompts": said} | more)
         usual = {"latent": latent, "batch": 1, "prompts": prompts, "dtype": "bfloat16", "device": str(device).split(":")[0],
-                 "checkpointing": config.preset == "wan"}
+                 "checkpointing": config.preset == "wan", "compile": config.compile}
         ode = train_ode.Config(**usual, weights=f"{folder}/student.safetensors", data=f"{folder}/pairs", out=f"{folder}/ode", steps=6)
         sigmas = torch.tensor([ode_sigmas(KEEP[-1], ode.shift)[k] for k in KEEP])
         write_safetensors(f"{folder}/pairs/pairs-000000.safetensors", {"states": torch.randn(1, 5, 21, c.in_dim, h, w).half(),
@@ -229,8 +229,7 @@ def main(config: Config) -> None:
         dit, vae = DiT(c).to(dtype).eval().requires_grad_(False), VAE(VAES[vae_size]).eval().requires_grad_(False)
         torch.nn.init.normal_(dit.head.head.weight, std=0.02)
     if config.compile:
-        for block in dit.blocks:
-            block.compile()
+        dit.compile_blocks()
     h, w = height // vae.config.space, width // vae.config.space
     text, tokens = torch.randn(1, c.text_len, c.text_dim, device=device), c.tokens(h, w)
     name = f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"

@@ -80,7 +80,7 @@ def make(dit: DiT, vae: VAE, plan: Plan | None, captions: Sequence[str | Sequenc
         latents.append(generate(dit, plan, texts, noise) if guidance is None else
                        many_steps(dit, plan, texts[0], torch.zeros_like(texts[0]), noise, guidance))
     z = torch.cat(latents)
-    return z, torch.cat([vae.decode(x[None], chunk=99).cpu() for x in z])
+    return z, torch.cat([vae.decode(x[None]).cpu() for x in z])
 
 
 def held_out(clips: int) -> list[str]:
@@ -325,6 +325,7 @@ class Config:
     seed: int = 0
     report: str = ""                # a folder: also write a page with clips, plans, curves and an A/B test
     out: str = ""                   # also write the table as .json
+    vae_dtype: str = "float32"      # of the VAE, in the first table: what bfloat16 changes
     device: str = "auto"
 
 
@@ -343,7 +344,7 @@ def main(config: Config) -> None:
     elif config.table:
         rows = table(config, device)
     else:
-        dit, vae = load_models(config.weights, torch.float32, device)
+        dit, vae = load_models(config.weights, torch.float32, device, dtype_of(config.vae_dtype, device))
         captions, rows, made = held_out(config.clips), {}, {}
 
         def add(name: str, plan: Plan, z: Tensor, video: Tensor) -> Tensor:

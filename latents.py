@@ -113,7 +113,7 @@ def encode(config: Config, rank: int = 0, processes: int = 1, device: torch.devi
                     video = load_clip(files[n], config.size, frames=config.frames)[0]
                 else:
                     video = world.render([prompts[n]], [n], config.size[0], config.frames)
-                parts.append(vae.encode(video.to(device), chunk=99).half().cpu())
+                parts.append(vae.encode(video.to(device)).half().cpu())
                 bar.update()
                 if stop():
                     return print(f"stopped; {out} keeps its whole shards, run the same command to go on")

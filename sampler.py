@@ -164,15 +164,17 @@ def generate(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: No
     return torch.stack([made[i] for i in range(plan.length)], dim=1)
 
 
-def decode_in_order(vae: VAE, plan: Plan, finished: Iterable[tuple[int, Tensor]], chunk: int = 1,
+def decode_in_order(vae: VAE, plan: Plan, finished: Iterable[tuple[int, Tensor]], chunk: int = 0,
                     waiting: dict[int, Tensor] | None = None) -> Iterator[Tensor]:
     """Decode latents as soon as all earlier ones are there, in one stream; yield video [B, 3, F, H, W] piece by piece.
 
     Forward order decodes after every block; backward order once, at the end (its past is made last).
+    chunk: how many latents at a time at most, 0: `vae.at_once`
     waiting: where finished latents wait, for a caller who wants to see them"""
     waiting = {} if waiting is None else waiting
     state, at = None, 0
     for n, x0 in finished:
+        chunk = chunk or vae.at_once(*(vae.config.space * side for side in x0.shape[3:]))
         waiting.update(zip(plan.steps[n].targets, x0.clone().unbind(1)))  # a copy, or the anchors beside it would stay alive
         while at in waiting:
             part = []
@@ -206,6 +208,7 @@ class Settings:
     commit_anchors: bool = False    # let anchors be seen while their block is written to the cache
     device: str = "auto"            # cpu, cuda or auto
     dtype: str = "auto"             # float32 or bfloat16; auto: bfloat16 on CUDA
+    vae_dtype: str = "float32"      # of the VAE; bfloat16 is up to twice as fast
     compile: bool = False           # torch.compile the transformer's blocks (CUDA; minutes on first use)
 
 
@@ -219,7 +222,7 @@ def prepare(config: Settings) -> tuple[DiT, VAE, tuple[int, int]]:
     if config.block < 1:
         raise UserError(f"--block {config.block} must be at least 1")
     device = start(config.device)[2]
-    dit, vae = load_models(config.weights, dtype_of(config.dtype, device), device)
+    dit, vae = load_models(config.weights, dtype_of(config.dtype, device), device, dtype_of(config.vae_dtype, device))
     size = config.size or ((480, 832) if vae.config.dim == 96 else (32, 32))
     unit = [vae.config.space * p for p in dit.config.patch_size[1:]]
     if len(size) != 2 or min(size) < 1 or size[0] % unit[0] or size[1] % unit[1]:
@@ -261,8 +264,7 @@ def film(config: Settings, plan: Plan, prompts: Sequence[str], dit: DiT, vae: VA
     print(anchors.text_picture(plan) if plan.length <= 64 else f"{plan.name}: too long to draw")
     print(f"{plan.name}: {plan.length} latents in {len(plan.steps)} steps = {frames} frames = {frames / FPS:.2f} s, {size[0]}x{size[1]}")
     if config.compile:
-        for block in dit.blocks:
-            block.compile()
+        dit.compile_blocks()
     texts = [dit.text_kv(e[None].to(weight.device)) for e in text.embed(prompts, c.text_dim, c.text_len, config.embeddings, config.weights)]
     h, w = (side // vae.config.space for side in size)
     cache = KVCache(c, 1, plan.capacity, h, w, weight.dtype, weight.device)
@@ -361,20 +363,20 @@ def _plan_of_length(config: Config, length: int) -> Plan:
     raise UserError(f"unknown order {config.order!r}; use forward, backward, inbetween, loop, transition or story")
 
 
-def load_models(weights: str, dtype: torch.dtype, device: torch.device) -> tuple[DiT, VAE]:
+def load_models(weights: str, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype = torch.float32) -> tuple[DiT, VAE]:
     """The student and the VAE in a folder, or a student's file and the VAE beside it; "random" builds toy-sized ones, to try
     plans and to measure speed."""
     if weights != "random":
         if not (path := Path(weights)).exists():
             raise UserError(f"--weights {weights} is not a folder or file; name a folder with a student and a VAE in it, or use random")
         folder, student = (path, find(path, "transformer")) if path.is_dir() else (path.parent, path)
-        vae = load_vae(find(folder, "VAE"), device=device)
+        vae = load_vae(find(folder, "VAE"), vae_dtype, device)
         return load_dit(student, dtype, device), vae
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dit, vae = DiT(PRESETS["toy"]), VAE(VAE_PRESETS["toy"])
         torch.nn.init.normal_(dit.head.head.weight, std=0.02)  # else v = 0
-    return tuple(m.to(device).eval().requires_grad_(False) for m in (dit.to(dtype), vae))
+    return tuple(m.to(device).eval().requires_grad_(False) for m in (dit.to(dtype), vae.to(vae_dtype)))
 
 
 def main(config: Config) -> None:

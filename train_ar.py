@@ -65,6 +65,7 @@ class Config:
     save_every: int = 200            # iterations between resume states
     parallel: str = "ddp"            # ddp, or fsdp: shard the model
     checkpointing: bool = False      # recompute activations in the backward pass
+    compile: bool = False            # torch.compile the blocks: faster steps, after minutes
     dtype: str = "bfloat16"          # of computation; trained weights, optimiser and sums are float32
     device: str = "auto"
 

@@ -98,6 +98,7 @@ class Config:
     save_every: int = 200            # iterations between resume states
     parallel: str = "ddp"            # ddp, or fsdp: shard the model [paper]
     checkpointing: bool = False      # recompute activations in the backward pass
+    compile: bool = False            # torch.compile the blocks: faster steps, after minutes
     dtype: str = "bfloat16"          # of computation; trained weights, optimiser, sums and the ODE's state are float32
     device: str = "auto"
 
@@ -200,6 +201,8 @@ def network(config, path: str, device: torch.device, trained: bool = True, dtype
     """Load a network for training, or one that is only asked."""
     dit = load_dit(path, dtype, device).requires_grad_(trained)
     dit.checkpointing = config.checkpointing
+    if config.compile:
+        dit.compile_blocks()
     return distribute(dit.train(trained), config.parallel, dtype_of(config.dtype))
 
 

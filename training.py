@@ -204,7 +204,7 @@ def load_state(path: str | os.PathLike, config: dict, trained: dict[str, tuple[n
     raises: UserError naming the settings that differ (`steps`, `out`, `save_every`, `micro` and the like may), or a
     damaged file."""
     tree = read_pickle(path)
-    free = ("steps", "out", "save_every", "micro", "device", "parallel", "checkpointing", "sheet_every")
+    free = ("steps", "out", "save_every", "micro", "device", "parallel", "checkpointing", "compile", "sheet_every")
     try:
         then, step = json.loads(tree["config"]), int(tree["step"])
         differ = [k for k, v in json.loads(json.dumps(config)).items() if then.get(k) != v and k not in free]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 import anchors
+import vae as vae_module
 from anchors import Plan, layout
 from dit import PRESETS, DiT, DiTConfig
 from sampler import Settings, film, generate, load_models, noise_from, student_sigmas
@@ -57,37 +58,39 @@ def longer(way: str) -> None:
           f"peak memory {peaks[1]:.2f} -> {peaks[2]:.2f} GiB (+ {100 * (peaks[2] / peaks[1] - 1):.1f} %) |", flush=True)
 
 
-def transformers(dim: int, ffn: int, heads: int, layers: int, latents: int) -> tuple[DiT, Callable, Callable, Callable]:
-    """Our transformer; a forward pass of it, of diffusers' of this size, and of the matrix products and attention calls alone."""
+def transformers(dim: int, ffn: int, heads: int, layers: int, latents: int) -> tuple[DiT, Callable, Callable]:
+    """Our transformer; a forward pass of it, and of diffusers' of this size."""
     config = DiTConfig(dim=dim, ffn_dim=ffn, num_heads=heads, num_layers=layers, text_dim=512)
     dit = DiT(config).eval().requires_grad_(False)
     theirs = WanTransformer3DModel(num_attention_heads=heads, attention_head_dim=dim // heads, ffn_dim=ffn, num_layers=layers,
                                    text_dim=512).eval()
     z, text, t, pos = torch.randn(1, latents, 16, 16, 16), torch.randn(1, 512, 512), torch.full((1,), 500.0), torch.arange(latents)
     zt = z.transpose(1, 2).contiguous()
-    x, words, wide = torch.randn(latents * 64, dim), torch.randn(512, dim), torch.randn(latents * 64, ffn)
-    q, k = (y.view(1, -1, heads, dim // heads).transpose(1, 2) for y in (x, words))
-
-    def floor() -> None:
-        for b in dit.blocks:
-            for layer, y in ((b.self_attn.q, x), (b.self_attn.k, x), (b.self_attn.v, x), (b.self_attn.o, x), (b.cross_attn.q, x),
-                             (b.cross_attn.k, words), (b.cross_attn.v, words), (b.cross_attn.o, x), (b.ffn[0], x), (b.ffn[2], wide)):
-                layer(y)
-            F.scaled_dot_product_attention(q, q, q)
-            F.scaled_dot_product_attention(q, k, k)
-    return dit, lambda: dit(z, t[:, None].expand(1, latents), text, pos), lambda: theirs(zt, t, text), floor
+    return dit, lambda: dit(z, t[:, None].expand(1, latents), text, pos), lambda: theirs(zt, t, text)
 
 
-def convolutions(run: Callable) -> Callable:
-    """The 3D convolutions that a run calls, alone."""
-    calls, real = [], F.conv3d
-    F.conv3d = lambda *args, **more: calls.append((args, more)) or real(*args, **more)
+def floor(run: Callable) -> Callable:
+    """The matrix products, attention calls and convolutions of a run, all of them and nothing else, each shape on one and the same
+    input, which the caches of the machine then hold."""
+    calls, inputs = [], {}
+    real = {(where, name): getattr(where, name) for where, name in (
+        (F, "linear"), (F, "scaled_dot_product_attention"), (torch.nn.Conv3d, "_conv_forward"), (vae_module, "conv3d"))}
+
+    def recorded(call: Callable) -> Callable:
+        def noted(*args, **more):
+            same = [inputs.setdefault((x.shape, x.stride()), x) if type(x) is torch.Tensor else x for x in args]  # not parameters
+            calls.append((call, same, more))
+            return call(*args, **more)
+        return noted
     try:
+        for (where, name), call in real.items():
+            setattr(where, name, recorded(call))
         run()
     finally:
-        F.conv3d = real
+        for (where, name), call in real.items():
+            setattr(where, name, call)
     assert calls
-    return lambda: [real(*args, **more) for args, more in calls]
+    return lambda: [call(*args, **more) for call, args, more in calls]
 
 
 def autoencoders(dim: int) -> None:
@@ -98,7 +101,7 @@ def autoencoders(dim: int) -> None:
     for name, ours, other in (("decode", lambda: vae.decode(z), lambda: theirs.decode(zt)),
                               ("encode", lambda: vae.encode(video), lambda: theirs.encode(video))):
         race(f"VAE {name}, dim {dim}, 17x128x128, against diffusers", ours, other, turns=5)
-        race(f"VAE {name}, dim {dim}, 17x128x128, against its convolutions alone", ours, convolutions(ours), turns=5)
+        race(f"VAE {name}, dim {dim}, 17x128x128, against its floor", ours, floor(ours), turns=5)
 
 
 def rollouts(dit: DiT) -> None:
@@ -141,9 +144,10 @@ def main() -> None:
     for way in ("forward", "backward"):
         longer(way)
     small, wide = transformers(384, 1536, 6, 8, 21), transformers(1536, 8960, 12, 2, 12)
-    for name, (ours, theirs, floor) in (("dim 384, 8 layers, 21x64 tokens", small[1:]), ("dim 1536, 2 layers, 12x64 tokens", wide[1:])):
+    for name, (ours, theirs) in (("dim 384, 8 layers, 21x64 tokens", small[1:]), ("dim 1536, 2 layers, 12x64 tokens", wide[1:])):
         race(f"DiT forward, {name}, against diffusers", ours, theirs)
-        race(f"DiT forward, {name}, against its matrix products and attention alone", ours, floor)
+        race(f"DiT forward, {name}, against its floor", ours, floor(ours))
+        race("diffusers' against that floor", theirs, floor(ours))
     for dim in (32, 96):
         autoencoders(dim)
     rollouts(small[0])

@@ -375,7 +375,7 @@ def test_long_videos_take_constant_memory(way):
         cache = KVCache(model.config, 1, plan.capacity, H, W)
         made = rollout(model, plan, [randn(5, 1, 5, 32)], noise_seeded([(0, 0, 0)], (4, H, W)), SIGMAS, cache)
         for n, _ in enumerate(decode_in_order(vae, plan, made)):
-            peak = max(peak, live_bytes()) if n % 6 == 0 else peak
+            peak = max(peak, live_bytes()) if n % 6 < 2 else peak
         hook.remove()
         peaks.append((cache.bytes(), peak))
         assert len(calls) == evaluations(plan)
@@ -476,14 +476,13 @@ def test_plans_of_the_command_line():
 def test_compiled_blocks_make_the_same_clip_and_are_compiled_once():
     """One graph serves all blocks, steps and layers of an order; the second clip, and a long one, compile nothing. (Traced, not
     generated code: that needs a C++ compiler or a GPU.) Keys are turned by the other formula, real numbers only: <= 1e-5."""
-    slow, fast = tiny_dit(1), tiny_dit(1)
-    for block in fast.blocks:
-        block.compile(backend="eager")
+    slow, fast = tiny_dit(1), tiny_dit(1).compile_blocks("eager")
     texts, graphs = [slow.text_kv(randn(2, 1, 3, slow.config.text_dim))], []
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for plan in (anchors.forward(21), anchors.forward(21), anchors.backward(21), anchors.backward(21), anchors.long(42)):
         noise = randn(3, 4, 1, plan.length, slow.config.in_dim, 4, 4)
         a, b = (generate(dit, plan, texts, noise_from(noise[0], noise[1:])) for dit in (slow, fast))
         assert distance(a, b) <= 1e-5
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert 0 < graphs[0] == graphs[1] < graphs[2] == graphs[3] == graphs[4] <= 8, graphs
+    assert 0 < graphs[0] == graphs[1] < graphs[2] == graphs[3] == graphs[4] <= 12, graphs

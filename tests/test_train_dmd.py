@@ -29,7 +29,7 @@ from torch import nn
 import anchors
 import train_dmd
 from common import UserError
-from dit import load_dit, save_dit
+from dit import DiT, load_dit, save_dit
 from sampler import generate, noise_from, student_sigmas
 from train_dmd import Config, critic_loss, dmd_gradient, dmd_loss, main, noised
 from weights import read_tensors
@@ -326,6 +326,19 @@ def test_bfloat16_takes_the_same_steps(files, tmp_path):
 def test_recomputing_activations_changes_nothing(files, tmp_path):
     """--checkpointing costs time and saves memory, no more."""
     assert apart(train(files, tmp_path / "a"), train(files, tmp_path / "b", checkpointing=True)) <= 1e-6
+
+
+@pytest.mark.parametrize("how", [{}, {"parallel": "fsdp", "checkpointing": True}])
+def test_compiling_changes_nothing(how, files, tmp_path, monkeypatch):
+    """--compile costs minutes and saves time, no more; states go on across it. (Traced only: generating code needs a compiler.)"""
+    monkeypatch.setattr(DiT.compile_blocks, "__defaults__", ("eager",))
+    flags = files | {"lr": 1e-4, "lr_critic": 1e-4} | how
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    slow, fast = (train(flags, tmp_path / str(c), compile=c, steps=1) for c in (False, True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 4 and not torch._dynamo.utils.counters["graph_break"]
+    assert apart(slow, fast) <= 1e-6
+    assert apart(train(flags, slow, compile=True, steps=2), train(flags, fast, compile=False, steps=2)) <= 1e-6
 
 
 @pytest.mark.parametrize("micro", [1, 2])

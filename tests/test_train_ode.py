@@ -30,7 +30,7 @@ import pairs
 import train_ode
 from anchors import layout
 from common import UserError
-from dit import load_dit, save_dit
+from dit import DiT, load_dit, save_dit
 from pairs import KEEP, integrate, pair_noise
 from sampler import noise_from, ode_sigmas, student_sigmas
 from text import Prompts
@@ -393,10 +393,11 @@ def test_bfloat16_takes_the_same_steps(files, tmp_path):
     assert distance(*steps) > 0  # it is indeed another arithmetic
 
 
-def test_only_speed_and_memory_depend_on_checkpointing_and_micro(files, tmp_path):
-    """Recomputing activations, or accumulating samples one by one or two by two, gives the same weights."""
+def test_only_speed_and_memory_depend_on_checkpointing_compiling_and_micro(files, tmp_path, monkeypatch):
+    """Recomputing activations, tracing the blocks, or accumulating samples one by one or two by two, gives the same weights."""
+    monkeypatch.setattr(DiT.compile_blocks, "__defaults__", ("eager",))
     one = train(files, tmp_path / "one", lr=1e-4)  # Adam turns rounding into steps of up to lr where a gradient is next to zero
-    for n, changes in enumerate(({"checkpointing": True}, {"micro": 1}, {"micro": 2})):
+    for n, changes in enumerate(({"checkpointing": True}, {"compile": True}, {"micro": 1}, {"micro": 2})):
         other = train(files, tmp_path / str(n), lr=1e-4, **changes)
         assert apart(one, other) <= 1e-6, changes
         for a, b in zip(rows(one), rows(other), strict=True):  # Adam forgives a wrong scale; the logged gradient norm does not

@@ -16,7 +16,7 @@ import anchors
 from common import UserError, generator
 from media import VideoWriter, read_frames
 from sampler import decode_in_order
-from vae import PRESETS, VAE, WAN_MEAN, WAN_STD, VAEConfig, load_vae, save_vae
+from vae import PRESETS, VAE, WAN_MEAN, WAN_STD, VAEConfig, conv3d, load_vae, save_vae
 from weights import write_safetensors
 
 REPO = pathlib.Path(__file__).parent.parent
@@ -147,16 +147,37 @@ def test_streaming_equals_whole(vae, sizes):
     close(vae.decode(z, chunk=sizes[0]), whole_x)
 
 
+@pytest.mark.parametrize("shape, weight, stride, padding", [
+    ((1, 8, 5, 6, 7), (4, 8, 3, 3, 3), (1, 1, 1), (0, 1, 1)), ((2, 8, 3, 9, 9), (16, 8, 1, 3, 3), (1, 2, 2), (0, 0, 0)),
+    ((1, 8, 5, 2, 3), (8, 8, 3, 1, 1), (2, 1, 1), (0, 0, 0)), ((1, 4, 1, 2, 2), (3, 4, 1, 1, 1), (1, 1, 1), (0, 0, 0))])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_convolution_equals_torchs(shape, weight, stride, padding, layout):
+    """Values and gradients of the faster call are those of F.conv3d in float64; other types than float32 take torch's own."""
+    g = generator(3)
+    given = [torch.randn(s, generator=g) for s in (shape, weight, weight[:1])]
+    slow, fast = ([x.to(dtype).requires_grad_() for x in given] for dtype in (torch.float64, torch.float32))
+    results = []
+    for (x, w, b), call in ((slow, lambda x, w, b: torch.nn.functional.conv3d(x, w, b, stride, padding)),
+                            (fast, lambda x, w, b: conv3d(x.contiguous(memory_format=layout), w, b, stride, padding))):
+        y = call(x, w, b)
+        y.square().sum().backward()
+        results.append((y, x.grad, w.grad, b.grad))
+    for right, ours in zip(*results):
+        assert (right - ours).abs().max() <= 1e-5 * right.abs().max()
+    assert torch.equal(conv3d(*slow, stride, padding), results[0][0])
+
+
 def test_large_frames_pass_one_by_one(vae, monkeypatch):
     """Above a size the stages at pixels' rate take single frames: the same output, no such stage sees two, and a state that may be
     used up is."""
     x, z = video(5), latents(5)
     plain = vae.encode(x), vae.decode(z)
-    seen, real = [], torch.nn.functional.conv3d
+    seen, real = [], sys.modules["vae"].conv3d
     monkeypatch.setattr("vae.LARGE", 0)
-    monkeypatch.setattr("vae.F.conv3d", lambda y, *args, **kwargs: (seen.append(y.shape[2:]), real(y, *args, **kwargs))[1])
-    close(vae.encode(x), plain[0])
-    close(vae.decode(z), plain[1])
+    monkeypatch.setattr("vae.conv3d", lambda y, *args, **kwargs: (seen.append(y.shape[2:]), real(y, *args, **kwargs))[1])
+    assert vae.at_once(16, 24) == 1
+    close(vae.encode(x, chunk=2), plain[0])
+    close(vae.decode(z, chunk=2), plain[1])
     assert {s[0] for s in seen if s[1:] == (16, 24)} == {1, 3} and max(s[0] for s in seen) > 4  # one frame, or with two of the past
     for step, (a, b, _), _ in both(vae):
         _, state = step(a)

@@ -68,7 +68,7 @@ def latent_shape(vae: VAE, size: tuple[int, ...]) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def make(dit: DiT, vae: VAE, plan: Plan | None, captions: Sequence[str | Sequence[str]], size: tuple[int, ...] = (32, 32),
-         seed: int = 0, guidance: float | None = None, batch: int = 16) -> tuple[Tensor, Tensor]:
+         seed: int = 0, guidance: float | None = None, batch: int = 16, warm: int = 0) -> tuple[Tensor, Tensor]:
     """Latents [B, T, C, h, w] and pixels [B, 3, F, H, W] of clips with the noise (seed, n, 0); captions: one a clip, or one for
     each prompt of the plan. With guidance the model is a teacher: 48 steps a block, or without a plan all latents at once."""
     device, c, prompts = dit.patch_embedding.weight.device, dit.config, plan.prompts() if plan else 1
@@ -77,7 +77,7 @@ def make(dit: DiT, vae: VAE, plan: Plan | None, captions: Sequence[str | Sequenc
     for a in tqdm(range(0, len(captions), batch), desc=plan.name if plan else "teacher", leave=False):
         texts = [e[a:a + batch] for e in embedded]
         noise = noise_seeded([(seed, a + n, 0) for n in range(len(texts[0]))], latent_shape(vae, size), device)
-        latents.append(generate(dit, plan, texts, noise) if guidance is None else
+        latents.append(generate(dit, plan, texts, noise, warm=warm) if guidance is None else
                        many_steps(dit, plan, texts[0], torch.zeros_like(texts[0]), noise, guidance))
     z = torch.cat(latents)
     return z, torch.cat([vae.decode(x[None]).cpu() for x in z])
@@ -325,6 +325,7 @@ class Config:
     seed: int = 0
     report: str = ""                # a folder: also write a page with clips, plans, curves and an A/B test
     out: str = ""                   # also write the table as .json
+    warm: int = 0                   # of the student's rows: start backward blocks so many steps on, from their neighbour's anchors
     vae_dtype: str = "float32"      # of the VAE, in the first table: what bfloat16 changes
     device: str = "auto"
 
@@ -339,6 +340,8 @@ def main(config: Config) -> None:
         return
     if config.video:
         rows = measure_files(config)
+    elif not 0 <= config.warm < 4:
+        raise UserError(f"--warm {config.warm} must be from 0 to 3")
     elif config.clips < 2:
         raise UserError(f"--clips {config.clips} must be at least 2, for a standard error")
     elif config.table:
@@ -358,7 +361,7 @@ def main(config: Config) -> None:
                 z, video = make(teacher, vae, PLANS.get(name), captions, config.size, config.seed, config.guidance)
                 add(f"teacher {name}".strip(), PLANS[name or "forward"], z, video)
         for name, plan in PLANS.items():
-            made[name] = add(name, plan, *make(dit, vae, plan, captions, config.size, config.seed))
+            made[name] = add(name, plan, *make(dit, vae, plan, captions, config.size, config.seed, warm=config.warm))
         if config.report:
             write_report(config, dit, vae, rows, made, captions)
             print(f"look at {Path(config.report) / 'index.html'}")

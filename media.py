@@ -172,14 +172,24 @@ def write_sheet(path: str | os.PathLike, video: Tensor, columns: int = 7) -> Non
         iio.imwrite(tmp, sheet.repeat(scale, 0).repeat(scale, 1))
 
 
-DIGITS = {c: np.array([int(b) for b in bits]).reshape(5, 3) for c, bits in zip("0123456789d", (  # a 3 x 5 pixel font
-    "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001", "111100111001111",
-    "111100111101111", "111001010010010", "111101111101111", "111101111001111", "001001111101111"))}
+# A font [ours] of 3 x 5 pixels, a glyph's fifteen bits in four hexadecimal digits, row by row.
+FONT = dict(zip("0123456789abcdefghijklmnopqrstuvwxyz_.-+", (
+    f"{int(bits, 16):015b}" for bits in map("".join, zip(*[iter(
+        "7b6f2c9773e773cf5bc979cf79ef72927bef7bcf2bed6bae39236b6e79a779a4396b5bed7497126a"
+        "5bad49275fed6b6d2b6a6ba42b7b6bad388e74925b6f5b6a5bfd5aad5a9272a70007000201c005d0")] * 4)))))
+
+
+def write_text(image: np.ndarray, row: int, column: int, text: str, scale: int = 1) -> None:
+    """Write small letters and digits into a picture uint8 [H, W, 3], the first one's corner at (row, column)."""
+    for n, glyph in enumerate(text):
+        pixels = np.array([*FONT.get(glyph, "0" * 15)]).reshape(5, 3).repeat(scale, 0).repeat(scale, 1)
+        left = column + 4 * scale * n
+        image[row:row + 5 * scale, left:left + 3 * scale][pixels == "1"] = 60
 
 
 def draw_grid(rows: Sequence[Sequence[str]], left: Sequence[str], top: Sequence[str], colours: dict[str, tuple[int, int, int]],
               cell: int = 16) -> np.ndarray:
-    """A table as a picture, uint8 [H, W, 3]: a coloured cell for every mark in `rows`, labels of digits beside and above."""
+    """A table as a picture, uint8 [H, W, 3]: a coloured cell for every mark in `rows`, labels beside and above."""
     image = np.full(((len(rows) + 1) * cell, (len(top) + 1) * cell, 3), 255, np.uint8)
     for r, row in enumerate(rows, 1):
         for c, mark in enumerate(row, 1):
@@ -187,20 +197,20 @@ def draw_grid(rows: Sequence[Sequence[str]], left: Sequence[str], top: Sequence[
             box[1:, 1:] = colours[mark]
             box[0], box[:, 0] = 210, 210
     for r, c, label in [(0, c, x) for c, x in enumerate(top, 1)] + [(r, 0, x) for r, x in enumerate(left, 1)]:
-        for d, digit in enumerate(label):
-            image[r * cell + 5:r * cell + 10, c * cell + 1 + 4 * d:c * cell + 4 + 4 * d][DIGITS[digit] == 1] = 60
+        write_text(image, r * cell + 5, c * cell + 1, label)
     return image
 
 
 def write_curves(path: str | os.PathLike, log: str | os.PathLike) -> None:
-    """Draw every number of a JSONL log against its `step`, one strip each, as a PNG; the log holds the values."""
+    """Draw every number of a JSONL log against its `step`, as a PNG: a strip each, its name, highest and lowest value beside it."""
     rows = [json.loads(line) for line in pathlib.Path(log).read_text().splitlines()]
     names = sorted({k for row in rows for k in row} - {"step"})
-    height, width, strips = 60, 600, []
+    height, width, margin, strips = 60, 600, 130, []
     for name in names:
         points = [(row["step"], row[name]) for row in rows if name in row and np.isfinite(row[name])]
-        strip = np.full((height, width, 3), 255, np.uint8)
+        strip = np.full((height, margin + width, 3), 255, np.uint8)
         strip[-1] = 200
+        write_text(strip, 24, 4, name, scale=2)
         if len(points) > 1:
             x, y = np.array(points, float).T
             grid = np.linspace(x[0], x[-1], width)
@@ -208,7 +218,9 @@ def write_curves(path: str | os.PathLike, log: str | os.PathLike) -> None:
             at = ((level.max() - level) / max(np.ptp(level), 1e-12) * (height - 8) + 3).astype(int)
             for i in range(width):  # join neighbours, so that the curve has no holes
                 low, high = sorted((at[max(i - 1, 0)], at[i]))
-                strip[low:high + 1, i] = (40, 90, 160)
+                strip[low:high + 1, margin + i] = (40, 90, 160)
+            for row, value in ((4, level.max()), (height - 16, level.min())):
+                write_text(strip, row, 4, f"{value:.4g}", scale=2)
         strips.append(strip)
     with atomic(path) as tmp:
-        iio.imwrite(tmp, np.concatenate(strips) if strips else np.full((height, width, 3), 255, np.uint8))
+        iio.imwrite(tmp, np.concatenate(strips) if strips else np.full((height, margin + width, 3), 255, np.uint8))

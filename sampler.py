@@ -94,8 +94,8 @@ def noise_seeded(seeds: Sequence[tuple[int, ...]], shape: tuple[int, ...], devic
 
 # ---------------------------------------------------------------- rollout
 def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noise, sigmas: Sequence[float],
-            cache: KVCache, given: dict[int, Tensor] | None = None, exit_at: int | None = None,
-            commit_anchors: bool = False, first: tuple[Sequence[float], int | None] | None = None) -> Iterator[tuple[int, Tensor]]:
+            cache: KVCache, given: dict[int, Tensor] | None = None, exit_at: int | None = None, commit_anchors: bool = False,
+            first: tuple[Sequence[float], int | None] | None = None, warm: int = 0) -> Iterator[tuple[int, Tensor]]:
     """Generate block by block; yield (n, x0 [B, len(targets), C, h, w]) as step n of the plan is finished.
 
     texts: one per prompt of the plan, embeddings [B, L, text_dim] or `dit.text_kv` of them;  sigmas: noise levels
@@ -104,8 +104,9 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
         step runs with gradient (where the caller has gradients enabled), and nothing flows through the cache.
     commit_anchors: let the denoised anchors be seen while their targets' keys are computed (an open choice of the
         paper; they are never stored)
-    first: (sigmas, exit_at) of the first step of the plan, where it has noise levels of its own (Causal Forcing++)"""
-    device = dit.patch_embedding.weight.device
+    first: (sigmas, exit_at) of the first step of the plan, where it has noise levels of its own (Causal Forcing++)
+    warm: a block whose targets were the anchors of the step before leaves out so many denoising steps, and goes on from there"""
+    device, imagined = dit.patch_embedding.weight.device, {}
     for n, step in enumerate(plan.steps):
         levels, last = first if first and n == 0 else (sigmas, exit_at)
         past = cache.read(step.reads, room=0 if torch.is_grad_enabled() else len(step.own))  # gradients keep the past: no slack
@@ -119,18 +120,24 @@ def rollout(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noi
             x0 = mine
         else:
             x, levels = noise(0, own), levels[:None if last is None else last + 1]
-            for k, sigma in enumerate(levels):
-                if k:
-                    x = (1 - sigma) * x0 + sigma * noise(k, own)
+            start = warm if imagined.keys() == set(step.targets) else 0
+            for k, sigma in enumerate(levels[start:], start):
                 t = torch.full(x.shape[:2], 1000 * sigma, device=device)
+                if k > start:
+                    x = (1 - sigma) * x0 + sigma * noise(k, own)
+                elif start:  # targets go on from what their neighbour imagined, their own anchors begin
+                    guess = torch.stack([imagined[i] for i in step.targets], dim=1)
+                    x[:, skip:] = (1 - sigma) * guess + sigma * noise(k, step.targets)
+                    t[:, :skip] = 1000 * levels[0]
                 if held:
                     x[:, held], t[:, held] = mine, 0
                 # of anchors the last step's result is not needed
-                need = len(step.targets) if skip and k + 1 == len(levels) and not (held or commit_anchors) else len(own)
+                need = len(step.targets) if skip and k + 1 == len(levels) and not (held or commit_anchors or warm) else len(own)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
                     x0 = x[:, -need:] - sigma * dit(x, t, prompt, pos, past=past, need=need)
                 if held:
                     x0[:, held] = mine
+        imagined = dict(zip(own[:skip], x0.unbind(1))) if warm else {}
         seen = 0 if commit_anchors else skip
         commit(dit, cache, plan, n, own[seen:], x0[:, seen - len(own):].detach(), pos[seen:], prompt, past)
         yield n, x0[:, -len(step.targets):]
@@ -151,7 +158,7 @@ def commit(dit: DiT, cache: KVCache, plan: Plan, n: int, latents: tuple[int, ...
 
 def generate(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: Noise, sigmas: Sequence[float] | None = None,
              given: dict[int, Tensor] | None = None, exit_at: int | None = None, commit_anchors: bool = False,
-             first: tuple[Sequence[float], int | None] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+             first: tuple[Sequence[float], int | None] | None = None, dtype: torch.dtype | None = None, warm: int = 0) -> Tensor:
     """Run a whole rollout: latents [B, plan.length, C, h, w] in temporal order, anchors and dummies dropped.
 
     dtype: of the cache, where it is not that of the weights (mixed precision under FSDP); the rest as in `rollout`."""
@@ -159,7 +166,7 @@ def generate(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: No
     B, _, _, h, w = noise(0, (0,)).shape
     weight = dit.patch_embedding.weight
     cache = KVCache(dit.config, B, plan.capacity, h, w, dtype or weight.dtype, weight.device)
-    for n, x0 in rollout(dit, plan, texts, noise, sigmas or student_sigmas(), cache, given, exit_at, commit_anchors, first):
+    for n, x0 in rollout(dit, plan, texts, noise, sigmas or student_sigmas(), cache, given, exit_at, commit_anchors, first, warm):
         made.update(zip(plan.steps[n].targets, x0.unbind(1)))
     return torch.stack([made[i] for i in range(plan.length)], dim=1)
 
@@ -206,6 +213,7 @@ class Settings:
     first_steps: tuple[float, ...] = ()  # other ones for the block that is made first (students of one or two steps)
     shift: float = 5.0              # of the noise levels [paper]
     commit_anchors: bool = False    # let anchors be seen while their block is written to the cache
+    warm: int = 0                   # backward: start blocks from the anchors already imagined for them, this many steps on
     device: str = "auto"            # cpu, cuda or auto
     dtype: str = "auto"             # float32 or bfloat16; auto: bfloat16 on CUDA
     vae_dtype: str = "float32"      # of the VAE; bfloat16 is up to twice as fast
@@ -221,6 +229,8 @@ def prepare(config: Settings) -> tuple[DiT, VAE, tuple[int, int]]:
         raise UserError(f"unknown sink {config.sink!r}; use past, future, both or none")
     if config.block < 1:
         raise UserError(f"--block {config.block} must be at least 1")
+    if not 0 <= config.warm < len(config.steps):
+        raise UserError(f"--warm {config.warm} must be from 0 to {len(config.steps) - 1}, the --steps of a block less one")
     device = start(config.device)[2]
     dit, vae = load_models(config.weights, dtype_of(config.dtype, device), device, dtype_of(config.vae_dtype, device))
     size = config.size or ((480, 832) if vae.config.dim == 96 else (32, 32))
@@ -270,8 +280,8 @@ def film(config: Settings, plan: Plan, prompts: Sequence[str], dit: DiT, vae: VA
     cache = KVCache(c, 1, plan.capacity, h, w, weight.dtype, weight.device)
     noise = noise_seeded([(config.seed, 0, 0)], (c.in_dim, h, w), weight.device)
     sigmas, first = (student_sigmas(steps, config.shift) for steps in (config.steps, config.first_steps or config.steps))
-    done = tqdm(rollout(dit, plan, texts, noise, sigmas, cache, given, commit_anchors=config.commit_anchors, first=(first, None)),
-                desc="blocks", total=len(plan.steps), unit="block")
+    made = rollout(dit, plan, texts, noise, sigmas, cache, given, None, config.commit_anchors, (first, None), config.warm)
+    done = tqdm(made, desc="blocks", total=len(plan.steps), unit="block")
 
     def previewed() -> Iterator[tuple[int, Tensor]]:
         last = None

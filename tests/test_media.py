@@ -192,10 +192,12 @@ def test_sheet_has_a_row_per_clip(tmp_path, clips, frames, height, width, size):
 
 
 def test_curves_show_every_number(tmp_path):
-    """One strip per logged number; a rising curve goes from the lower left to the upper right."""
+    """One strip per logged number, named; a rising curve goes from the lower left to the upper right."""
     (tmp_path / "log").write_text("".join(json.dumps({"step": i, "loss": float(i), "other": 1.0}) + "\n" for i in range(20)))
     write_curves(tmp_path / "c.png", tmp_path / "log")
     image = iio.imread(tmp_path / "c.png")
-    assert image.shape == (120, 600, 3)
-    dark = (image[:60] == (40, 90, 160)).all(2)
+    assert image.shape == (120, 730, 3)
+    written = (image == 60).all(2)[:, :130]
+    assert written[:60].sum() > 100 < written[60:].sum() and (written[20:40] != written[80:100]).any()  # loss, other
+    dark = (image[:60, 130:] == (40, 90, 160)).all(2)
     assert dark[-10:, 0].any() and dark[:10, -1].any() and not dark[:10, 0].any() and dark.any(0).all()

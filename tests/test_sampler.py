@@ -191,10 +191,11 @@ def drawn(plan: Plan, B: int = 2, seed: int = 10) -> tuple:
     return randn(seed, B, rows, 4, H, W), randn(seed + 1, 3, B, rows, 4, H, W), randn(seed + 2, B, rows, 4, H, W)
 
 
-def obvious_rollout(model, plan: Plan, text, noise, renoise, own_latents, sigmas, commit_anchors, first=None) -> torch.Tensor:
+def obvious_rollout(model, plan: Plan, text, noise, renoise, own_latents, sigmas, commit_anchors, first=None, warm=0
+                    ) -> torch.Tensor:
     """No cache: for each denoising step of each block, everything before it runs again, clean, in one masked sequence."""
     row = {-1: plan.length, -2: plan.length + 1, -3: plan.length + 2} | {i: i for i in range(plan.length)}
-    steps, clean, made = [], [], {}  # finished steps as they are seen later, and their clean latents
+    steps, clean, made, imagined = [], [], {}, {}  # finished steps as they are seen later, and their clean latents
     for step in plan.steps:
         seen = Step(step.targets, step.pos[len(step.anchors):], (), step.reads)  # without anchors, as it is committed
         held = torch.tensor([i in step.given for i in step.own])
@@ -202,15 +203,25 @@ def obvious_rollout(model, plan: Plan, text, noise, renoise, own_latents, sigmas
         if held.all():
             x0, step = mine, seen
         else:
-            for k, sigma in enumerate(first if first and not steps else sigmas):
+            levels = first if first and not steps else sigmas
+            start = warm if set(step.targets) == set(imagined) else 0
+            for k in range(start, len(levels)):
+                sigma, A = levels[k], len(step.anchors)
                 fresh = torch.stack([(noise if k == 0 else renoise[k - 1])[:, row[i]] for i in step.own], 1)
-                x = fresh if k == 0 else (1 - sigma) * x0 + sigma * fresh
+                level = torch.full((len(step.own),), sigma)
+                if k == start and start:  # the neighbour's anchors, noised; this step's own begin
+                    x = torch.stack([noise[:, row[i]] for i in step.own], 1)
+                    x[:, A:] = (1 - sigma) * torch.stack([imagined[i] for i in step.targets], 1) + sigma * fresh[:, A:]
+                    level[:A] = levels[0]
+                else:
+                    x = fresh if k == 0 else (1 - sigma) * x0 + sigma * fresh
                 z = torch.cat([*clean, torch.where(held.view(-1, 1, 1, 1), mine, x)], 1)
                 owner, pos, visible = side_by_side([*steps, step])
-                late = torch.tensor([n == len(steps) for n in owner])
-                late[late.clone()] = ~held
-                v = model(z, 1000 * sigma * late.float().expand(len(z), -1), text, torch.tensor(pos), visible)[:, -len(step.own):]
+                t = torch.zeros(len(owner))
+                t[-len(step.own):] = 1000 * level * ~held
+                v = model(z, t.expand(len(z), -1), text, torch.tensor(pos), visible)[:, -len(step.own):]
                 x0 = torch.where(held.view(-1, 1, 1, 1), mine, x - sigma * v)
+        imagined = dict(zip(step.anchors, x0.unbind(1)))
         made.update(zip(step.targets, x0[:, len(step.anchors):].unbind(1)))
         steps.append(step if commit_anchors else seen)
         clean.append(x0 if commit_anchors else x0[:, len(step.anchors):])
@@ -230,6 +241,22 @@ def test_rollout_equals_a_slow_obvious_one(plan, commit_anchors):
     assert 0.1 < expected.std() < 10 and distance(got, expected) <= 1e-5
     mine = sorted(i for step in plan.steps for i in step.given if i in step.targets)
     assert torch.equal(got[:, mine], own_latents[:, mine])
+
+
+@pytest.mark.parametrize("warm", [1, 2, 3])
+@pytest.mark.parametrize("name", ["forward", "backward P=2", "backward P=3", "long backward, both sink", "timeline, long"])
+def test_warm_start_equals_a_slow_obvious_one(name, warm):
+    """Blocks begin from their neighbour's anchors where these are all there (P = 3), with fewer steps, and nowhere else."""
+    model, text, plan = tiny_dit(), randn(5, 2, 5, 32), PLANS[name]
+    noise, renoise, own_latents = drawn(plan)
+    given, texts, calls = {i: own_latents[:, i] for i in range(plan.length)}, [text] * plan.prompts(), []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    got, cold = (generate(model, plan, texts, noise_from(noise, renoise, plan.length), given=given, warm=w) for w in (warm, 0))
+    hook.remove()
+    warmed = sum(set(a.anchors) == set(b.targets) for a, b in zip(plan.steps, plan.steps[1:]))
+    assert len(calls) == 2 * evaluations(plan) - warm * warmed
+    assert (warmed > 0) == (distance(got, cold) > 1e-3) == ("P=3" in name or "long" in name)
+    assert distance(got, obvious_rollout(model, plan, text, noise, renoise, own_latents, SIGMAS, False, warm=warm)) <= 1e-5
 
 
 def test_committing_anchors_is_a_choice():
@@ -423,6 +450,7 @@ BAD = {
     "avi": (["--out", "clip.avi"], "clip.avi must end in .mp4, .gif or .mkv"),
     "no folder": (["--weights", "nowhere"], "--weights nowhere is not a folder"),
     "empty folder": (["--weights", "empty"], "empty holds no transformer"),
+    "warm": (["--warm", "4"], "--warm 4 must be from 0 to 3"),
     "two prompts": (["--prompt", PROMPT, PROMPT], "2 prompts for a plan with 1"),
 }
 

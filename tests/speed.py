@@ -6,6 +6,7 @@ weights: speed does not depend on them. Not a test (a busy machine would make it
     make bench
 """
 import contextlib
+import copy
 import io
 import re
 import statistics
@@ -102,6 +103,8 @@ def autoencoders(dim: int) -> None:
                               ("encode", lambda: vae.encode(video), lambda: theirs.encode(video))):
         race(f"VAE {name}, dim {dim}, 17x128x128, against diffusers", ours, other, turns=5)
         race(f"VAE {name}, dim {dim}, 17x128x128, against its floor", ours, floor(ours), turns=5)
+    half = copy.deepcopy(vae).to(torch.bfloat16)
+    race(f"VAE decode, dim {dim}, 17x128x128, in bfloat16 against float32", lambda: half.decode(z), lambda: vae.decode(z), turns=5)
 
 
 def rollouts(dit: DiT) -> None:

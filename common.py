@@ -156,10 +156,10 @@ def start(device: str = "auto") -> tuple[int, int, torch.device]:
     return rank, world, torch.device(device)
 
 
-def dtype_of(name: str, device: torch.device | str = "cpu") -> torch.dtype:
+def dtype_of(name: str, device: torch.device | str = "cpu", flag: str = "dtype") -> torch.dtype:
     """float32, bfloat16, or auto: bfloat16 on CUDA. Never float16: on a CPU it crawls. raises: UserError"""
     if name not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype {name!r} must be float32, bfloat16 or auto")
+        raise UserError(f"--{flag} {name!r} must be float32, bfloat16 or auto")
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and torch.device(device).type == "cuda") else torch.float32
 
 

@@ -347,7 +347,7 @@ def main(config: Config) -> None:
     elif config.table:
         rows = table(config, device)
     else:
-        dit, vae = load_models(config.weights, torch.float32, device, dtype_of(config.vae_dtype, device))
+        dit, vae = load_models(config.weights, torch.float32, device, dtype_of(config.vae_dtype, device, "vae_dtype"))
         captions, rows, made = held_out(config.clips), {}, {}
 
         def add(name: str, plan: Plan, z: Tensor, video: Tensor) -> Tensor:

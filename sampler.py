@@ -232,7 +232,7 @@ def prepare(config: Settings) -> tuple[DiT, VAE, tuple[int, int]]:
     if not 0 <= config.warm < len(config.steps):
         raise UserError(f"--warm {config.warm} must be from 0 to {len(config.steps) - 1}, the --steps of a block less one")
     device = start(config.device)[2]
-    dit, vae = load_models(config.weights, dtype_of(config.dtype, device), device, dtype_of(config.vae_dtype, device))
+    dit, vae = load_models(config.weights, dtype_of(config.dtype, device), device, dtype_of(config.vae_dtype, device, "vae_dtype"))
     size = config.size or ((480, 832) if vae.config.dim == 96 else (32, 32))
     unit = [vae.config.space * p for p in dit.config.patch_size[1:]]
     if len(size) != 2 or min(size) < 1 or size[0] % unit[0] or size[1] % unit[1]:

@@ -450,7 +450,7 @@ BAD = {
     "avi": (["--out", "clip.avi"], "clip.avi must end in .mp4, .gif or .mkv"),
     "no folder": (["--weights", "nowhere"], "--weights nowhere is not a folder"),
     "empty folder": (["--weights", "empty"], "empty holds no transformer"),
-    "warm": (["--warm", "4"], "--warm 4 must be from 0 to 3"),
+    "vae_dtype": (["--vae_dtype", "half"], "--vae_dtype 'half' must be float32"), "warm": (["--warm", "4"], "--warm 4 must be from 0 to 3"),
     "two prompts": (["--prompt", PROMPT, PROMPT], "2 prompts for a plan with 1"),
 }
 

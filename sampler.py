@@ -181,7 +181,7 @@ def decode_in_order(vae: VAE, plan: Plan, finished: Iterable[tuple[int, Tensor]]
     waiting = {} if waiting is None else waiting
     state, at = None, 0
     for n, x0 in finished:
-        chunk = chunk or vae.at_once(*(vae.config.space * side for side in x0.shape[3:]))
+        chunk = chunk or vae.at_once(*x0.shape[3:])
         waiting.update(zip(plan.steps[n].targets, x0.clone().unbind(1)))  # a copy, or the anchors beside it would stay alive
         while at in waiting:
             part = []

@@ -288,17 +288,17 @@ class VAE(nn.Module):
         z = (z * std + mean).to(self.conv2.weight.dtype)
         return self.decoder(self.conv2(z), state).float().clamp(-1, 1), state
 
-    def at_once(self, height: int, width: int) -> int:
-        """How many latents to pass at a time in a stream of such frames: small ones are faster together, up to twice as fast
+    def at_once(self, h: int, w: int) -> int:
+        """How many latents of h x w cells to pass at a time in a stream: small ones are faster together, up to twice as fast
         [measured]; of large ones memory allows one."""
-        return 7 if height * width <= LARGE else 1
+        return 7 if h * w * self.config.space ** 2 <= LARGE else 1
 
     def encode(self, video: Tensor, chunk: int = 0) -> Tensor:
         """Encode a whole video [B, 3, 1 + 4(T-1), H, W] in [-1, 1] to normalised latents [B, T, C, h, w].
 
         Runs as a stream of `chunk` latents at a time, 0: of `at_once`; the result does not depend on it (to 1e-5 in float32)."""
         self._check_video(video, first=True)
-        chunk = chunk or self.at_once(*video.shape[3:])
+        chunk = chunk or self.at_once(*(side // self.config.space for side in video.shape[3:]))
         n, out, state = self.config.time, [], None
         for a in range(-n + 1, video.shape[2], n * chunk):  # the first chunk holds frame 0 and fills up to `chunk` latents
             z, state = self.encode_chunk(video[:, :, max(a, 0):a + n * chunk], state, use_up=True)
@@ -309,7 +309,7 @@ class VAE(nn.Module):
         """Decode latents [B, T, C, h, w] to a video [B, 3, 1 + 4(T-1), H, W] in [-1, 1]; `chunk` as in encode."""
         self._check_latents(z)
         out, state = [], None
-        for part in z.split(chunk or self.at_once(*(self.config.space * side for side in z.shape[3:])), dim=1):
+        for part in z.split(chunk or self.at_once(*z.shape[3:]), dim=1):
             video, state = self.decode_chunk(part, state, use_up=True)
             out.append(video)
         return torch.cat(out, dim=2)

@@ -81,8 +81,8 @@ def finish(vae: VAE, config: Config, device: torch.device) -> tuple[VAE, float]:
     video = torch.cat([clips([HELD_OUT + i], config.size, 81)[0] for i in range(64)]).to(device)
     if config.encoder:
         vae.config = replace(vae.config, mean=(0.0,) * vae.config.z_dim, std=(1.0,) * vae.config.z_dim)
-    z = torch.cat([vae.encode(v[None], chunk=99) for v in video])  # (64, T, C, h, w)
-    made = torch.cat([vae.decode(x[None], chunk=99) for x in z])
+    z = torch.cat([vae.encode(v[None]) for v in video])  # (64, T, C, h, w)
+    made = torch.cat([vae.decode(x[None]) for x in z])
     psnr = -10 * ((made - video).square().mean() / 4).log10().item()
     if config.encoder:
         flat = z.movedim(2, 0).flatten(1)  # (C, all)

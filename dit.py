@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import UserError
+from cpu import Linear
 from weights import config_from, load_strict, read_dit, within, write_dit
 
 
@@ -199,7 +200,7 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def heads(self, x: Tensor) -> Tensor:
@@ -240,7 +241,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(c.dim, c.num_heads, c.eps)
         self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, c.eps)  # before cross-attention; the only norm with weights
-        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.ffn = nn.Sequential(Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor | KV, at: Rope, visible: Visible | None, at_keys: Rope,
@@ -274,7 +275,7 @@ class Head(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.head = nn.Linear(config.dim, config.out_dim * config.patch_size[1] * config.patch_size[2])
+        self.head = Linear(config.dim, config.out_dim * config.patch_size[1] * config.patch_size[2])
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim ** 0.5)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -289,9 +290,9 @@ class DiT(nn.Module):
         super().__init__()
         c = self.config = config
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim))
-        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.text_embedding = nn.Sequential(Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(Linear(c.freq_dim, c.dim), nn.SiLU(), Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
         self.checkpointing = False  # training: recompute each block in the backward pass instead of keeping it

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import UserError, run, start
+from cpu import conv3d, linear
 from media import VideoWriter, read_frames
 from weights import config_from, load_strict, read_vae, within, write_safetensors
 
@@ -81,15 +82,6 @@ LARGE = 2 ** 14  # [ours] cells a frame (128 x 128) from which memory counts mor
 State = dict  # module -> what it remembers of the stream: tensors [B, C, 1 or 2, H, W]
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...] = (1, 1, 1), padding: tuple[int, ...] = (0, 0, 0)
-           ) -> Tensor:
-    """F.conv3d; on a CPU always by oneDNN, which torch itself passes over for small float32 inputs of one clip, and is then two to
-    ten times as slow [measured]."""
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, stride, padding)
-
-
 class CausalConv3d(nn.Conv3d):
     """A convolution padded in time on the left only: by zeros at the start, by remembered frames later."""
 
@@ -98,7 +90,7 @@ class CausalConv3d(nn.Conv3d):
         if keep:
             past = state.get(self) if state is not None else None
             if past is None:
-                past = x.new_zeros(*x.shape[:2], keep, *x.shape[3:])
+                past = x.new_zeros(*x.shape[:2], keep, *x.shape[3:]).contiguous(memory_format=LAYOUT)
             x = torch.cat([past, x], dim=2)  # (B, C, keep + T, H, W)
             if state is not None:
                 state[self] = x[:, :, -keep:].clone(memory_format=LAYOUT)
@@ -116,7 +108,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
-        return x * (x.shape[1] ** 0.5 / length).to(x.dtype) * self.gamma.view(-1, 1, 1, 1)
+        x, gamma = x * (x.shape[1] ** 0.5 / length).to(x.dtype), self.gamma.view(-1, 1, 1, 1)
+        return x * gamma if torch.is_grad_enabled() else x.mul_(gamma)  # in place: one pass through memory less
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x) of any shape [...], in place where no gradient asks for x."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
@@ -130,8 +128,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
         r = self.residual
-        h = r["2"](F.silu(r["0"](x)), state)
-        return r["6"](F.silu(r["3"](h)), state) + self.shortcut(x)
+        h = r["2"](silu(r["0"](x)), state)
+        return r["6"](silu(r["3"](h)), state) + self.shortcut(x)
 
 
 class Attention(nn.Module):
@@ -147,9 +145,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, state: State | None) -> Tensor:
         B, C, T, H, W = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 4, 1).reshape(B * T, 1, H * W, C)  # one head
-        q, k, v = F.linear(tokens, self.to_qkv.weight.flatten(1), self.to_qkv.bias).chunk(3, dim=-1)
+        q, k, v = linear(tokens, self.to_qkv.weight.flatten(1), self.to_qkv.bias).chunk(3, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v)
-        out = F.linear(out, self.proj.weight.flatten(1), self.proj.bias)
+        out = linear(out, self.proj.weight.flatten(1), self.proj.bias)
         return x + out.view(B, T, H, W, C).permute(0, 4, 1, 2, 3)
 
 
@@ -180,19 +178,21 @@ class Resample(nn.Module):
             return self.in_space(x)
         past = state.get(self) if state is not None else None  # None: this chunk begins with frame 0
         if self.up:
-            head, rest = (x[:, :, :1], x[:, :, 1:]) if past is None else (x[:, :, :0], x)
+            out = [x[:, :, :1]] if past is None else []
+            rest = x[:, :, len(out):]
             if state is not None:
                 state[self] = x.new_zeros(())  # only says: frame 0 has passed
             if rest.shape[2]:
-                B, C, T, H, W = rest.shape
-                rest = self.time_conv(rest, state).view(B, 2, C, T, H, W)  # channels hold the two new frames
-                rest = rest.permute(0, 2, 3, 1, 4, 5).reshape(B, C, 2 * T, H, W)
-            return self.in_space(torch.cat([head, rest], dim=2))
+                two = self.time_conv(rest, state).unflatten(1, (2, -1))  # (B, 2, C, T, H, W): channels hold the two new frames
+                out.append(two.permute(0, 3, 1, 4, 5, 2).contiguous().flatten(1, 2).permute(0, 4, 1, 2, 3))
+            return self.in_space(torch.cat(out, dim=2))
         x = self.in_space(x)
-        head, x = (x[:, :, :1], x) if past is None else (x[:, :, :0], torch.cat([past, x], dim=2))
+        out, x = ([x[:, :, :1]], x) if past is None else ([], torch.cat([past, x], dim=2))
         if state is not None:
             state[self] = x[:, :, -1:].clone(memory_format=LAYOUT)
-        return torch.cat([head, self.time_conv(x)], dim=2) if x.shape[2] > 1 else head
+        if x.shape[2] > 1:
+            out.append(conv3d(x, self.time_conv.weight, self.time_conv.bias, self.time_conv.stride))
+        return torch.cat(out, dim=2)
 
 
 class Coder(nn.Module):
@@ -236,7 +236,7 @@ class Coder(nn.Module):
         return x
 
     def _head(self, x: Tensor, state: State | None) -> Tensor:
-        return self.head["2"](F.silu(self.head["0"](x)), state)
+        return self.head["2"](silu(self.head["0"](x)), state)
 
 
 def pieces(x: Tensor, state: State | None) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 import anchors
+import cpu
 import vae as vae_module
 from anchors import Plan, layout
 from dit import PRESETS, DiT, DiTConfig
@@ -75,7 +76,7 @@ def floor(run: Callable) -> Callable:
     input, which the caches of the machine then hold."""
     calls, inputs = [], {}
     real = {(where, name): getattr(where, name) for where, name in (
-        (F, "linear"), (F, "scaled_dot_product_attention"), (torch.nn.Conv3d, "_conv_forward"), (vae_module, "conv3d"))}
+        (cpu, "_product"), (F, "linear"), (F, "scaled_dot_product_attention"), (torch.nn.Conv3d, "_conv_forward"), (vae_module, "conv3d"))}
 
     def recorded(call: Callable) -> Callable:
         def noted(*args, **more):

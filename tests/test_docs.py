@@ -12,8 +12,8 @@ import common
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-READING_ORDER = ["toy.world", "common", "media", "weights", "vae", "dit", "kvcache", "anchors", "text", "sampler", "latents", "pairs",
-                 "training", "train_ode", "train_ar", "train_dmd", "memory", "metrics", "edit", "report", "toy.tables", "evaluate",
+READING_ORDER = ["toy.world", "common", "cpu", "media", "weights", "vae", "dit", "kvcache", "anchors", "text", "sampler", "latents",
+                 "pairs", "training", "train_ode", "train_ar", "train_dmd", "memory", "metrics", "edit", "report", "toy.tables", "evaluate",
                  "toy.train_vae", "toy.train_teacher", "toy.pack", "toy.causality", "bench"]
 
 
@@ -96,7 +96,7 @@ def test_public_names_are_explained(module):
     assert not silent
 
 
-@pytest.mark.parametrize("module", ["media", "vae", "dit", "kvcache", "anchors", "text", "sampler", "latents", "pairs", "train_ode",
+@pytest.mark.parametrize("module", ["cpu", "media", "vae", "dit", "kvcache", "anchors", "text", "sampler", "latents", "pairs", "train_ode",
                                     "train_ar", "train_dmd", "metrics", "toy.train_vae"])
 def test_tensors_have_shapes(module):
     """A public function that takes tensors says in its docstring what shape they have."""

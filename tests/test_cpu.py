@@ -1,0 +1,98 @@
+"""oneDNN's products and convolutions are torch's, to rounding."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cpu
+from common import generator
+from cpu import Linear, conv3d, linear
+
+
+@pytest.mark.parametrize("shape, weight, stride, padding", [
+    ((1, 8, 5, 6, 7), (4, 8, 3, 3, 3), (1, 1, 1), (0, 1, 1)), ((2, 8, 3, 9, 9), (16, 8, 1, 3, 3), (1, 2, 2), (0, 0, 0)),
+    ((1, 8, 5, 2, 3), (8, 8, 3, 1, 1), (2, 1, 1), (0, 0, 0)), ((1, 4, 1, 2, 2), (3, 4, 1, 1, 1), (1, 1, 1), (0, 0, 0))])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_convolution_equals_torchs(shape, weight, stride, padding, layout):
+    """Values and gradients of the faster call are those of F.conv3d in float64; other types than float32 take torch's own."""
+    g = generator(3)
+    given = [torch.randn(s, generator=g) for s in (shape, weight, weight[:1])]
+    slow, fast = ([x.to(dtype).requires_grad_() for x in given] for dtype in (torch.float64, torch.float32))
+    results = []
+    for (x, w, b), call in ((slow, lambda x, w, b: torch.nn.functional.conv3d(x, w, b, stride, padding)),
+                            (fast, lambda x, w, b: conv3d(x.contiguous(memory_format=layout), w, b, stride, padding))):
+        y = call(x, w, b)
+        y.square().sum().backward()
+        results.append((y, x.grad, w.grad, b.grad))
+    for right, ours in zip(*results):
+        assert (right - ours).abs().max() <= 1e-5 * right.abs().max()
+    assert torch.equal(conv3d(*slow, stride, padding), results[0][0])
+
+
+def given(layout: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """x [2, 5, 24] whole, transposed, or with gaps between its rows; weight [7, 24]; bias [7]: leaves that want gradients."""
+    g = generator(4)
+    x, weight, bias = (torch.randn(s, generator=g) for s in ((2, 5, 24), (7, 24), (7,)))
+    x = {"whole": x, "transposed": x.transpose(1, 2).contiguous().transpose(1, 2), "gaps": F.pad(x, (0, 8))[..., :24]}[layout]
+    return [y.to(dtype).requires_grad_() for y in (x, weight, bias)]
+
+
+@pytest.mark.parametrize("layout", ["whole", "transposed", "gaps"])
+def test_product_equals_torchs(layout, monkeypatch):
+    """Values and gradients are those of F.linear in float64, for any layout of input and gradient; what oneDNN gets has no gaps."""
+    monkeypatch.setattr("cpu.SMALL", 0)
+    real, taken = cpu._product, []
+    monkeypatch.setattr("cpu._product", lambda x, *more: (taken.append(x.flatten(0, -2)), real(x, *more))[1])
+    results = []
+    for dtype, call in ((torch.float64, F.linear), (torch.float32, linear)):
+        x, weight, bias = given(layout, dtype)
+        y = call(x, weight, bias)
+        (y.square().sum() + y.sum() + y[..., ::2].sum()).backward()
+        results.append((y, x.grad, weight.grad, bias.grad))
+    for right, ours in zip(*results):
+        assert (right - ours).abs().max() <= 1e-5 * right.abs().max()
+    assert len(taken) == 3 and all(x.is_contiguous() or x.t().is_contiguous() for x in taken)
+    with torch.no_grad():
+        assert torch.equal(linear(*given(layout, torch.float32)), results[1][0])
+    assert len(taken) == 4 and taken[3].is_contiguous()
+
+
+def test_an_expanded_gradient(monkeypatch):
+    """A sum hands down one number for all places."""
+    monkeypatch.setattr("cpu.SMALL", 0)
+    found = []
+    for dtype, call in ((torch.float64, F.linear), (torch.float32, linear)):
+        x, weight, bias = given("whole", dtype)
+        found.append(torch.autograd.grad(call(x, weight, bias).sum(), (x, weight, bias)))
+    assert all(torch.allclose(right.float(), ours, atol=1e-5) for right, ours in zip(*found))
+
+
+def test_what_is_frozen_costs_nothing(monkeypatch):
+    """Without a wish for the gradient of the weight, or of the input, its product is left out."""
+    monkeypatch.setattr("cpu.SMALL", 0)
+    real, calls = cpu._product, []
+    monkeypatch.setattr("cpu._product", lambda *args: (calls.append(1), real(*args))[1])
+    for frozen in (0, 1, 2):
+        leaves = given("whole", torch.float32)
+        leaves[frozen].requires_grad_(False)
+        calls.clear()
+        linear(*leaves).sum().backward()
+        assert leaves[frozen].grad is None and len(calls) == (3 if frozen == 2 else 2)
+
+
+def test_all_else_is_torchs(monkeypatch):
+    """Small products, other types, autocast, torch.compile, and a torch without oneDNN take F.linear, to the bit."""
+    monkeypatch.setattr("cpu._product", None)
+    x, weight, bias = given("whole", torch.float32)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    monkeypatch.setattr("cpu.SMALL", 0)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert torch.equal(linear(*given("whole", dtype)), F.linear(*given("whole", dtype)))
+    layer = Linear(24, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), F.linear(x, layer.weight, layer.bias))
+    monkeypatch.setattr("cpu.ONEDNN", False)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    c = [torch.randn(s, generator=generator(1)) for s in ((1, 2, 3, 4, 4), (2, 2, 1, 1, 1), (2,))]
+    assert torch.equal(conv3d(*c), F.conv3d(*c))

@@ -261,7 +261,7 @@ class VAE(nn.Module):
         return mean, logvar
 
     def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
+        mean, std = (torch.tensor(v, dtype=like.dtype).to(like.device, non_blocking=True).view(-1, 1, 1, 1)  # no GPU waits for the host
                      for v in (self.config.mean, self.config.std))
         return mean, std
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ def autoencoders(dim: int) -> None:
     race(f"VAE decode, dim {dim}, 17x128x128, in bfloat16 against float32", lambda: half.decode(z), lambda: vae.decode(z), turns=5)
 
 
-def rollouts(dit: DiT) -> None:
+def rollouts(name: str, dit: DiT) -> None:
     """A rollout of 21 latents: cached against recomputed, forward against backward; and what fusing two passes would save."""
     plans, text = {"forward": anchors.forward(21), "backward": anchors.backward(21)}, torch.randn(1, 512, 512)
     text_kv = dit.text_kv(text)
@@ -127,9 +128,10 @@ def rollouts(dit: DiT) -> None:
                 t = torch.zeros(1, latents)
                 t[:, -3:] = 1000 * sigma
                 dit(noise[:, :latents], t, words, pos[:latents], visible)
-    race("rollout of 21 latents, cached, against nothing cached", lambda: cached("forward"), lambda: recompute(text), turns=3)
-    race("rollout of 21 latents, cached, against only the text cached", lambda: cached("forward"), lambda: recompute(text_kv), turns=3)
-    race("rollout of 21 latents, forward against backward with P = 3", lambda: cached("forward"), lambda: cached("backward"), turns=3)
+    name = f"rollout of 21 latents, {name}"
+    race(f"{name}, cached, against nothing cached", lambda: cached("forward"), lambda: recompute(text), turns=3)
+    race(f"{name}, cached, against only the text cached", lambda: cached("forward"), lambda: recompute(text_kv), turns=3)
+    race(f"{name}, forward against backward with P = 3", lambda: cached("forward"), lambda: cached("backward"), turns=3)
 
 
 def fused(name: str, config: DiTConfig, h: int) -> None:
@@ -149,12 +151,16 @@ def main() -> None:
         longer(way)
     small, wide = transformers(384, 1536, 6, 8, 21), transformers(1536, 8960, 12, 2, 12)
     for name, (ours, theirs) in (("dim 384, 8 layers, 21x64 tokens", small[1:]), ("dim 1536, 2 layers, 12x64 tokens", wide[1:])):
+        with mock.patch.object(cpu, "ONEDNN", False):
+            torchs = floor(ours)
         race(f"DiT forward, {name}, against diffusers", ours, theirs)
         race(f"DiT forward, {name}, against its floor", ours, floor(ours))
-        race("diffusers' against that floor", theirs, floor(ours))
+        race(f"DiT forward, {name}, against that floor with torch's matrix products", ours, torchs)
+        race("diffusers' against the floor with torch's matrix products", theirs, torchs)
     for dim in (32, 96):
         autoencoders(dim)
-    rollouts(small[0])
+    rollouts("dim 384, 8 layers", small[0])
+    rollouts("dim 1536, 4 layers", transformers(1536, 8960, 12, 4, 12)[0])
     fused("the toy", PRESETS["toy"], 4)
     fused("1.3B's layers, two of them", replace(PRESETS["wan1.3b"], num_layers=2), 32)
 

@@ -1,4 +1,5 @@
 """Executing a plan: cached == full for every order, no leak, no stray gradient, and a command line that cannot surprise."""
+import contextlib
 import gc
 
 import imageio.v3 as iio
@@ -376,6 +377,73 @@ def test_forward_decodes_early():
         for piece in decode_in_order(vae, plan, finished()):
             frames[-1] += piece.shape[2]
         assert frames[:3] == expected
+
+
+class Side:
+    """Stands in for a CUDA stream: writes down what the host does, in order."""
+
+    def __init__(self) -> None:
+        self.log, self.inside = [], False
+
+    def wait_stream(self, stream: object) -> None:
+        self.log.append("wait")
+
+    @contextlib.contextmanager
+    def entered(self, stream: object):
+        assert stream is self and not self.inside
+        self.inside = True
+        yield
+        self.inside = False
+
+
+@pytest.mark.parametrize("name", ["forward", "backward P=3", "inbetween", "long"])
+def test_decoding_aside(name, monkeypatch):
+    """On a stream of its own: the same pieces. Each is decoded there, after that stream has waited for the block, and from latents whose
+    memory it holds; it is handed on when the next block has been asked for, the first one at once; few are kept."""
+    vae, plan, side = randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))), PLANS.get(name) or anchors.long(60, "backward"), Side()
+    z = 0.5 * randn(0, 1, plan.length, 4, H, W)
+    monkeypatch.setattr(torch.cuda, "stream", side.entered)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    real, recorded, live, most = vae.decode_chunk, [], [], 0
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: recorded.append((x.data_ptr(), stream)))
+
+    def decode_chunk(part, *args, **more):
+        assert side.inside and len(recorded) == part.shape[1] and {stream for _, stream in recorded} == {side}
+        recorded.clear()
+        side.log.append("decode")
+        live.append(part)
+        return real(part, *args, **more)
+
+    def finished():
+        for n, step in enumerate(plan.steps):
+            side.log.append("asked")
+            yield n, z[:, list(step.targets)]
+    monkeypatch.setattr(vae, "decode_chunk", decode_chunk)
+    pieces = []
+    for piece in decode_in_order(vae, plan, finished(), chunk=1, aside=side):
+        assert not side.inside  # or the caller's own work would land on that stream
+        side.log.append("handed")
+        pieces.append(piece)
+        most = max(most, len(live) - len(pieces))
+    monkeypatch.undo()
+    assert distance(torch.cat(pieces, 2), vae.decode(z)) <= 1e-5 and len(pieces) == plan.length
+    assert most <= max(len(step.targets) for step in plan.steps)
+    if name == "forward":  # three blocks of three latents
+        assert side.log == (["asked", "wait", "decode", "handed", "decode", "decode", "asked", "handed", "handed", "wait"]
+                            + ["decode"] * 3 + ["asked"] + ["handed"] * 3 + ["wait"] + ["decode"] * 3 + ["handed"] * 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_decoding_aside_on_a_gpu():
+    """The same video as without, from a real rollout."""
+    vae, model = randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))).cuda(), tiny_dit().cuda()
+    found = []
+    for aside in (None, torch.cuda.Stream()):
+        cache = KVCache(model.config, 1, PLANS["forward"].capacity, H, W, device="cuda")
+        made = rollout(model, PLANS["forward"], [randn(5, 1, 5, 32).cuda()], noise_seeded([(0, 0, 0)], (4, H, W), "cuda"), SIGMAS, cache)
+        with torch.no_grad():
+            found.append(torch.cat(list(decode_in_order(vae, PLANS["forward"], made, 1, aside=aside)), 2))
+    assert distance(*found) <= 1e-5
 
 
 def live_bytes() -> int:

@@ -53,6 +53,7 @@ class Config:
     train: bool = False       # also the steps of both stages
     teacher: str = ""         # of --train: wan14b for the paper's teacher; default: the student's size
     dtype: str = "auto"       # float32 or bfloat16; auto: bfloat16 on CUDA
+    vae_dtype: str = "float32"  # of the VAE
     device: str = "auto"
     out: str = ""             # also write everything as .json
 
@@ -227,11 +228,11 @@ def main(config: Config) -> None:
     if config.preset not in SIZES or config.runs < 1:
         raise UserError(f"--preset {config.preset} must be one of {', '.join(SIZES)}, and --runs {config.runs} at least 1")
     device = start(config.device)[2]
-    dtype, clock = dtype_of(config.dtype, device), Clock(device)
+    dtype, vae_dtype, clock = dtype_of(config.dtype, device), dtype_of(config.vae_dtype, device, "vae_dtype"), Clock(device)
     size, vae_size, height, width = SIZES[config.preset]
     c = PRESETS[size]
     with torch.device(device):
-        dit, vae = DiT(c).to(dtype).eval().requires_grad_(False), VAE(VAES[vae_size]).eval().requires_grad_(False)
+        dit, vae = DiT(c).to(dtype).eval().requires_grad_(False), VAE(VAES[vae_size]).to(vae_dtype).eval().requires_grad_(False)
         torch.nn.init.normal_(dit.head.head.weight, std=0.02)
     if config.compile:
         dit.compile_blocks()
@@ -240,8 +241,8 @@ def main(config: Config) -> None:
     name = f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    print(f"{config.preset}: {size}, {height}x{width}, {tokens} tokens a latent, {dtype}; {name}, torch {torch.__version__}; random "
-          f"weights, medians of {config.runs}\n", flush=True)
+    print(f"{config.preset}: {size}, {height}x{width}, {tokens} tokens a latent, {dtype}, VAE {vae_dtype}; {name}, torch {torch.__version__}; "
+          f"random weights, medians of {config.runs}\n", flush=True)
     found = {"machine": name, "torch": torch.__version__, "config": asdict(config)}
     rate = found["matmul FLOP/s"] = matmul_rate(clock, dtype)
     found["parts"] = parts(clock, dit, vae, text, h, w, config.runs, dtype)

@@ -11,7 +11,7 @@ from dit import PRESETS, DiTConfig
 
 def test_bench_measures_every_part(tmp_path):
     """Parts, orders, long video and training steps, each a positive number, in the .json."""
-    main(Config(runs=1, train=True, out=str(tmp_path / "bench.json")))
+    main(Config(runs=1, train=True, vae_dtype="bfloat16", out=str(tmp_path / "bench.json")))
     found = json.loads((tmp_path / "bench.json").read_text())
     assert set(found["orders"]) == set(bench.ORDERS) and len(found["parts"]) == 5
     numbers = [*found["parts"].values(), *found["long"].values(), *found["training"].values(), found["matmul FLOP/s"]]

@@ -241,8 +241,8 @@ def main(config: Config) -> None:
     name = f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    print(f"{config.preset}: {size}, {height}x{width}, {tokens} tokens a latent, {dtype}, VAE {vae_dtype}; {name}, torch {torch.__version__}; "
-          f"random weights, medians of {config.runs}\n", flush=True)
+    print(f"{config.preset}: {size}, {height}x{width}, {tokens} tokens a latent, {dtype}, VAE {vae_dtype}; {name}, "
+          f"torch {torch.__version__}; random weights, medians of {config.runs}\n", flush=True)
     found = {"machine": name, "torch": torch.__version__, "config": asdict(config)}
     rate = found["matmul FLOP/s"] = matmul_rate(clock, dtype)
     found["parts"] = parts(clock, dit, vae, text, h, w, config.runs, dtype)

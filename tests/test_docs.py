@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 READING_ORDER = ["toy.world", "common", "cpu", "media", "weights", "vae", "dit", "kvcache", "anchors", "text", "sampler", "latents",
                  "pairs", "training", "train_ode", "train_ar", "train_dmd", "memory", "metrics", "edit", "report", "toy.tables", "evaluate",
-                 "toy.train_vae", "toy.train_teacher", "toy.pack", "toy.causality", "bench"]
+                 "toy.train_vae", "toy.train_teacher", "toy.pack", "toy.causality", "toy.frames", "bench"]
 
 
 def tracked() -> list[str]:

@@ -10,6 +10,7 @@ from evaluate import PLANS, held_out, make
 from metrics import flickering_ratio, measure, round_trip
 from sampler import load_models
 from text import HELD_OUT
+from toy import frames, world
 from toy.train_vae import clips
 
 WEIGHTS = ROOT / "toy" / "weights"
@@ -85,3 +86,15 @@ def test_stage_1_from_the_shipped_teacher(tmp_path):
     for way in ("forward", "backward"):
         first, last = (sum(row[way] for row in part) / 8 for part in (log[:8], log[-8:]))
         assert last < first / 1.5, (way, first, last)
+
+
+def test_shapes_of_single_frames(capsys):
+    """A spoilt frame is noticed, and no other; the table has a row for each who draws, and the VAE alone spoils nothing."""
+    captions = [c for c in held_out(16) if "cross" not in c]
+    video = world.render(captions, list(range(len(captions))))
+    assert {s.mean for s in frames.shapes(video, captions).values()} == {1}
+    video[:, :, 4] = 0
+    assert {k: s.mean for k, s in frames.shapes(video, captions).items()} == {f"frame {f}": float(f != 4) for f in frames.FRAMES}
+    frames.main(frames.Config(clips=2))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[2] == "| real clips, decoded | " + " | ".join(["1.000 ± 0.000"] * len(frames.FRAMES)) + " |"

@@ -56,6 +56,16 @@ def test_product_equals_torchs(layout, monkeypatch):
     assert len(taken) == 4 and taken[3].is_contiguous()
 
 
+def test_rows_do_not_see_each_other():
+    """At a size that oneDNN gets: another row changes no bit of the rest, so nothing leaks through a product."""
+    g = generator(5)
+    x, weight, bias = (torch.randn(s, generator=g) for s in ((2, 48, 192), (256, 192), (256,)))
+    assert x.numel() * len(weight) >= cpu.SMALL
+    one, other = linear(x, weight, bias), linear(x.index_fill(1, torch.tensor([17]), 3.0), weight, bias)
+    same = (one == other).all(-1)
+    assert same.sum() == 2 * 47 and not same[:, 17].any()
+
+
 def test_an_expanded_gradient(monkeypatch):
     """A sum hands down one number for all places."""
     monkeypatch.setattr("cpu.SMALL", 0)

@@ -135,13 +135,12 @@ def generate_once(clock: Clock, dit: DiT, vae: VAE, plan: Plan, text: Tensor, h:
     c, device = dit.config, clock.device
     noise = noise_seeded([(0, 0, 0)], (c.in_dim, h, w), device)
     given = {i: torch.zeros(1, c.in_dim, h, w, device=device) for step in plan.steps if step.given for i in step.targets}
-    aside = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def blocks_made() -> Iterator[tuple[int, Tensor]]:
         cache = KVCache(c, 1, plan.capacity, h, w, dtype, device)
         return rollout(dit, plan, [dit.text_kv(text)], noise, student_sigmas(), cache, given, warm=warm)
     began, first, blocks = clock.now(), 0.0, []
-    for _ in decode_in_order(vae, plan, blocks_made(), aside=aside):  # pieces come whole: no need to wait for the device
+    for _ in decode_in_order(vae, plan, blocks_made()):  # pieces come whole: no need to wait for the device
         first = first or time.perf_counter() - began
     total, last = clock.now() - began, clock.now()
     for n, _ in blocks_made():

@@ -1,8 +1,8 @@
 """Two operations that torch leaves slow on a CPU in float32; oneDNN, which torch brings along, has the same ones faster.
 
 Matrix products go to MKL, which keeps to older instructions on processors that are not Intel's; convolutions of one small
-clip to torch's own loops. All else (a GPU, another type, autocast, torch.compile, a torch without oneDNN) is passed on as
-it is. Values differ from torch's by rounding alone.
+clip to torch's own loops. All else (a GPU, another type, a torch without oneDNN; products also where they are small, under
+autocast or torch.compile) is passed on as it is. Values differ from torch's by rounding alone.
 """
 import torch
 import torch.nn.functional as F

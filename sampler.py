@@ -172,24 +172,29 @@ def generate(dit: DiT, plan: Plan, texts: Sequence[Tensor | list[KV]], noise: No
     return torch.stack([made[i] for i in range(plan.length)], dim=1)
 
 
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream beside the one in use; None where there are none."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 def decode_in_order(vae: VAE, plan: Plan, finished: Iterable[tuple[int, Tensor]], chunk: int = 0,
-                    waiting: dict[int, Tensor] | None = None, aside: torch.cuda.Stream | None = None) -> Iterator[Tensor]:
+                    waiting: dict[int, Tensor] | None = None) -> Iterator[Tensor]:
     """Decode latents as soon as all earlier ones are there, in one stream; yield video [B, 3, F, H, W] piece by piece, on the CPU.
 
     Forward order decodes after every block; backward order once, at the end (its past is made last).
     chunk: how many latents at a time at most, 0: `vae.at_once`
     waiting: where finished latents wait, for a caller who wants to see them
-    aside: a CUDA stream to decode on while the next block is made. That one is asked for before the pieces of this one are handed
-        on, but for the video's first piece, which nothing delays; no more pieces are held than the block has latents"""
+    On CUDA a stream of its own decodes while the next block is made: that one is asked for before the pieces of this one are handed
+    on, but for the video's first piece, which nothing delays; no more pieces are held than the block has latents."""
     waiting = {} if waiting is None else waiting
-    state, at, pieces, held = None, 0, deque(), 0
+    state, at, pieces, held, aside = None, 0, deque(), 0, side_stream(vae.conv2.weight.device)
 
-    def first_piece() -> Tensor:
-        with torch.cuda.stream(aside):  # waits for the decoding alone; without `aside` this line does nothing
+    def next_piece() -> Tensor:
+        with torch.cuda.stream(aside):  # waits for the decoding alone; with None this line does nothing
             return pieces.popleft().cpu()
     for n, x0 in finished:
         while pieces:
-            yield first_piece()
+            yield next_piece()
         chunk = chunk or vae.at_once(*x0.shape[3:])
         waiting.update(zip(plan.steps[n].targets, x0.clone().unbind(1)))  # a copy, or the anchors beside it would stay alive
         if aside:
@@ -205,10 +210,10 @@ def decode_in_order(vae: VAE, plan: Plan, finished: Iterable[tuple[int, Tensor]]
                 video, state = vae.decode_chunk(torch.stack(part, dim=1), state, use_up=True)
             pieces.append(video)
             while len(pieces) > held:
-                yield first_piece()
+                yield next_piece()
             held = len(plan.steps[n].targets) if aside else 0
     while pieces:
-        yield first_piece()
+        yield next_piece()
 
 
 # ---------------------------------------------------------------- from a plan to a file
@@ -299,7 +304,6 @@ def film(config: Settings, plan: Plan, prompts: Sequence[str], dit: DiT, vae: VA
     cache = KVCache(c, 1, plan.capacity, h, w, weight.dtype, weight.device)
     noise = noise_seeded([(config.seed, 0, 0)], (c.in_dim, h, w), weight.device)
     sigmas, first = (student_sigmas(steps, config.shift) for steps in (config.steps, config.first_steps or config.steps))
-    aside = torch.cuda.Stream(weight.device) if weight.device.type == "cuda" else None
     made = rollout(dit, plan, texts, noise, sigmas, cache, given, None, config.commit_anchors, (first, None), config.warm)
     done = tqdm(made, desc="blocks", total=len(plan.steps), unit="block")
 
@@ -316,7 +320,7 @@ def film(config: Settings, plan: Plan, prompts: Sequence[str], dit: DiT, vae: VA
     try:
         with writer:
             try:
-                for video in decode_in_order(vae, plan, previewed(), waiting=waiting, aside=aside):
+                for video in decode_in_order(vae, plan, previewed(), waiting=waiting):
                     for f, frame in enumerate(video[0].unbind(1), writer.count):
                         if shown and f in shown:
                             frame.copy_(shown[f])

@@ -15,7 +15,7 @@ import report
 from common import UserError, run, start
 from dit import load_dit
 from evaluate import held_out, make
-from metrics import stat
+from metrics import Stat, stat
 from text import HELD_OUT
 from toy import world
 from vae import load_vae
@@ -32,7 +32,7 @@ class Config:
     device: str = "auto"
 
 
-def shapes(video: Tensor, captions: list[str]) -> dict[str, object]:
+def shapes(video: Tensor, captions: list[str]) -> dict[str, Stat]:
     """Frame -> share of clips [B, 3, F, H, W] whose shape is right in this frame alone."""
     return {f"frame {f}": stat(torch.tensor([world.accuracy(clip[None, :, [f, f, f]], [said])["shape"] for clip, said in
                                              zip(video, captions, strict=True)])) for f in FRAMES}

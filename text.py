@@ -29,7 +29,8 @@ from weights import find, load_strict, read_tensors, read_umt5, write_safetensor
 
 TOY_DIM, TOY_LEN = 64, 12  # [ours] width of a toy word, words in a toy prompt
 WAN_LEN = 512              # [Wan] tokens
-HELD_OUT = 1 << 30         # captions and clips of the toy world from this number on are never trained on
+HELD_OUT = 1 << 30         # clips of the toy world from this number on are never trained on, nor are their captions
+KNOWN = 1 << 31            # from this number on: new clips again, but of captions that are trained on
 NEGATIVE = (               # [Wan] its negative prompt, which the teacher's unconditional pass needs, to the letter
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
     "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
@@ -38,8 +39,10 @@ Rows = Callable[[str], Tensor]  # a prompt -> its embedding [L, width] without p
 
 # ---------------------------------------------------------------- the toy world's words
 def toy_caption(number: int) -> str:
-    """The caption with this number; the clip of the same number shows it (`toy/train_vae.py:clips`)."""
-    return random_captions(1, generator(number, 11))[0]
+    """The caption with this number; the clip of the same number shows it (`toy/train_vae.py:clips`).
+
+    Below HELD_OUT and from KNOWN on it is one that training sees, between them one that it never does (`world.held_out`)."""
+    return random_captions(1, generator(number, 11), "new" if HELD_OUT <= number < KNOWN else "known")[0]
 
 
 def toy_words(text_len: int = TOY_LEN) -> Rows:

@@ -2,9 +2,10 @@
 
 The idea: a caption such as "a red disc moves left over a blue wave" and an integer seed fix a clip
 completely. One bright sprite crosses the frame and wraps round (so its direction holds at every moment), now
-faster, now slower, turning, and drifting between the other two walls. Behind it a small grey ball bounces,
+faster, now slower, turning, and drifting between the other two walls. Behind it a small pale ball bounces,
 and behind that a dark wave of the ground colour pans. Colour words name sprite and ground alike, so word
-order matters. `measure` reads the words back from pixels alone, so a generated clip is scored without a
+order matters. No word names the ball's tint or the waves: what a clip began with must be kept (`identity`).
+One caption in eight is held out, by a hash of its words: no training stream has it (`held_out`). `measure` reads the words back from pixels alone, so a generated clip is scored without a
 judge. Lengths are in units of 1/32 frame (a pixel at 32 px), times in frames; drawing is plain arithmetic on
 [clips, frames, rows, columns].
 
@@ -14,6 +15,7 @@ What it does not do: keep a data set on disk, move a camera, light a scene; `mea
 """
 
 import functools
+import hashlib
 import itertools
 import math
 import sys
@@ -24,24 +26,37 @@ from torch import Tensor
 PALETTE = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1),  # [ours]
            "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
 HEADINGS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # [ours] (x, y), y points down
-COLOURS, DIRECTIONS, SHAPES = tuple(PALETTE), tuple(HEADINGS), ("disc", "square", "cross", "ring")  # [ours]
+COLOURS, DIRECTIONS, SHAPES = tuple(PALETTE), tuple(HEADINGS), ("disc", "square", "triangle", "ring")  # [ours]
 GRAMMAR = (("a",), COLOURS, SHAPES, ("moves",), DIRECTIONS, ("over",), ("a",), COLOURS, ("wave",))
 VOCABULARY = tuple(dict.fromkeys(itertools.chain(*GRAMMAR)))
 
 UNITS = 32.0  # [ours] frame width
 SPRITE_LOW, SPRITE_SPAN = 0.04, 0.94  # [ours] sprite = low + span * palette, channels 0..1
 GROUND_LOW, GROUND_SPAN, GROUND_WAVE = 0.10, 0.24, 0.30  # [ours] (low + span * palette) * (1 +- wave)
-SPRITE_RADIUS, BALL_RADIUS, BALL_GREY = 7.5, 3.0, 0.60  # [ours] every shape fits in the sprite radius
+SPRITE_RADIUS, BALL_RADIUS = 7.5, 3.0  # [ours] every shape fits in the sprite radius
+BALL_GREY, BALL_TINT = 0.55, 0.20  # [ours] ball = grey + tint * cos(hue - 0, 1/3, 2/3 of a turn): paler than any sprite
 SPEED_SWING = 0.4  # [ours] speed factor is 1 +- swing
-SCALARS = 20  # [ours] random numbers per clip
+SCALARS = 21  # [ours] random numbers per clip
 RADII = (1, 2, 3, 4, 5, 6, 7, 8)  # [ours] circles on which `measure` looks at a shape
 BLURS = (1.0, 3.0, 5.0)  # [ours] widths of soft edge at which `measure` knows the shapes
 
 
-def random_captions(n: int, generator: torch.Generator | None = None) -> list[str]:
-    """n captions, every free word uniform and independent."""
-    picks = [torch.randint(len(words), (n,), generator=generator).tolist() for words in GRAMMAR]
-    return [" ".join(words[i] for words, i in zip(GRAMMAR, row)) for row in zip(*picks)]
+def held_out(caption: str) -> bool:
+    """Whether no training stream may have this caption: one in eight, by the hash of its words."""
+    return hashlib.sha256(caption.encode()).digest()[0] % 8 == 0
+
+
+@functools.cache
+def captions_of(part: str) -> tuple[str, ...]:
+    """All 576 captions ("all"), or those of one part: "known", which training sees, or "new", which it never does."""
+    every = [" ".join(words) for words in itertools.product(*GRAMMAR)]
+    return tuple(c for c in every if part == "all" or held_out(c) == (part == "new"))
+
+
+def random_captions(n: int, generator: torch.Generator | None = None, part: str = "all") -> list[str]:
+    """n captions of a part of them (`captions_of`), uniform and independent."""
+    some = captions_of(part)
+    return [some[i] for i in torch.randint(len(some), (n,), generator=generator).tolist()]
 
 
 def parse(caption: str) -> dict[str, str]:
@@ -107,7 +122,9 @@ def render(captions: list[str], seeds: list[int] | Tensor, size: int = 32, frame
     for shape in SHAPES:
         where = [i for i, w in enumerate(words) if w["shape"] == shape]
         sprite[where] = _cover(shape, u[where], v[where], size)
-    video += ball[:, None] * (BALL_GREY - video)
+    thirds = torch.tensor([0, 1, 2], dtype=torch.float64) * 2 * math.pi / 3
+    tint = BALL_GREY + BALL_TINT * (uniform(0, 2 * math.pi) - thirds).cos().float()  # [B, 3]
+    video += ball[:, None] * (tint[..., None, None, None] - video)
     video += sprite[:, None] * (SPRITE_LOW + SPRITE_SPAN * _palette(w["colour"] for w in words) - video)
     return video.mul_(2).sub_(1)
 
@@ -139,9 +156,8 @@ def _cover(shape: str, u: Tensor, v: Tensor, size: int, blur: float = 1.0) -> Te
     """How much of each pixel a shape covers, 0..1: a signed distance from its edge, `blur` pixels soft."""
     if shape == "square":
         distance = torch.maximum(u.abs(), v.abs()) - 5.3
-    elif shape == "cross":
-        a, b = u.abs(), v.abs()
-        distance = torch.maximum(torch.maximum(a, b) - 6.5, torch.minimum(a, b) - 2.0)
+    elif shape == "triangle":
+        distance = torch.maximum(v, math.sqrt(3) / 2 * u.abs() - v / 2) - 3.2
     else:
         r = (u * u + v * v).sqrt()
         distance = {"disc": r - 5.0, "ring": (r - 4.8).abs() - 1.7, "ball": r - BALL_RADIUS}[shape]

@@ -24,6 +24,7 @@ import typing
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -161,6 +162,23 @@ def dtype_of(name: str, device: torch.device | str = "cpu", flag: str = "dtype")
     if name not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--{flag} {name!r} must be float32, bfloat16 or auto")
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and torch.device(device).type == "cuda") else torch.float32
+
+
+class Stream(IntEnum):
+    """What random numbers are for: the second number of every tuple that `generator` gets, so that no two uses meet."""
+    VAE = 1
+    TEACHER = 2
+    PAIR = 3        # the noise a pair starts from
+    ODE = 4         # stage 1
+    STUDENT = 5     # stage 2
+    CRITIC = 6
+    WORD = 7        # the toy world's word vectors
+    SHEET = 8       # samples shown while training
+    SAMPLE = 9      # the noise of a clip that is generated
+    CAPTION = 11
+    CD = 12         # consistency distillation
+    AR = 13         # the autoregressive teacher
+    PLANS = 14      # which plans an iteration, or a shard of pairs, draws
 
 
 def generator(*numbers: int) -> torch.Generator:

@@ -1,26 +1,30 @@
 """Train the toy teacher: the real DiT, bidirectional, by flow matching on latents of the procedural world.
 
-One noise level per clip, shifted towards noise; loss |v - (noise - x0)|^2; one prompt in ten is dropped, which gives
-the unconditional velocity that guidance needs. Small batches and many steps learn most per second on a CPU. The
-exponential moving average is what is kept. Caption accuracy of samples is read back from their pixels at the end.
+Each step draws a length (`anchors.prefix_mix`): clips cut to their first n latents, and single pictures beside them, since
+latent 0 is an image, of a kind of its own, and one of 21. One noise level per clip, shifted towards noise; loss
+|v - (noise - x0)|^2; one prompt in ten is dropped, which gives the unconditional velocity that guidance needs. Small batches
+and many steps learn most per second on a CPU. The exponential moving average is what is kept. Caption accuracy of samples is
+read back from their pixels at the end.
 
-    python -m toy.train_teacher --out out/toy          # after toy.train_vae with the same --out
+    torchrun --nproc_per_node=2 -m toy.train_teacher --out out/toy          # after toy.train_vae with the same --out
 """
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import latents
 import text
-from common import UserError, dtype_of, generator, run, start
+from anchors import draw, prefix_mix
+from common import Stream, UserError, dtype_of, generator, run, start
 from dit import PRESETS, DiT, save_dit
 from media import write_sheet
 from pairs import many_steps
 from sampler import noise_from, shift_sigma
 from toy import world
-from training import EMA, clip_gradients, computing, cosine, log_row, training_steps
+from training import EMA, clip_gradients, computing, cosine, log_row, mean_over_processes, sync_gradients, training_steps
 from vae import VAE, load_vae
 
 FRAMES = 81  # [Wan]
@@ -33,12 +37,13 @@ class Config:
     preset: str = "toy"      # a DiT preset
     size: int = 32           # pixels
     clips: int = 6144        # training clips, encoded once
-    steps: int = 9000
-    batch: int = 16
+    steps: int = 20000
+    batch: int = 16          # clips a step, over all processes
+    pictures: int = 64       # single pictures a step beside them
     lr: float = 1e-3         # AdamW, cosine to zero [ours]
     shift: float = 3.0       # of the training noise levels [ours]
     dropout: float = 0.1     # share of prompts replaced by the empty one
-    ema: float = 0.998
+    ema: float = 0.999
     guidance: float = 2.0    # of the samples at the end
     seed: int = 0
     save_every: int = 500
@@ -60,7 +65,7 @@ def report(dit: DiT, vae: VAE, config: Config, sheet: Path, n: int = 64) -> dict
     device = dit.patch_embedding.weight.device
     captions = [text.toy_caption(text.HELD_OUT + i) for i in range(n)]
     side = config.size // vae.config.space
-    noise = torch.stack([torch.randn(21, dit.config.in_dim, side, side, generator=generator(config.seed, 9, i)) for i in range(n)])
+    noise = torch.stack([torch.randn(21, dit.config.in_dim, side, side, generator=generator(config.seed, Stream.SHEET, i)) for i in range(n)])
     prompts = text.embed(captions, dit.config.text_dim, dit.config.text_len)
     parts = [many_steps(dit, None, p.to(device), torch.zeros_like(p, device=device), noise_from(x.to(device)), config.guidance)
              for p, x in zip(prompts.split(16), noise.split(16))]
@@ -70,43 +75,53 @@ def report(dit: DiT, vae: VAE, config: Config, sheet: Path, n: int = 64) -> dict
 
 
 def main(config: Config) -> None:
-    device = start(config.device)[2]
+    rank, world_size, device = start(config.device)
     out, dtype = Path(config.out), dtype_of(config.dtype)
-    vae = load_vae(out / "vae.safetensors", device=device)
-    latents.encode(latents.Config(vae=str(out), out=str(out / "latents"), clips=config.clips, frames=FRAMES,
-                                   size=(config.size, config.size)), device=device)
     if config.preset not in PRESETS:
         raise UserError(f"unknown preset {config.preset!r}; use {', '.join(PRESETS)}")
+    vae = load_vae(out / "vae.safetensors", device=device)
+    latents.encode(latents.Config(vae=str(out), out=str(out / "latents"), clips=config.clips, frames=FRAMES,
+                                  size=(config.size, config.size)), rank, world_size, device)
+    if dist.is_initialized():
+        dist.barrier()  # until the other processes' clips are there, too
     torch.manual_seed(config.seed)
     dit = DiT(PRESETS[config.preset]).to(device)
     source, side = text.Prompts("toy", dit.config.text_dim, dit.config.text_len), config.size // vae.config.space
     clips = latents.Clips(str(out / "latents"), (vae.config.latents(FRAMES), side, side), vae.config.z_dim, source)
+    mix, sizes = prefix_mix(vae.config.latents(FRAMES)), (config.batch, config.pictures)
     optimiser = torch.optim.AdamW(dit.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
     ema = EMA(dit, config.ema)
     for step, row in training_steps(config, "teacher", {"dit": (dit, optimiser)}, device, {"ema": ema}, prefix="teacher."):
         for group in optimiser.param_groups:
             group["lr"] = cosine(step, config.steps, config.lr)
-        g = generator(config.seed, 2, step)
-        pick = torch.randint(config.clips, (config.batch,), generator=g)
-        x0 = torch.stack([clips[i] for i in pick.tolist()]).to(device)
-        prompts = source(pick.tolist()) * (torch.rand(config.batch, 1, 1, generator=g) >= config.dropout)
-        u, noise = torch.rand(config.batch, generator=g).to(device), torch.randn(x0.shape, generator=g).to(device)
-        with computing(dtype, device):
-            losses = teacher_loss(dit, x0, prompts.to(device), u, noise, config.shift)
-        losses.mean().backward()
+        plans = mix[draw(mix, torch.rand(1, generator=generator(config.seed, Stream.PLANS, step)).item())][1]
+        for d, (plan, size) in enumerate(zip(plans, sizes)):
+            g = generator(config.seed, Stream.TEACHER, step, d)
+            pick = torch.randint(config.clips, (size,), generator=g)
+            told = torch.rand(size, 1, 1, generator=g) >= config.dropout
+            u, noise = torch.rand(size, generator=g), torch.randn(size, plan.length, *clips[0].shape[1:], generator=g)
+            mine = slice(rank, None, world_size)
+            x0 = torch.stack([clips[i][:plan.length] for i in pick[mine].tolist()]).to(device)
+            prompts = (source(pick[mine].tolist()) * told[mine]).to(device)
+            with computing(dtype, device):
+                losses = teacher_loss(dit, x0, prompts, u[mine].to(device), noise[mine].to(device), config.shift)
+            losses.mean().backward()
+            if step % 20 == 0:
+                row[plan.name] = mean_over_processes(losses.mean().item(), device)
+        sync_gradients(dit, "ddp")
         norm = clip_gradients(dit, 1.0, f"step {step}")
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         ema.update(dit)
         if step % 20 == 0:
-            low, high = losses.detach()[u < 0.5], losses.detach()[u >= 0.5]
-            row |= {"loss": losses.mean().item(), "low": low.mean().item(), "high": high.mean().item(), "norm": norm}
-    ema.copy_to(dit)
-    dit.eval()
-    save_dit(dit, out / "teacher.safetensors")
-    scores = report(dit, vae, config, out / "teacher.png")
-    log_row(out / "teacher.log.jsonl", step=config.steps, **scores)
-    print(f"wrote {out / 'teacher.safetensors'}; 64 held-out captions: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+            row |= {"norm": norm, "latents": plans[0].length}
+    if rank == 0:
+        ema.copy_to(dit)
+        dit.eval()
+        save_dit(dit, out / "teacher.safetensors")
+        scores = report(dit, vae, config, out / "teacher.png")
+        log_row(out / "teacher.log.jsonl", step=config.steps, **scores)
+        print(f"wrote {out / 'teacher.safetensors'}; 64 held-out captions: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
 
 if __name__ == "__main__":

@@ -13,17 +13,19 @@ takes the resulting file in place of a text file. It may be stopped and run agai
 
     python text.py prompts.txt --out prompts.safetensors --weights Wan2.1-T2V-1.3B
 """
+import hashlib
 import html
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UserError, generator, run, start
+from common import Stream, UserError, generator, run, start
 from toy.world import VOCABULARY, random_captions
 from weights import find, load_strict, read_tensors, read_umt5, write_safetensors
 
@@ -42,13 +44,18 @@ def toy_caption(number: int) -> str:
     """The caption with this number; the clip of the same number shows it (`toy/train_vae.py:clips`).
 
     Below HELD_OUT and from KNOWN on it is one that training sees, between them one that it never does (`world.held_out`)."""
-    return random_captions(1, generator(number, 11), "new" if HELD_OUT <= number < KNOWN else "known")[0]
+    return random_captions(1, generator(number, Stream.CAPTION), "new" if HELD_OUT <= number < KNOWN else "known")[0]
+
+
+@cache
+def toy_vector(what: str | int) -> Tensor:
+    """The fixed random vector [TOY_DIM] of a word, by its hash, or of a place in the sentence."""
+    number = what if isinstance(what, int) else int.from_bytes(hashlib.sha256(what.encode()).digest()[:4]) | 1 << 31
+    return torch.randn(TOY_DIM, generator=generator(0, Stream.WORD, number))
 
 
 def toy_words(text_len: int = TOY_LEN) -> Rows:
     """Embed in the toy vocabulary; "" has no rows. raises: UserError naming an unknown word, or a prompt that is too long."""
-    table = torch.randn(len(VOCABULARY) + text_len, TOY_DIM, generator=generator(0, 7))
-
     def rows(prompt: str) -> Tensor:
         words = prompt.lower().replace(",", " ").replace(".", " ").split()
         unknown = [w for w in words if w not in VOCABULARY]
@@ -57,7 +64,7 @@ def toy_words(text_len: int = TOY_LEN) -> Rows:
                             f"it knows {' '.join(VOCABULARY)}")
         if len(words) > text_len:
             raise UserError(f"the prompt {prompt[:80]!r} has {len(words)} words; this model reads at most {text_len}")
-        return table[[VOCABULARY.index(w) for w in words]] + table[len(VOCABULARY):len(VOCABULARY) + len(words)]
+        return torch.stack([toy_vector(word) + toy_vector(place) for place, word in enumerate(words)]) if words else torch.zeros(0, TOY_DIM)
     return rows
 
 

@@ -27,9 +27,9 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
-from common import UserError, atomic, run
 from dit import Visible
-from media import draw_grid
+from lib.common import UserError, atomic, run
+from lib.media import draw_grid
 
 HORIZON = 21  # positions and latents the model has seen at once in training [paper Sec. 4.3]
 IMAGINED = 1 << 20  # where anchors do not share their noise, that of latent i's anchor is number i + IMAGINED

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError
-from cpu import Linear
-from weights import config_from, load_strict, read_dit, within, write_dit
+from lib.common import UserError
+from lib.cpu import Linear
+from lib.weights import config_from, load_strict, read_dit, within, write_dit
 
 
 @dataclass(frozen=True)

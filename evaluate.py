@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import anchors
-import report
-import text
 from anchors import Plan
-from common import UserError, atomic, dtype_of, run, start
 from dit import DiT, load_dit
-from media import VideoWriter, read_frames, write_sheet
+from lib import report, text
+from lib.common import UserError, atomic, dtype_of, run, start
+from lib.media import VideoWriter, read_frames, write_sheet
+from lib.pairs import is_causal, many_steps, teacher_file
 from metrics import (
     Stat,
     drift,
@@ -38,7 +38,6 @@ from metrics import (
     stat,
     temporal_flickering,
 )
-from pairs import is_causal, many_steps, teacher_file
 from sampler import generate, guided, load_models, noise_seeded, ode_sigmas
 from toy import tables, world
 from vae import VAE, load_vae

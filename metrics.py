@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from anchors import Plan
-from common import UserError
+from lib.common import UserError
 from toy import world
 from vae import VAE
 

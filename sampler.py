@@ -26,15 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import anchors
-import text
 from anchors import HORIZON, Plan
-from common import UserError, dtype_of, generator, run, start
 from dit import KV, PRESETS, DiT, Past, load_dit
 from kvcache import KVCache
-from media import VideoWriter, write_sheet
+from lib import text
+from lib.common import UserError, dtype_of, generator, run, start
+from lib.media import VideoWriter, write_sheet
+from lib.weights import find
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, load_vae
-from weights import find
 
 FPS = 16  # [Wan]
 

@@ -27,13 +27,12 @@ import torch
 from torch import Tensor
 
 from anchors import both_directions
-from common import UserError, dtype_of, generator, run, start
 from dit import DiT, load_dit
-from media import write_sheet
-from pairs import dummies_of
-from sampler import generate, guided, noise_from, shift_sigma, student_sigmas
-from text import NEGATIVE, Prompts
-from training import (
+from lib.common import UserError, dtype_of, generator, run, start
+from lib.media import write_sheet
+from lib.pairs import dummies_of
+from lib.text import NEGATIVE, Prompts
+from lib.training import (
     EMA,
     clip_gradients,
     computing,
@@ -45,8 +44,9 @@ from training import (
     training_steps,
     whole_state,
 )
+from lib.weights import read_dit, write_safetensors
+from sampler import generate, guided, noise_from, shift_sigma, student_sigmas
 from vae import load_vae
-from weights import read_dit, write_safetensors
 
 
 @dataclass

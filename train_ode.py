@@ -30,13 +30,11 @@ import torch
 from torch import Tensor
 
 from anchors import Layout, both_directions, layout
-from common import UserError, dtype_of, generator, run, start
 from dit import DiT, load_dit
-from latents import Clips
-from pairs import KEEP, check_pairs, generate_pairs, is_causal, pairs_in, read_pairs, slot_states, teacher_file
-from sampler import guided, ode_sigmas, student_sigmas
-from text import NEGATIVE, Prompts
-from training import (
+from lib.common import UserError, dtype_of, generator, run, start
+from lib.pairs import KEEP, check_pairs, generate_pairs, is_causal, pairs_in, read_pairs, slot_states, teacher_file
+from lib.text import NEGATIVE, Prompts
+from lib.training import (
     EMA,
     clip_gradients,
     computing,
@@ -48,7 +46,9 @@ from training import (
     training_steps,
     whole_state,
 )
-from weights import write_safetensors
+from lib.weights import write_safetensors
+from sampler import guided, ode_sigmas, student_sigmas
+from tools.encode import Clips
 
 
 @dataclass

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import UserError, run, start
-from cpu import conv3d, linear
-from media import VideoWriter, read_frames
-from weights import config_from, load_strict, read_vae, within, write_safetensors
+from lib.common import UserError, run, start
+from lib.cpu import conv3d, linear
+from lib.media import VideoWriter, read_frames
+from lib.weights import config_from, load_strict, read_vae, within, write_safetensors
 
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,  # [Wan] of its 16 latent channels
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-import common
+from lib import common
 
 
 @pytest.fixture(autouse=True)

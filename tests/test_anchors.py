@@ -7,7 +7,7 @@ from tiny import PLANS, SINKS, script
 
 import anchors
 from anchors import HORIZON, ORDERS, Plan, Step, layout, picture, text_picture
-from common import UserError
+from lib.common import UserError
 
 GREEN, YELLOW, BLUE, GREY, LIGHT = (88, 163, 90), (244, 200, 66), (90, 140, 220), (120, 120, 120), (190, 225, 190)
 FULL_SIZE = {f.__name__: f() for f in (anchors.forward, anchors.backward, anchors.inbetween, anchors.loop, anchors.transition,

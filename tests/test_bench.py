@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 
-import bench
-from bench import Clock, Config, flops, main, median_of
 from dit import PRESETS, DiTConfig
+from tools import bench
+from tools.bench import Clock, Config, flops, main, median_of
 
 
 def test_bench_measures_every_part(tmp_path):

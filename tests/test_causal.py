@@ -23,20 +23,20 @@ from tiny import (
 )
 
 import anchors
-import latents
-import pairs
-import train_ar
 import train_ode
 from anchors import Plan, Step, layout
-from common import UserError
 from dit import load_dit
-from latents import Clips
-from pairs import KEEP, integrate, many_steps, pair_noise
+from lib import pairs
+from lib.common import UserError
+from lib.pairs import KEEP, integrate, many_steps, pair_noise
+from lib.text import Prompts
+from lib.weights import read_tensors
 from sampler import noise_from, ode_sigmas
-from text import Prompts
-from train_ar import ar_loss, bell
+from tools import encode as latents
+from tools.encode import Clips
 from train_ode import cd_loss
-from weights import read_tensors
+from zoo import causal_forcing as train_ar
+from zoo.causal_forcing import ar_loss, bell
 
 
 # ---------------------------------------------------------------- teacher forcing

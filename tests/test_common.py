@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import common
 import sampler
 import vae
-from common import UserError, atomic, from_cli, generator
-from training import EMA, computing, inference, log_row
+from lib import common
+from lib.common import UserError, atomic, from_cli, generator
+from lib.training import EMA, computing, inference, log_row
 
 
 # ---------------------------------------------------------------- command line

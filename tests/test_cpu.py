@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import cpu
-from common import generator
-from cpu import Linear, conv3d, linear
+from lib import cpu
+from lib.common import generator
+from lib.cpu import Linear, conv3d, linear
 
 
 @pytest.mark.parametrize("shape, weight, stride, padding", [

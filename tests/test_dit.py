@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny import distance, randn, randomise, tiny_dit
 from torch.nn.attention import flex_attention as flex
 
-from common import UserError
 from dit import PRESETS, DiT, DiTConfig, Past, Rope, SelfAttention, Visible, attend, load_dit, rope, rotate, save_dit, sinusoid
 from kvcache import KVCache
+from lib.common import UserError
 
 CONFIGS = {
     "head_dim 12": {},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import common
+from lib import common
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

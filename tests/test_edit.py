@@ -8,11 +8,11 @@ from test_media import clock, ffmpeg
 from tiny import ROOT, at_call, command_line, distance, terminate
 
 import anchors
-import common
-import edit
+import generate as edit
 import sampler
 from kvcache import KVCache
-from media import VideoWriter, load_clip, read_frames, to_uint8
+from lib import common
+from lib.media import VideoWriter, load_clip, read_frames, to_uint8
 from sampler import load_models
 from toy import world
 

@@ -16,9 +16,9 @@ from tiny import WORDED, command_line, randn, tiny_dit
 
 import anchors
 import evaluate
-from common import UserError, from_cli
 from dit import save_dit
-from media import VideoWriter
+from lib.common import UserError, from_cli
+from lib.media import VideoWriter
 from metrics import (
     drift,
     end_flickering,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import anchors
-from pairs import integrate
+from lib.pairs import integrate
 from sampler import noise_from
 
 RHO, LENGTH = 0.8, 4

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError
-from media import VideoWriter, load_clip, read_frames, to_uint8, write_curves, write_sheet
+from lib.common import UserError
+from lib.media import VideoWriter, load_clip, read_frames, to_uint8, write_curves, write_sheet
 
 
 def ramp(frames, height, width):

@@ -4,9 +4,9 @@ import torch
 
 import anchors
 import dit
-import memory
 import train_dmd
 from dit import PRESETS
+from tools import memory
 
 
 def test_meter_counts_live_bytes():

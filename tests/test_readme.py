@@ -13,7 +13,7 @@ from imageio import v3 as iio
 from test_docs import READING_ORDER, README
 from tiny import ROOT
 
-import common
+from lib import common
 
 FEWER = {"pairs": 2, "shard": 2, "steps": 2, "batch": 2, "clips": 2, "sheet_every": 0, "vae": "toy/weights/vae.safetensors"}
 NOT_HERE = ("Wan2.1", "--preset", "64", "out/dmd ", "toy.tables", "--seeds", "prompts.safetensors", "student.pt", "pip install")

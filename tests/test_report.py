@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-import report
-from media import VideoWriter
+from lib import report
+from lib.media import VideoWriter
 from toy import world
 
 selenium = pytest.importorskip("selenium.webdriver")

@@ -12,8 +12,8 @@ from tiny import PLANS, distance, randn, randomise, script, side_by_side, tiny_d
 import anchors
 import sampler
 from anchors import HORIZON, Plan, Step, layout
-from common import UserError
 from kvcache import KVCache
+from lib.common import UserError
 from sampler import decode_in_order, generate, noise_from, noise_seeded, ode_sigmas, rollout, shift_sigma, student_sigmas
 from vae import VAE, VAEConfig
 

@@ -7,9 +7,9 @@ from tiny import ROOT, rows
 
 import train_ode
 from evaluate import PLANS, held_out, make
+from lib.text import HELD_OUT
 from metrics import flickering_ratio, measure, round_trip
 from sampler import load_models
-from text import HELD_OUT
 from toy import frames, world
 from toy.train_vae import clips
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 from tiny import at_call, command_line, distance, randn, randomise, tiny_checkpoints, tiny_dit
 
-import text
 import train_dmd
 import train_ode
-from common import UserError, from_cli
 from dit import save_dit
+from lib import text
+from lib.common import UserError, from_cli
+from lib.text import NEGATIVE, Config, Prompts, clean, embed, lines_of, umt5
+from lib.weights import read_tensors
 from sampler import Config as SamplerConfig
 from sampler import main as sample
-from text import NEGATIVE, Config, Prompts, clean, embed, lines_of, umt5
 from vae import VAE, VAEConfig, save_vae
-from weights import read_tensors
 
 LINES = ["a red square moves left over a green wave", "a red disc moves up over a blue wave", "a cyan ring moves down over a red wave"]
 SENTENCES = ["a cat runs over a hill", "cat", "a dog and a cat and a dog and a cat and a dog run over a hill and a hill and a hill",

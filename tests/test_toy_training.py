@@ -7,15 +7,15 @@ import pytest
 import torch
 from tiny import WORDED, at_call, command_line, crash, distance, randn, rows, same, saved, terminate
 
-import text
-from common import UserError, generator
 from dit import DiTConfig, load_dit
-from text import HELD_OUT
+from lib import text
+from lib.common import UserError, generator
+from lib.text import HELD_OUT
+from lib.weights import read_tensors
 from toy import pack, train_teacher, train_vae
 from toy.train_teacher import teacher_loss
 from toy.train_vae import clips, init_weights, vae_loss
 from vae import VAE, VAEConfig, load_vae
-from weights import read_tensors
 
 SMALL = VAEConfig(dim=4, z_dim=2, num_res_blocks=1)
 

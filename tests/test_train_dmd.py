@@ -28,11 +28,11 @@ from torch import nn
 
 import anchors
 import train_dmd
-from common import UserError
 from dit import DiT, load_dit, save_dit
+from lib.common import UserError
+from lib.weights import read_tensors
 from sampler import generate, noise_from, student_sigmas
 from train_dmd import Config, critic_loss, dmd_gradient, dmd_loss, main, noised
-from weights import read_tensors
 
 LATENT = (6, 4, 4)
 

@@ -26,16 +26,16 @@ from tiny import (
 from torch import nn
 
 import anchors
-import pairs
 import train_ode
 from anchors import layout
-from common import UserError
 from dit import DiT, load_dit, save_dit
-from pairs import KEEP, integrate, pair_noise
+from lib import pairs
+from lib.common import UserError
+from lib.pairs import KEEP, integrate, pair_noise
+from lib.text import Prompts
+from lib.weights import read_tensors, write_safetensors
 from sampler import noise_from, ode_sigmas, student_sigmas
-from text import Prompts
 from train_ode import Config, main, ode_loss
-from weights import read_tensors, write_safetensors
 
 LATENT = (6, 4, 4)
 

@@ -13,11 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchors
-from common import UserError, generator
-from media import VideoWriter, read_frames
+from lib.common import UserError, generator
+from lib.media import VideoWriter, read_frames
+from lib.weights import write_safetensors
 from sampler import decode_in_order
 from vae import PRESETS, VAE, WAN_MEAN, WAN_STD, VAEConfig, load_vae, save_vae
-from weights import write_safetensors
 
 REPO = pathlib.Path(__file__).parent.parent
 TINY = VAEConfig(dim=4, z_dim=4, num_res_blocks=1, mean=(0.1, -0.2, 0.3, -0.4), std=(0.8, 1.1, 1.3, 0.9))

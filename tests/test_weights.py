@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from test_dit import inputs, run_wan, wan
 from tiny import command_line, distance, same, tiny_dit
 
-import weights
-from common import UserError
 from dit import DiT, load_dit, save_dit
+from lib import weights
+from lib.common import UserError
+from lib.weights import find, names_of_dit, read_dit, read_tensors, write_safetensors
 from sampler import load_models
 from vae import VAE, VAEConfig, load_vae, save_vae
-from weights import find, names_of_dit, read_dit, read_tensors, write_safetensors
 
 WHOLE = {"dim": 128, "num_heads": 1, "text_len": 512}  # what a .pt without config is taken for
 

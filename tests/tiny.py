@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import anchors
 from anchors import Step
-from common import run
 from dit import DiT, DiTConfig, Visible, save_dit
+from lib.common import run
+from lib.weights import read_tensors
 from vae import VAE, VAEConfig, save_vae
-from weights import read_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 SINKS = ("none", "past", "future", "both")
@@ -100,7 +100,7 @@ WORDED = {"dim": 24, "num_heads": 2, "ffn_dim": 48, "num_layers": 2, "freq_dim":
           "in_dim": 2, "out_dim": 2}
 WORKER = """import importlib, json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import common
+from lib import common
 for name, changes in json.load(open(sys.argv[2])):
     script = importlib.import_module(name)
     if changes.pop("sigterm_in_step_0", False):

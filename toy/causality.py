@@ -15,10 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import anchors
-import report
-from common import UserError, run, start
+from lib import report
+from lib.common import UserError, run, start
+from lib.text import HELD_OUT, toy_caption
 from metrics import flickering_ratio, round_trip, stat
-from text import HELD_OUT, toy_caption
 from toy import world
 from vae import VAE, load_vae
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import anchors
-import report
-from common import UserError, run, start
 from dit import load_dit
 from evaluate import held_out, make
+from lib import report
+from lib.common import UserError, run, start
+from lib.text import HELD_OUT
 from metrics import Stat, stat
-from text import HELD_OUT
 from toy import world
 from vae import load_vae
 

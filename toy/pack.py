@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import UserError, atomic, run
-from weights import read_tensors, write_safetensors
+from lib.common import UserError, atomic, run
+from lib.weights import read_tensors, write_safetensors
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import anchors
 from anchors import Plan
-from common import UserError, run, stop_signals
+from lib.common import UserError, run, stop_signals
 
 STAGE1 = {  # flags of train_ode.py
     "p0": "--anchors 0", "p1": "--anchors 1", "p2": "--anchors 2", "p3": "--anchors 3",

@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import latents
-import text
 from anchors import draw, prefix_mix
-from common import Stream, UserError, dtype_of, generator, run, start
 from dit import PRESETS, DiT, save_dit
-from media import write_sheet
-from pairs import many_steps
+from lib import text
+from lib.common import Stream, UserError, dtype_of, generator, run, start
+from lib.media import write_sheet
+from lib.pairs import many_steps
+from lib.training import EMA, clip_gradients, computing, cosine, log_row, mean_over_processes, sync_gradients, training_steps
 from sampler import noise_from, shift_sigma
+from tools import encode as latents
 from toy import world
-from training import EMA, clip_gradients, computing, cosine, log_row, mean_over_processes, sync_gradients, training_steps
 from vae import VAE, load_vae
 
 FRAMES = 81  # [Wan]

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import UserError, generator, run, start
-from text import HELD_OUT, toy_caption
+from lib.common import UserError, generator, run, start
+from lib.text import HELD_OUT, toy_caption
+from lib.training import clip_gradients, cosine, log_row, training_steps
 from toy import world
-from training import clip_gradients, cosine, log_row, training_steps
 from vae import PRESETS, VAE, Attention, ResidualBlock, load_vae, save_vae
 
 

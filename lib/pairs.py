@@ -28,13 +28,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from anchors import Layout, Plan, both_directions, forward, layout
-from common import UserError, atomic, dtype_of, generator, stop_signals
 from dit import DiT, load_dit
 from kvcache import KVCache
-from latents import Clips
+from lib.common import UserError, atomic, dtype_of, generator, stop_signals
+from lib.text import Prompts
+from lib.weights import read_json, read_tensors, write_safetensors
 from sampler import Noise, commit, guided, noise_from, ode_sigmas
-from text import Prompts
-from weights import read_json, read_tensors, write_safetensors
+from tools.encode import Clips
 
 KEEP = (0, 12, 24, 36, 48)  # of the 49 states: the student's four levels, exactly, and the end point [Self-Forcing]
 DIRECTIONS = ("forward", "backward")

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from anchors import Layout, both_directions
-from common import UserError, generator, run, start
 from dit import DiT
-from latents import Clips
-from media import write_sheet
-from pairs import many_steps
+from lib.common import UserError, generator, run, start
+from lib.media import write_sheet
+from lib.pairs import many_steps
+from lib.text import HELD_OUT, Prompts
 from sampler import noise_seeded, shift_sigma
-from text import HELD_OUT, Prompts
+from tools.encode import Clips
 from train_ode import fit, layouts, mean_over, network, per_slot
 from vae import load_vae
 

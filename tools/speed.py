@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 import anchors
-import cpu
 import vae as vae_module
 from anchors import Plan, layout
 from dit import PRESETS, DiT, DiTConfig
+from lib import cpu
 from sampler import Settings, film, generate, load_models, noise_from, student_sigmas
 from vae import VAE, VAEConfig
 

@@ -17,9 +17,8 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny import ROOT, apart, tiny_checkpoints
-
-from common import UserError, run
+from lib.common import UserError, run
+from tests.tiny import ROOT, apart, tiny_checkpoints
 
 SMALL = "--latent 6 4 4 --dtype float32 --batch 4"
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import Stream, UserError, generator, run, start
+from lib.common import Stream, UserError, generator, run, start
+from lib.weights import find, load_strict, read_tensors, read_umt5, write_safetensors
 from toy.world import VOCABULARY, random_captions
-from weights import find, load_strict, read_tensors, read_umt5, write_safetensors
 
 TOY_DIM, TOY_LEN = 64, 12  # [ours] width of a toy word, words in a toy prompt
 WAN_LEN = 512              # [Wan] tokens

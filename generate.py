@@ -31,8 +31,8 @@ from torch import Tensor
 
 import anchors
 from anchors import HORIZON, Plan
-from common import UserError, run
-from media import load_clip
+from lib.common import UserError, run
+from lib.media import load_clip
 from metrics import seam
 from sampler import FPS, Settings, film, prepare, prompted
 from vae import VAE

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_iter
 import dit
 import train_dmd
 from anchors import both_directions
-from common import UserError, dtype_of, run
 from dit import PRESETS, DiT
+from lib.common import UserError, dtype_of, run
 from sampler import generate, noise_from, student_sigmas
 
 

@@ -24,16 +24,16 @@ import anchors
 import train_dmd
 import train_ode
 from anchors import Plan
-from common import UserError, atomic, dtype_of, run, start
-from cpu import linear
 from dit import PRESETS, DiT, DiTConfig
 from kvcache import KVCache
-from pairs import KEEP, settings
+from lib.common import UserError, atomic, dtype_of, run, start
+from lib.cpu import linear
+from lib.pairs import KEEP, settings
+from lib.text import TOY_DIM
+from lib.weights import write_safetensors
 from sampler import decode_in_order, noise_seeded, ode_sigmas, rollout, student_sigmas
-from text import TOY_DIM
 from vae import PRESETS as VAES
 from vae import VAE
-from weights import write_safetensors
 
 SIZES = {  # transformer, VAE, height, width
     "toy": ("toy", "toy", 32, 32), "toy64": ("toy64", "toy", 64, 64), "wan": ("wan1.3b", "wan", 480, 832)}

@@ -22,24 +22,24 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
-from tiny import WORDED, tiny_dit
 
-import edit
 import evaluate
-import latents
+import generate as edit
 import sampler
-import text
-import train_ar
 import train_dmd
 import train_ode
-from common import UserError, from_cli, run
 from dit import load_dit, save_dit
-from media import load_clip, read_frames
-from pairs import read_pairs
-from text import Prompts, read_embeddings
-from training import load_state, save_state
+from lib import text
+from lib.common import UserError, from_cli, run
+from lib.media import load_clip, read_frames
+from lib.pairs import read_pairs
+from lib.text import Prompts, read_embeddings
+from lib.training import load_state, save_state
+from lib.weights import read_tensors, read_umt5
+from tests.tiny import WORDED, tiny_dit
+from tools import encode as latents
 from vae import VAE, VAEConfig, load_vae, save_vae
-from weights import read_tensors, read_umt5
+from zoo import causal_forcing as train_ar
 
 STORY = {"scenes": [{"start": 0, "clip": "clip.mp4", "prompt": "a red disc moves up over a blue wave"},
                     {"start": 4, "seconds": 1.5, "prompt": "a cyan ring moves down over a red wave", "bridge": "a"}], "order": [1, 0]}

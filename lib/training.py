@@ -32,8 +32,8 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
-from common import UserError, atomic, read_pickle, stop_signals
-from media import write_curves
+from lib.common import UserError, atomic, read_pickle, stop_signals
+from lib.media import write_curves
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import UserError, atomic, read_pickle, run
+from lib.common import UserError, atomic, read_pickle, run
 
 
 # ---------------------------------------------------------------- files

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm import trange
 
-from common import UserError, run
 from dit import PRESETS, DiT, load_dit
+from lib.common import UserError, run
 from vae import VAE
 
 

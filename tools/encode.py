@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UserError, atomic, run, start, stop_signals
-from media import load_clip
-from text import Prompts, toy_caption
+from lib.common import UserError, atomic, run, start, stop_signals
+from lib.media import load_clip
+from lib.text import Prompts, toy_caption
+from lib.weights import read_tensors, write_safetensors
 from toy import world
 from vae import load_vae
-from weights import read_tensors, write_safetensors
 
 VIDEOS = (".mp4", ".gif", ".mov", ".webm", ".mkv", ".avi")
 

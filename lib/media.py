@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, atomic
+from lib.common import UserError, atomic
 
 
 def read_frames(path: str | os.PathLike) -> Tensor:

@@ -17,6 +17,7 @@ dummy standing at latent i (the paper's baseline without anchors). No tensors of
 
     python anchors.py --order backward --latents 9                 # the picture above; --out plan.png for Fig. 8 and 9
 """
+
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,9 @@ from lib.common import UserError, atomic, run
 from lib.media import draw_grid
 
 HORIZON = 21  # positions and latents the model has seen at once in training [paper Sec. 4.3]
-IMAGINED = 1 << 20  # where anchors do not share their noise, that of latent i's anchor is number i + IMAGINED
+IMAGINED = (
+    1 << 20
+)  # where anchors do not share their noise, that of latent i's anchor is number i + IMAGINED
 SINK_GAP = 3  # empty positions between a block and a sink moved to its far side [paper A.2]
 
 
@@ -43,6 +46,7 @@ class Step:
     pos: temporal positions of anchors + targets, in that order; reads: (latent, position) of finished latents;
     prompt: which text it follows; given: those of its latents that are the user's own. They are held clean (t = 0) while the
     others are denoised; a step whose targets are all given denoises nothing and only commits them."""
+
     targets: tuple[int, ...]
     pos: tuple[int, ...]
     anchors: tuple[int, ...] = ()
@@ -71,6 +75,7 @@ class Step:
 @dataclass(frozen=True)
 class Plan:
     """Steps in order of generation; together they finish latents 0 .. length-1."""
+
     name: str
     length: int
     steps: tuple[Step, ...]
@@ -83,15 +88,25 @@ class Plan:
             span, where = max(places) - min(places) + 1, f"step {n} of the plan {self.name!r}"
             again = sorted({i for i in step.targets if i in finished or step.targets.count(i) > 1})
             if unread or again:
-                raise UserError(f"{where} reads latents {unread} before they are finished or finishes {again} a second time")
+                raise UserError(
+                    f"{where} reads latents {unread} before they are finished or finishes {again} a second time"
+                )
             if len(set(step.own)) < len(step.own):
-                raise UserError(f"{where} has latents twice among its anchors {step.anchors} and targets {step.targets}")
+                raise UserError(
+                    f"{where} has latents twice among its anchors {step.anchors} and targets {step.targets}"
+                )
             if set(step.given) - set(step.own) or (step.commits and step.anchors):
-                raise UserError(f"{where} is given {step.given} but makes {step.targets} with the anchors {step.anchors}")
+                raise UserError(
+                    f"{where} is given {step.given} but makes {step.targets} with the anchors {step.anchors}"
+                )
             if len(step.pos) != len(step.own) or len(set(places)) < len(places):
-                raise UserError(f"{where} puts {len(step.own)} latents and {len(step.reads)} reads on positions {sorted(places)}")
+                raise UserError(
+                    f"{where} puts {len(step.own)} latents and {len(step.reads)} reads on positions {sorted(places)}"
+                )
             if span > HORIZON:
-                raise UserError(f"{where} spans {span} positions, over the horizon of {HORIZON}: shorten the window, gap or block")
+                raise UserError(
+                    f"{where} spans {span} positions, over the horizon of {HORIZON}: shorten the window, gap or block"
+                )
             finished |= set(step.targets)
         if missing := sorted(set(range(self.length)) - finished):
             raise UserError(f"the plan {self.name!r} never generates latents {missing}")
@@ -124,7 +139,9 @@ class Plan:
 def _blocks(length: int, block: int) -> list[range]:
     if block < 1 or length < 1 or length % block:
         below = max(length // block * block, block) if block > 0 else 0
-        raise UserError(f"{length} latents is not a multiple of the block {block}; use {below} or {below + block}")
+        raise UserError(
+            f"{length} latents is not a multiple of the block {block}; use {below} or {below + block}"
+        )
     return [range(s, s + block) for s in range(0, length, block)]
 
 
@@ -133,48 +150,97 @@ def _place(latents: Sequence[int], at: int) -> tuple[tuple[int, int], ...]:
     return tuple((i, at + j) for j, i in enumerate(latents))
 
 
-def _context(done: Sequence[int], window: int | None, sink: bool, far_sink: bool, first: Sequence[int],
-             second: Sequence[int]) -> tuple[list[int], list[int]]:
+def _context(
+    done: Sequence[int],
+    window: int | None,
+    sink: bool,
+    far_sink: bool,
+    first: Sequence[int],
+    second: Sequence[int],
+) -> tuple[list[int], list[int]]:
     """What a block reads: (sink + window, far sink). `done` and the blocks run from the oldest latent to the newest; a
     sink counts only once it has left the window, so that no latent is seen twice."""
-    local = list(done) if window is None else list(done)[max(len(done) - window, 0):]
+    local = list(done) if window is None else list(done)[max(len(done) - window, 0) :]
     kept = [i for i in first if sink and i not in local and i in done]
     far = [i for i in second if far_sink and i not in local and i in done]
     return kept + local, far
 
 
-def _onward(b: range, done: Sequence[int], window: int | None = None, past_sink: bool = False, future_sink: bool = False,
-            first: Sequence[int] = (), second: Sequence[int] = (), prompt: int = 0) -> Step:
+def _onward(
+    b: range,
+    done: Sequence[int],
+    window: int | None = None,
+    past_sink: bool = False,
+    future_sink: bool = False,
+    first: Sequence[int] = (),
+    second: Sequence[int] = (),
+    prompt: int = 0,
+) -> Step:
     """One block of forward order after the finished latents `done`, oldest first."""
     near, far = _context(done, window, past_sink, future_sink, first, second)
     at = len(near)
-    return Step(tuple(b), tuple(range(at, at + len(b))), reads=_place(near, 0) + _place(far, at + len(b) + SINK_GAP), prompt=prompt)
+    return Step(
+        tuple(b),
+        tuple(range(at, at + len(b))),
+        reads=_place(near, 0) + _place(far, at + len(b) + SINK_GAP),
+        prompt=prompt,
+    )
 
 
-def _back(b: range, done: Sequence[int], anchors: int, window: int | None = None, past_sink: bool = False, future_sink: bool = False,
-          first: Sequence[int] = (), second: Sequence[int] = (), prompt: int = 0) -> Step:
+def _back(
+    b: range,
+    done: Sequence[int],
+    anchors: int,
+    window: int | None = None,
+    past_sink: bool = False,
+    future_sink: bool = False,
+    first: Sequence[int] = (),
+    second: Sequence[int] = (),
+    prompt: int = 0,
+) -> Step:
     """One block of backward order before the finished latents `done`, oldest (the last in time) first."""
     imagined = tuple(range(max(b.start - anchors, 0), b.start))
     near, far = _context(done, window, future_sink, past_sink, first, second)
     far = far if b.start else []  # nothing lies before latent 0
     own = imagined + tuple(b)
     at = b.start - len(imagined) if window is None else (len(far) + SINK_GAP if far else 0)
-    return Step(tuple(b), tuple(range(at, at + len(own))), imagined, _place(far, 0) + _place(near[::-1], at + len(own)), prompt)
+    return Step(
+        tuple(b),
+        tuple(range(at, at + len(own))),
+        imagined,
+        _place(far, 0) + _place(near[::-1], at + len(own)),
+        prompt,
+    )
 
 
-def forward(length: int = 21, block: int = 3, window: int | None = None, past_sink: bool = False,
-            future_sink: bool = False) -> Plan:
+def forward(
+    length: int = 21,
+    block: int = 3,
+    window: int | None = None,
+    past_sink: bool = False,
+    future_sink: bool = False,
+) -> Plan:
     """Blocks from left to right, each reading all before it (paper Fig. 8a) or, with a window, the last `window` latents.
 
     past_sink: the first block stays in view, just before the window; future_sink: the second block, once out of the
     window, is read 3 positions *after* the current one (paper A.2). With a window positions restart at 0 each step."""
     blocks = _blocks(length, block)
     sinks = past_sink, future_sink, blocks[0], blocks[min(1, len(blocks) - 1)]
-    return Plan("forward", length, tuple(_onward(b, range(b.start), window, *sinks) for b in blocks))
+    return Plan(
+        "forward", length, tuple(_onward(b, range(b.start), window, *sinks) for b in blocks)
+    )
 
 
-def backward(length: int = 21, block: int = 3, anchors: int = 3, window: int | None = None, past_sink: bool = False,
-             future_sink: bool = False, head: int | None = None, dummy: bool = False) -> Plan:
+def backward(
+    length: int = 21,
+    block: int = 3,
+    anchors: int = 3,
+    window: int | None = None,
+    past_sink: bool = False,
+    future_sink: bool = False,
+    head: int | None = None,
+    dummy: bool = False,
+) -> Plan:
     """Blocks from right to left, each with `anchors` imagined latents before it, reading all after it (paper Fig. 8d).
 
     head: size of the block of latent 0, which has no anchors (default: block; the paper's baseline of Fig. 8c is
@@ -188,26 +254,53 @@ def backward(length: int = 21, block: int = 3, anchors: int = 3, window: int | N
         _blocks(length, block)
         raise UserError(f"{length} latents are not a head of {head} and blocks of {block}")
     order = [range(s, s + block) for s in range(length - block, head - 1, -block)] + [range(head)]
-    steps = [_back(b, range(length - 1, b.stop - 1, -1), anchors, window, past_sink, future_sink, order[0][::-1],
-                   order[min(1, len(order) - 1)]) for b in order]
+    steps = [
+        _back(
+            b,
+            range(length - 1, b.stop - 1, -1),
+            anchors,
+            window,
+            past_sink,
+            future_sink,
+            order[0][::-1],
+            order[min(1, len(order) - 1)],
+        )
+        for b in order
+    ]
     if dummy:
         reads = _place([~i for i in range(head)], 0)
-        steps[:1] = [Step(tuple(i for i, _ in reads), tuple(range(head))), replace(steps[0], reads=reads + steps[0].reads)]
+        steps[:1] = [
+            Step(tuple(i for i, _ in reads), tuple(range(head))),
+            replace(steps[0], reads=reads + steps[0].reads),
+        ]
     return Plan("backward", length, tuple(steps))
 
 
-def inbetween(head: int = 3, gap: int = 15, tail: int = 3, anchors: int = 3, given: bool = False) -> Plan:
+def inbetween(
+    head: int = 3, gap: int = 15, tail: int = 3, anchors: int = 3, given: bool = False
+) -> Plan:
     """Head, then tail, then all of the gap as one block that sees both (paper A.2).
 
     given: head and tail are the user's; else they are generated, the tail with anchors so that it is no beginning."""
     length, at = head + gap + tail, head + gap
     if min(head, gap, tail) < 1 or not 0 <= anchors <= gap:
-        raise UserError(f"head {head}, gap {gap} and tail {tail} must be at least 1 and anchors {anchors} at most the gap")
+        raise UserError(
+            f"head {head}, gap {gap} and tail {tail} must be at least 1 and anchors {anchors} at most the gap"
+        )
     imagined, ends = tuple(range(at - anchors, at)), _place(range(head), 0)
-    plan = Plan("inbetween", length, (
-        Step(tuple(range(head)), tuple(range(head))),
-        Step(tuple(range(at, length)), imagined + tuple(range(at, length)), imagined, ends),
-        Step(tuple(range(head, at)), tuple(range(head, at)), reads=ends + _place(range(at, length), at))))
+    plan = Plan(
+        "inbetween",
+        length,
+        (
+            Step(tuple(range(head)), tuple(range(head))),
+            Step(tuple(range(at, length)), imagined + tuple(range(at, length)), imagined, ends),
+            Step(
+                tuple(range(head, at)),
+                tuple(range(head, at)),
+                reads=ends + _place(range(at, length), at),
+            ),
+        ),
+    )
     return with_given(plan, (*range(head), *range(at, length))) if given else plan
 
 
@@ -218,17 +311,31 @@ def loop(length: int = 21, block: int = 3, gap: int | None = None) -> Plan:
     gap = min(HORIZON - 2 * block, length - block) if gap is None else gap
     rest = length - gap
     if gap < 1 or rest < block:
-        raise UserError(f"a loop of {length} latents needs room for a first block of {block} and a gap of at least 1, got {gap}")
+        raise UserError(
+            f"a loop of {length} latents needs room for a first block of {block} and a gap of at least 1, got {gap}"
+        )
     start = forward(rest, block, None if rest <= HORIZON else 2 * block, past_sink=rest > HORIZON)
-    near = range(rest)[-max(HORIZON - gap - block, 1):]
+    near = range(rest)[-max(HORIZON - gap - block, 1) :]
     at = len(near)
-    close = Step(tuple(range(rest, length)), tuple(range(at, at + gap)),
-                 reads=_place(near, 0) + _place(range(block), at + gap))
+    close = Step(
+        tuple(range(rest, length)),
+        tuple(range(at, at + gap)),
+        reads=_place(near, 0) + _place(range(block), at + gap),
+    )
     return Plan("loop", length, (*start.steps, close))
 
 
-def timeline(length: int, scenes: Sequence[tuple[int, int]], block: int = 3, anchors: int = 3, window: int | None = None,
-             past_sink: bool = False, future_sink: bool = False, order: Sequence[int] = (), joined: bool = False) -> Plan:
+def timeline(
+    length: int,
+    scenes: Sequence[tuple[int, int]],
+    block: int = 3,
+    anchors: int = 3,
+    window: int | None = None,
+    past_sink: bool = False,
+    future_sink: bool = False,
+    order: Sequence[int] = (),
+    joined: bool = False,
+) -> Plan:
     """Scenes (start, stop) first, in `order`, wherever they stand; then all that is missing: between, after, before them.
 
     A scene is forward, blind to the others, with its own prompt; if it does not begin the video, its first block has
@@ -237,26 +344,51 @@ def timeline(length: int, scenes: Sequence[tuple[int, int]], block: int = 3, anc
     come forward blocks, before the first backward blocks with anchors; window and sinks are theirs. joined: the first block
     of a later scene sees the end of the scene before it across the gap, if both fit the horizon (as in `inbetween`)."""
     edges = [i for scene in scenes for i in scene]
-    if not edges or edges[0] < 0 or edges[-1] > length or edges != sorted(edges) or any(a == b for a, b in scenes):
-        raise UserError(f"scenes {list(scenes)} do not lie one after the other within {length} latents")
+    if (
+        not edges
+        or edges[0] < 0
+        or edges[-1] > length
+        or edges != sorted(edges)
+        or any(a == b for a, b in scenes)
+    ):
+        raise UserError(
+            f"scenes {list(scenes)} do not lie one after the other within {length} latents"
+        )
     if sorted(order or range(len(scenes))) != list(range(len(scenes))):
-        raise UserError(f"the order of scenes {list(order)} must name each of 0 to {len(scenes) - 1} once")
+        raise UserError(
+            f"the order of scenes {list(order)} must name each of 0 to {len(scenes) - 1} once"
+        )
     if block < 1 or not 0 <= anchors <= block:
         raise UserError(f"{anchors} anchors do not fit the block {block}; use 0 to {block}")
 
     def pieces(start: int, stop: int) -> list[range]:  # if blocks do not fit, the first is smaller
-        cuts = [start, *range(start + ((stop - start) % block or block), stop + 1, block)][:stop - start + 1]
+        cuts = [start, *range(start + ((stop - start) % block or block), stop + 1, block)][
+            : stop - start + 1
+        ]
         return [range(a, b) for a, b in zip(cuts, cuts[1:])]
+
     steps, (low, high), last, side = [], (edges[0], edges[-1]), len(scenes) - 1, 2 * block
     for n in order or range(len(scenes)):
         start, stop = scenes[n]
-        before = range(*scenes[n - 1])[-block:] if joined and n and start - scenes[n - 1][1] <= HORIZON - 2 * block else range(start, start)
+        before = (
+            range(*scenes[n - 1])[-block:]
+            if joined and n and start - scenes[n - 1][1] <= HORIZON - 2 * block
+            else range(start, start)
+        )
         for b in pieces(start, stop):
             if b.start == start:
                 own = range(max(start - anchors, before.stop if before else 0), b.stop)
-                steps.append(Step(tuple(b), tuple(i - (before or own).start for i in own), tuple(own[:-len(b)]), _place(before, 0), n))
+                steps.append(
+                    Step(
+                        tuple(b),
+                        tuple(i - (before or own).start for i in own),
+                        tuple(own[: -len(b)]),
+                        _place(before, 0),
+                        n,
+                    )
+                )
             else:
-                steps.append(_onward(b, range(start, b.start)[-(HORIZON - block):], prompt=n))
+                steps.append(_onward(b, range(start, b.start)[-(HORIZON - block) :], prompt=n))
     for n, ((_, at), (start, stop)) in enumerate(zip(scenes, scenes[1:]), 1):
         while start - at > HORIZON - side:
             steps.append(_onward(range(at, at + block), range(low, at)[-side:], prompt=n))
@@ -264,71 +396,146 @@ def timeline(length: int, scenes: Sequence[tuple[int, int]], block: int = 3, anc
         if gap := start - at:
             see = min((HORIZON - gap) // 2, side)
             left, right = range(low, at)[-see:], range(start, stop)[:see]
-            steps.append(Step(tuple(range(at, start)), tuple(range(len(left), len(left) + gap)),
-                              reads=_place(left, 0) + _place(right, len(left) + gap), prompt=n))
-    start, stop = scenes[last][0], scenes[0][1]  # sinks: the two blocks of the scene that lie farthest from what is made
+            steps.append(
+                Step(
+                    tuple(range(at, start)),
+                    tuple(range(len(left), len(left) + gap)),
+                    reads=_place(left, 0) + _place(right, len(left) + gap),
+                    prompt=n,
+                )
+            )
+    start, stop = (
+        scenes[last][0],
+        scenes[0][1],
+    )  # sinks: the two blocks of the scene that lie farthest from what is made
     for b in pieces(high, length):
-        steps.append(_onward(b, range(low, b.start), window, past_sink, future_sink, range(start, start + block),
-                             range(start + block, start + 2 * block), last))
+        steps.append(
+            _onward(
+                b,
+                range(low, b.start),
+                window,
+                past_sink,
+                future_sink,
+                range(start, start + block),
+                range(start + block, start + 2 * block),
+                last,
+            )
+        )
     for b in pieces(0, low)[::-1]:
-        steps.append(_back(b, range(length - 1, b.stop - 1, -1), anchors, window, past_sink, future_sink,
-                           range(stop - 1, stop - 1 - block, -1), range(stop - 2 * block, stop - block)))
+        steps.append(
+            _back(
+                b,
+                range(length - 1, b.stop - 1, -1),
+                anchors,
+                window,
+                past_sink,
+                future_sink,
+                range(stop - 1, stop - 1 - block, -1),
+                range(stop - 2 * block, stop - block),
+            )
+        )
     return Plan("timeline", length, tuple(steps))
 
 
-def story(scenes: Sequence[int] = (9, 9, 9), gap: int = 6, block: int = 3, anchors: int = 3) -> Plan:
+def story(
+    scenes: Sequence[int] = (9, 9, 9), gap: int = 6, block: int = 3, anchors: int = 3
+) -> Plan:
     """Key scenes first, then the gaps between them, all of one size (`timeline`)."""
     if not scenes or gap < 1 or gap > HORIZON - 2 * block:
-        raise UserError(f"a story needs scenes and a gap of 1 to {HORIZON - 2 * block}, got {len(scenes)} scenes and gap {gap}")
-    starts = [n * gap + sum(_blocks(size, block)[-1].stop for size in scenes[:n]) for n in range(len(scenes))]
-    plan = timeline(starts[-1] + _blocks(scenes[-1], block)[-1].stop, [(at, at + n) for at, n in zip(starts, scenes)], block, anchors)
+        raise UserError(
+            f"a story needs scenes and a gap of 1 to {HORIZON - 2 * block}, got {len(scenes)} scenes and gap {gap}"
+        )
+    starts = [
+        n * gap + sum(_blocks(size, block)[-1].stop for size in scenes[:n])
+        for n in range(len(scenes))
+    ]
+    plan = timeline(
+        starts[-1] + _blocks(scenes[-1], block)[-1].stop,
+        [(at, at + n) for at, n in zip(starts, scenes)],
+        block,
+        anchors,
+    )
     return replace(plan, name="story")
 
 
-def transition(first: int = 9, gap: int = 6, second: int = 9, block: int = 3, anchors: int = 3) -> Plan:
+def transition(
+    first: int = 9, gap: int = 6, second: int = 9, block: int = 3, anchors: int = 3
+) -> Plan:
     """A story of two scenes."""
     return replace(story((first, second), gap, block, anchors), name="transition")
 
 
 def with_given(plan: Plan, latents: Sequence[int]) -> Plan:
     """The same plan where these latents are the user's own; a step that only commits imagines nothing."""
+
     def mark(s: Step) -> Step:
         if mine.issuperset(s.targets):
-            return replace(s, anchors=(), pos=s.pos[len(s.anchors):], given=s.targets)
+            return replace(s, anchors=(), pos=s.pos[len(s.anchors) :], given=s.targets)
         return replace(s, given=tuple(i for i in s.own if i in mine))
+
     mine = set(latents)
     return replace(plan, steps=tuple(map(mark, plan.steps)))
 
 
 def switch(plan: Plan, starts: Sequence[int]) -> Plan:
     """The same plan with prompt n + 1 from latent starts[n] on, in time: a step follows the prompt of its first target."""
-    return replace(plan, steps=tuple(replace(s, prompt=sum(i <= max(s.targets[0], 0) for i in starts)) for s in plan.steps))
+    return replace(
+        plan,
+        steps=tuple(
+            replace(s, prompt=sum(i <= max(s.targets[0], 0) for i in starts)) for s in plan.steps
+        ),
+    )
 
 
-def long(length: int, direction: str = "forward", block: int = 3, anchors: int = 3, window: int = 6, sink: str = "both") -> Plan:
+def long(
+    length: int,
+    direction: str = "forward",
+    block: int = 3,
+    anchors: int = 3,
+    window: int = 6,
+    sink: str = "both",
+) -> Plan:
     """Forward or backward past the horizon, at constant memory: a window and sinks on the past, future or both sides."""
     if sink not in ("past", "future", "both", "none"):
         raise UserError(f"unknown sink {sink!r}; use past, future, both or none")
     if direction not in ("forward", "backward") or window < 0:
-        raise UserError(f"direction {direction!r} must be forward or backward and window {window} at least 0")
-    sinks = {"window": window, "past_sink": sink in ("past", "both"), "future_sink": sink in ("future", "both")}
-    return forward(length, block, **sinks) if direction == "forward" else backward(length, block, anchors, **sinks)
+        raise UserError(
+            f"direction {direction!r} must be forward or backward and window {window} at least 0"
+        )
+    sinks = {
+        "window": window,
+        "past_sink": sink in ("past", "both"),
+        "future_sink": sink in ("future", "both"),
+    }
+    return (
+        forward(length, block, **sinks)
+        if direction == "forward"
+        else backward(length, block, anchors, **sinks)
+    )
 
 
-def both_directions(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -> tuple[Plan, Plan]:
+def both_directions(
+    length: int = 21, block: int = 3, anchors: int = 3, head: int = 0
+) -> tuple[Plan, Plan]:
     """The forward and the backward plan that train a student, in both stages (paper App. B.1 and B.2).
 
     head: size of the forward blocks and of the block of latent 0 (0: block). Without anchors, backward blocks of the
     forward size could be taken for a beginning, so a dummy block comes first."""
     head = head or block
-    return forward(length, head), backward(length, block, anchors, head=head, dummy=not anchors and head == block)
+    return forward(length, head), backward(
+        length, block, anchors, head=head, dummy=not anchors and head == block
+    )
 
 
-ORDERS: dict[str, Callable[..., Plan]] = {f.__name__: f for f in (forward, backward, inbetween, loop, transition, story, long)}
+ORDERS: dict[str, Callable[..., Plan]] = {
+    f.__name__: f for f in (forward, backward, inbetween, loop, transition, story, long)
+}
 
 
 # ---------------------------------------------------------------- what a training run draws from
-Mix = tuple[tuple[float, tuple[Plan, ...]], ...]  # (share, the plans of one iteration); the shares sum to 1
+Mix = tuple[
+    tuple[float, tuple[Plan, ...]], ...
+]  # (share, the plans of one iteration); the shares sum to 1
 
 
 def paper_mix(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -> Mix:
@@ -343,13 +550,38 @@ def any_mix(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -
     video latent of it at any other length [measured: frame 0 in wrong colours in 40 to 95 % of the clips]."""
     window, single = 2 * block, (forward(1, 1),)
     whole = both_directions(length, block, anchors, head)
-    shorter = [both_directions(n, block, anchors, head) for n in range(2 * block, length, block) if not head or head == block]
-    windowed = [(long(length, "forward", block, anchors, window, sink), long(length, "backward", block, anchors, window, sink))
-                for sink in ("both", "none") if length > window + 2 * block]
-    given = [tuple(replace(with_given(timeline(n, [scene], block, anchors, view, bool(view), bool(view)), range(*scene)), name=name)
-                   for name, scene in (("after a clip", (0, k)), ("before a clip", (n - k, n))))
-             for n, k, view in ((length, 4 * block, None), (length, 4 * block, window), (5 * block, 4 * block, None),
-                                (length, 2 * block, None)) if k < n <= length]
+    shorter = [
+        both_directions(n, block, anchors, head)
+        for n in range(2 * block, length, block)
+        if not head or head == block
+    ]
+    windowed = [
+        (
+            long(length, "forward", block, anchors, window, sink),
+            long(length, "backward", block, anchors, window, sink),
+        )
+        for sink in ("both", "none")
+        if length > window + 2 * block
+    ]
+    given = [
+        tuple(
+            replace(
+                with_given(
+                    timeline(n, [scene], block, anchors, view, bool(view), bool(view)),
+                    range(*scene),
+                ),
+                name=name,
+            )
+            for name, scene in (("after a clip", (0, k)), ("before a clip", (n - k, n)))
+        )
+        for n, k, view in (
+            (length, 4 * block, None),
+            (length, 4 * block, window),
+            (5 * block, 4 * block, None),
+            (length, 2 * block, None),
+        )
+        if k < n <= length
+    ]
     parts = ((0.25, [whole]), (0.3, shorter), (0.2, windowed), (0.2, given), (0.05, [single]))
     total = sum(share for share, sets in parts if sets)  # a short clip has no room for some
     return tuple((share / total / len(sets), plans) for share, sets in parts for plans in sets)
@@ -367,7 +599,11 @@ MIXES: dict[str, Callable[..., Mix]] = {"paper": paper_mix, "any": any_mix}
 
 def without_given(mix: Mix) -> Mix:
     """The plans of a mix that need no clip from outside."""
-    kept = [(share, plans) for share, plans in mix if not any(step.given for plan in plans for step in plan.steps)]
+    kept = [
+        (share, plans)
+        for share, plans in mix
+        if not any(step.given for plan in plans for step in plan.steps)
+    ]
     return tuple((share / sum(s for s, _ in kept), plans) for share, plans in kept)
 
 
@@ -385,6 +621,7 @@ class Layout:
     latent, step, pos: which latent stands there, for which step, at which position; is_target: not an anchor;
     is_clean: a finished latent of teacher forcing, only there to be read. A latent that is anchor and target has a slot
     for each (replicated anchors). visible: who sees whom."""
+
     latent: tuple[int, ...]
     step: tuple[int, ...]
     pos: tuple[int, ...]
@@ -400,25 +637,48 @@ def layout(plan: Plan, teacher_forcing: bool = False) -> Layout:
     teacher_forcing: [clean | noisy]. The targets of every step that is read stand at the front once more, for the data;
     they see each other and the clean slots their step reads, and what others read is they, as in a rollout's cache.
     forward(6): clean 0-2, then 0-2 and 3-5: spans ((0, 3, ((0, 3),)), (3, 6, ((3, 6),)), (6, 9, ((0, 3), (6, 9))))."""
-    made = [(n, step) for n, step in enumerate(plan.steps) if not (teacher_forcing and step.commits)]  # what is given is only read
-    slots = [(i, n, p, target, False) for target in (True, False) for n, step in made
-             for i, p in zip(step.own, step.pos) if (i in step.targets) == target]
+    made = [
+        (n, step) for n, step in enumerate(plan.steps) if not (teacher_forcing and step.commits)
+    ]  # what is given is only read
+    slots = [
+        (i, n, p, target, False)
+        for target in (True, False)
+        for n, step in made
+        for i, p in zip(step.own, step.pos)
+        if (i in step.targets) == target
+    ]
     if teacher_forcing:
-        slots = [(i, n, p, True, True) for n, step in enumerate(plan.steps) if plan.last_read.keys() & step.targets
-                 for i, p in zip(step.targets, step.pos[len(step.anchors):])] + slots
-    home = {slot[0]: s for s, slot in enumerate(slots) if slot[3] and slot[4] == teacher_forcing}  # where a latent is read
+        slots = [
+            (i, n, p, True, True)
+            for n, step in enumerate(plan.steps)
+            if plan.last_read.keys() & step.targets
+            for i, p in zip(step.targets, step.pos[len(step.anchors) :])
+        ] + slots
+    home = {
+        slot[0]: s for s, slot in enumerate(slots) if slot[3] and slot[4] == teacher_forcing
+    }  # where a latent is read
     keys = [(s, slot[2]) for s, slot in enumerate(slots)]
-    extra = {(home[i], p): None for step in plan.steps for i, p in step.reads}  # a key at another position: one more key
+    extra = {
+        (home[i], p): None for step in plan.steps for i, p in step.reads
+    }  # a key at another position: one more key
     keys += [key for key in extra if key not in keys]
     column = {key: j for j, key in enumerate(keys)}
     spans: list[tuple] = []
-    for _, group in groupby(enumerate(slots), lambda x: x[1][1::3]):  # (step, clean): they see the same
+    for _, group in groupby(
+        enumerate(slots), lambda x: x[1][1::3]
+    ):  # (step, clean): they see the same
         members = [s for s, _ in group]
         _, n, _, _, clean = slots[members[0]]
         own = [s for s, slot in enumerate(slots) if slot[1::3] == (n, clean)]
         seen = sorted(own + [column[home[i], p] for i, p in plan.steps[n].reads])
         edges = np.flatnonzero(np.diff(np.array([-2, *seen, len(keys) + 2])) > 1)
-        spans.append((members[0], members[-1] + 1, tuple((seen[a], seen[b - 1] + 1) for a, b in zip(edges[:-1], edges[1:]))))
+        spans.append(
+            (
+                members[0],
+                members[-1] + 1,
+                tuple((seen[a], seen[b - 1] + 1) for a, b in zip(edges[:-1], edges[1:])),
+            )
+        )
     moved = len(keys) > len(slots)
     visible = Visible(tuple(spans), *(torch.tensor(x) if moved else None for x in zip(*keys)))
     return Layout(*zip(*slots), visible)
@@ -427,25 +687,49 @@ def layout(plan: Plan, teacher_forcing: bool = False) -> Layout:
 # ---------------------------------------------------------------- pictures
 def text_picture(plan: Plan) -> str:
     """One line a step, one column a latent: T target, G given, a anchor, r read, . unseen; d: the dummy block."""
-    shown = sorted({i for step in plan.steps for i in step.own} | set(range(plan.length)), key=lambda i: (i >= 0, abs(i)))
+    shown = sorted(
+        {i for step in plan.steps for i in step.own} | set(range(plan.length)),
+        key=lambda i: (i >= 0, abs(i)),
+    )
     lines = ["latent    " + " ".join(f"{i if i >= 0 else 'd':>2}" for i in shown)]
     for n, step in enumerate(plan.steps):
-        mark = {i: "r" for i, _ in step.reads} | {i: "a" for i in step.anchors} | {i: "G" if i in step.given else "T" for i in step.targets}
-        moved = " ".join(f"{i}@{p}" for i, p in step.reads if dict(zip(step.own, step.pos)).get(i, None) is None
-                         and p - i != step.pos[-1] - step.targets[-1])
-        lines.append(f"step {n:<4} " + " ".join(f"{mark.get(i, '.'):>2}" for i in shown) + (f"   moved: {moved}" if moved else ""))
+        mark = (
+            {i: "r" for i, _ in step.reads}
+            | {i: "a" for i in step.anchors}
+            | {i: "G" if i in step.given else "T" for i in step.targets}
+        )
+        moved = " ".join(
+            f"{i}@{p}"
+            for i, p in step.reads
+            if dict(zip(step.own, step.pos)).get(i, None) is None
+            and p - i != step.pos[-1] - step.targets[-1]
+        )
+        lines.append(
+            f"step {n:<4} "
+            + " ".join(f"{mark.get(i, '.'):>2}" for i in shown)
+            + (f"   moved: {moved}" if moved else "")
+        )
     return "\n".join(lines)
 
 
-COLOURS = {".": (255, 255, 255), "T": (88, 163, 90), "G": (120, 120, 120), "a": (244, 200, 66), "r": (190, 225, 190), "d": (90, 140, 220)}
+COLOURS = {
+    ".": (255, 255, 255),
+    "T": (88, 163, 90),
+    "G": (120, 120, 120),
+    "a": (244, 200, 66),
+    "r": (190, 225, 190),
+    "d": (90, 140, 220),
+}
 
 
 def picture(plan: Plan) -> np.ndarray:
     """uint8 [H, W, 3]: above, the order of generation (paper Fig. 9), below, the stage-1 mask (Fig. 8), a row per query.
 
     Green: targets, light green: read, yellow: anchors, blue: dummy, grey: given. Numbers are latents."""
+
     def name(i: int) -> str:
         return f"d{~i}" if i < 0 else str(i)
+
     dummies = sorted({i for step in plan.steps for i in step.own if i < 0}, reverse=True)
     shown = [*dummies, *range(plan.length)]
     order = []
@@ -453,17 +737,37 @@ def picture(plan: Plan) -> np.ndarray:
         mark = {i: "r" for i, _ in step.reads} | {i: "a" for i in step.anchors}
         mark |= {i: "d" if i < 0 else "G" if i in step.given else "T" for i in step.targets}
         order.append([mark.get(i, ".") for i in shown])
-    panels = [draw_grid(order, [str(n) for n in range(len(order))], [name(i) for i in shown], COLOURS)]
+    panels = [
+        draw_grid(order, [str(n) for n in range(len(order))], [name(i) for i in shown], COLOURS)
+    ]
     lay = layout(plan)
-    if len(lay.latent) <= 64 and lay.visible.key_slot is None:  # beyond that, or with moved keys, a mask tells nothing
-        dense, show = lay.visible.dense(), sorted(range(len(lay.latent)), key=lambda s: (
-            min(plan.steps[lay.step[s]].targets) if lay.latent[s] >= 0 else -9, lay.pos[s]))
-        kind = ["d" if lay.latent[s] < 0 else "T" if lay.is_target[s] else "a" for s in range(len(lay.latent))]
-        rows = [[(kind[k] if lay.step[k] == lay.step[q] else "r") if dense[q, k] else "." for k in show] for q in show]
+    if (
+        len(lay.latent) <= 64 and lay.visible.key_slot is None
+    ):  # beyond that, or with moved keys, a mask tells nothing
+        dense, show = (
+            lay.visible.dense(),
+            sorted(
+                range(len(lay.latent)),
+                key=lambda s: (
+                    min(plan.steps[lay.step[s]].targets) if lay.latent[s] >= 0 else -9,
+                    lay.pos[s],
+                ),
+            ),
+        )
+        kind = [
+            "d" if lay.latent[s] < 0 else "T" if lay.is_target[s] else "a"
+            for s in range(len(lay.latent))
+        ]
+        rows = [
+            [(kind[k] if lay.step[k] == lay.step[q] else "r") if dense[q, k] else "." for k in show]
+            for q in show
+        ]
         labels = [name(lay.latent[s]) for s in show]
         panels.append(draw_grid(rows, labels, labels, COLOURS))
     width = max(p.shape[1] for p in panels)
-    return np.concatenate([np.pad(p, ((0, 16), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in panels])
+    return np.concatenate(
+        [np.pad(p, ((0, 16), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in panels]
+    )
 
 
 def write_picture(path: str | os.PathLike, plan: Plan) -> None:
@@ -475,22 +779,30 @@ def write_picture(path: str | os.PathLike, plan: Plan) -> None:
 @dataclass
 class Config:
     """Print a plan; write its picture."""
+
     order: str = "backward"  # forward, backward, inbetween, loop, transition, story or long
-    latents: int = 21        # how many (forward, backward, loop, long)
-    block: int = 3           # latents a step finishes (forward, backward, loop, transition, story, long)
-    anchors: int = 3         # imagined latents before each backward block
-    out: str = ""            # a .png for the picture
-    dummy: bool = False      # the paper's baseline without anchors (with --anchors 0)
+    latents: int = 21  # how many (forward, backward, loop, long)
+    block: int = 3  # latents a step finishes (forward, backward, loop, transition, story, long)
+    anchors: int = 3  # imagined latents before each backward block
+    out: str = ""  # a .png for the picture
+    dummy: bool = False  # the paper's baseline without anchors (with --anchors 0)
 
 
 def main(config: Config) -> None:
     if config.order not in ORDERS:
         raise UserError(f"unknown order {config.order!r}; use {', '.join(ORDERS)}")
-    accepts = ORDERS[config.order].__code__.co_varnames[:ORDERS[config.order].__code__.co_argcount]
-    values = {"length": config.latents, "block": config.block, "anchors": config.anchors, "dummy": config.dummy}
+    accepts = ORDERS[config.order].__code__.co_varnames[: ORDERS[config.order].__code__.co_argcount]
+    values = {
+        "length": config.latents,
+        "block": config.block,
+        "anchors": config.anchors,
+        "dummy": config.dummy,
+    }
     plan = ORDERS[config.order](**{k: v for k, v in values.items() if k in accepts})
     print(text_picture(plan))
-    print(f"{plan.length} latents in {len(plan.steps)} steps; the cache holds at most {plan.capacity}")
+    print(
+        f"{plan.length} latents in {len(plan.steps)} steps; the cache holds at most {plan.capacity}"
+    )
     if config.out:
         write_picture(config.out, plan)
 

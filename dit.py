@@ -16,6 +16,7 @@ Parameter names are Wan's, so its checkpoints load as they are (weights.py). No 
 
     python -c "from dit import load_dit; print(load_dit('toy/weights'))"
 """
+
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -34,25 +35,48 @@ from lib.weights import config_from, load_strict, read_dit, within, write_dit
 @dataclass(frozen=True)
 class DiTConfig:
     """Wan's own names; defaults are Wan2.1 T2V 1.3B."""
+
     dim: int = 1536
     ffn_dim: int = 8960
     num_heads: int = 12
     num_layers: int = 30
-    freq_dim: int = 256       # width of the sinusoidal embedding of t
+    freq_dim: int = 256  # width of the sinusoidal embedding of t
     text_dim: int = 4096
-    text_len: int = 512       # text is zero-padded to this length and attended whole, padding included [Wan]
+    text_len: int = (
+        512  # text is zero-padded to this length and attended whole, padding included [Wan]
+    )
     in_dim: int = 16
     out_dim: int = 16
     patch_size: tuple[int, ...] = (1, 2, 2)
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        within(self, "transformer", dim=2 ** 16, ffn_dim=2 ** 18, num_heads=1024, num_layers=512, freq_dim=2 ** 16, text_dim=2 ** 16,
-               text_len=2 ** 16, in_dim=1024, out_dim=1024, patch_size=64)
+        within(
+            self,
+            "transformer",
+            dim=2**16,
+            ffn_dim=2**18,
+            num_heads=1024,
+            num_layers=512,
+            freq_dim=2**16,
+            text_dim=2**16,
+            text_len=2**16,
+            in_dim=1024,
+            out_dim=1024,
+            patch_size=64,
+        )
         if len(self.patch_size) != 3 or self.patch_size[0] != 1:
-            raise UserError(f"patch_size {self.patch_size} must be (1, height, width): one timestep per latent needs 1")
-        if self.dim % self.num_heads or self.dim // self.num_heads % 2 or self.dim // self.num_heads < 6:
-            raise UserError(f"dim {self.dim} / num_heads {self.num_heads} must be an even whole number of at least 6")
+            raise UserError(
+                f"patch_size {self.patch_size} must be (1, height, width): one timestep per latent needs 1"
+            )
+        if (
+            self.dim % self.num_heads
+            or self.dim // self.num_heads % 2
+            or self.dim // self.num_heads < 6
+        ):
+            raise UserError(
+                f"dim {self.dim} / num_heads {self.num_heads} must be an even whole number of at least 6"
+            )
 
     def tokens(self, h: int, w: int) -> int:
         """Tokens per latent of h x w cells: 60 x 104 -> 1560."""
@@ -60,16 +84,21 @@ class DiTConfig:
 
 
 PRESETS = {
-    "wan1.3b": DiTConfig(),                                                                 # 1,418,996,800 parameters
-    "wan14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),              # 14,288,491,584
-    "toy": DiTConfig(dim=192, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=64, text_len=12),  # [ours]
-    "toy64": DiTConfig(dim=384, ffn_dim=1024, num_heads=6, num_layers=8, freq_dim=64, text_dim=64, text_len=12),  # [ours]
+    "wan1.3b": DiTConfig(),  # 1,418,996,800 parameters
+    "wan14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),  # 14,288,491,584
+    "toy": DiTConfig(
+        dim=192, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=64, text_len=12
+    ),  # [ours]
+    "toy64": DiTConfig(
+        dim=384, ffn_dim=1024, num_heads=6, num_layers=8, freq_dim=64, text_dim=64, text_len=12
+    ),  # [ours]
 }
 
 
 # ---------------------------------------------------------------- positions
 class Rope(NamedTuple):
     """The angle of every token and channel pair: its cos and sin, float32 [L, 1, D/2]."""
+
     cos: Tensor
     sin: Tensor
 
@@ -80,9 +109,20 @@ def rope(pos: Tensor, h: int, w: int, head_dim: int, theta: float = 10000.0) -> 
     Of the D/2 channel pairs the first turn with time, the rest with height and width: D = 128 -> 22, 21, 21 pairs.
     An axis with d channels uses the frequencies theta^(-2j/d). Any position is valid, also negative or beyond 1024."""
     side = head_dim // 6  # pairs of height, and of width
-    place = torch.cartesian_prod(pos, torch.arange(h, device=pos.device), torch.arange(w, device=pos.device)).view(-1, 3).double()
-    angle = torch.cat([torch.outer(place[:, axis], theta ** (-torch.arange(n, device=pos.device).double() / n))
-                       for axis, n in enumerate((head_dim // 2 - 2 * side, side, side))], 1)[:, None]
+    place = (
+        torch.cartesian_prod(
+            pos, torch.arange(h, device=pos.device), torch.arange(w, device=pos.device)
+        )
+        .view(-1, 3)
+        .double()
+    )
+    angle = torch.cat(
+        [
+            torch.outer(place[:, axis], theta ** (-torch.arange(n, device=pos.device).double() / n))
+            for axis, n in enumerate((head_dim // 2 - 2 * side, side, side))
+        ],
+        1,
+    )[:, None]
     return Rope(angle.cos().float(), angle.sin().float())  # (T*h*w, 1, D/2)
 
 
@@ -113,6 +153,7 @@ class Visible:
         the slots themselves, at their own positions. (A latent read at two positions appears as two keys.)
     One description, two realisations: attention span by span, exact and unpadded (`attend`), or FlexAttention with a
     block mask on CUDA after `prepare`. Never stored on a module: another plan is another object."""
+
     spans: Spans
     key_slot: Tensor | None = None
     key_pos: Tensor | None = None
@@ -121,7 +162,9 @@ class Visible:
     def dense(self, tokens: int = 1) -> Tensor:
         """The same as a bool matrix [L, K]; True = may attend. For pictures and tests."""
         slots = self.spans[-1][1]
-        mask = torch.zeros(slots, slots if self.key_slot is None else len(self.key_slot), dtype=torch.bool)
+        mask = torch.zeros(
+            slots, slots if self.key_slot is None else len(self.key_slot), dtype=torch.bool
+        )
         for q0, q1, ranges in self.spans:
             for k0, k1 in ranges:
                 mask[q0:q1, k0:k1] = True
@@ -132,9 +175,16 @@ class Visible:
         block_mask = None
         if torch.device(device).type == "cuda":
             from torch.nn.attention.flex_attention import create_block_mask
+
             table = self.dense().to(device)
-            block_mask = create_block_mask(lambda b, a, i, j: table[i // tokens, j // tokens], None, None,
-                                           table.shape[0] * tokens, table.shape[1] * tokens, device=device)
+            block_mask = create_block_mask(
+                lambda b, a, i, j: table[i // tokens, j // tokens],
+                None,
+                None,
+                table.shape[0] * tokens,
+                table.shape[1] * tokens,
+                device=device,
+            )
         moved = (None if x is None else x.to(device) for x in (self.key_slot, self.key_pos))
         return Visible(self.spans, *moved, block_mask)
 
@@ -142,6 +192,7 @@ class Visible:
 @cache
 def _flex():
     from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -155,9 +206,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> T
     else:
         n, runs = q.shape[2] // visible.spans[-1][1], []  # tokens per latent
         for q0, q1, ranges in visible.spans:
-            seen = [torch.cat([x[:, :, k0 * n:k1 * n] for k0, k1 in ranges], 2) if len(ranges) > 1 else
-                    x[:, :, ranges[0][0] * n:ranges[0][1] * n] for x in (k, v)]
-            runs.append(F.scaled_dot_product_attention(q[:, :, q0 * n:q1 * n], *seen))
+            seen = [
+                torch.cat([x[:, :, k0 * n : k1 * n] for k0, k1 in ranges], 2)
+                if len(ranges) > 1
+                else x[:, :, ranges[0][0] * n : ranges[0][1] * n]
+                for x in (k, v)
+            ]
+            runs.append(F.scaled_dot_product_attention(q[:, :, q0 * n : q1 * n], *seen))
         out = torch.cat(runs, dim=2)
     return out.transpose(1, 2)
 
@@ -169,6 +224,7 @@ KV = tuple[Tensor, Tensor]  # keys and values, [B, L, A, D] each
 class Past(NamedTuple):
     """A layer's keys, rotated, and values of finished latents [B, K, A, D]. Behind the first `length` entries of K there may
     be room for those of the sequence that reads them: without gradient they are written there, and the past is not copied."""
+
     k: Tensor
     v: Tensor
     length: int
@@ -177,8 +233,10 @@ class Past(NamedTuple):
         """Past keys and values, then these [B, L, A, D]."""
         end = self.length + k.shape[1]
         if end > self.k.shape[1] or torch.is_grad_enabled():
-            return torch.cat([self.k[:, :self.length], k], dim=1), torch.cat([self.v[:, :self.length], v], dim=1)
-        self.k[:, self.length:end], self.v[:, self.length:end] = k, v
+            return torch.cat([self.k[:, : self.length], k], dim=1), torch.cat(
+                [self.v[:, : self.length], v], dim=1
+            )
+        self.k[:, self.length : end], self.v[:, self.length : end] = k, v
         return self.k[:, :end], self.v[:, :end]
 
 
@@ -209,14 +267,29 @@ class SelfAttention(nn.Module):
     def kv(self, x: Tensor) -> KV:
         return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
 
-    def forward(self, x: Tensor, at: Rope, visible: Visible | None, at_keys: Rope, past: Past | None, last: int) -> tuple[Tensor, KV]:
+    def forward(
+        self,
+        x: Tensor,
+        at: Rope,
+        visible: Visible | None,
+        at_keys: Rope,
+        past: Past | None,
+        last: int,
+    ) -> tuple[Tensor, KV]:
         """x: [B, L, E] -> output of the `last` tokens [B, last, E], and all tokens' keys, unrotated, and values, for a cache to keep.
 
         at, at_keys: angles of queries and keys; past: keys already rotated, and values, of finished latents."""
-        q = rotate(self.heads(self.norm_q(self.q(x[:, -last:]))), Rope(*(angle[-last:] for angle in at)))
+        q = rotate(
+            self.heads(self.norm_q(self.q(x[:, -last:]))), Rope(*(angle[-last:] for angle in at))
+        )
         own = k, v = self.kv(x)
-        if visible is not None and visible.key_slot is not None:  # one latent may serve as several keys
-            k, v = (y.unflatten(1, (visible.spans[-1][1], -1))[:, visible.key_slot].flatten(1, 2) for y in own)
+        if (
+            visible is not None and visible.key_slot is not None
+        ):  # one latent may serve as several keys
+            k, v = (
+                y.unflatten(1, (visible.spans[-1][1], -1))[:, visible.key_slot].flatten(1, 2)
+                for y in own
+            )
         k = rotate(k, at_keys)
         if past is not None:
             k, v = past.then(k, v)  # (B, past + L, A, D)
@@ -240,25 +313,44 @@ class Block(nn.Module):
         self.eps = c.eps
         self.self_attn = SelfAttention(c.dim, c.num_heads, c.eps)
         self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps)
-        self.norm3 = nn.LayerNorm(c.dim, c.eps)  # before cross-attention; the only norm with weights
-        self.ffn = nn.Sequential(Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), Linear(c.ffn_dim, c.dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
+        self.norm3 = nn.LayerNorm(
+            c.dim, c.eps
+        )  # before cross-attention; the only norm with weights
+        self.ffn = nn.Sequential(
+            Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), Linear(c.ffn_dim, c.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor | KV, at: Rope, visible: Visible | None, at_keys: Rope,
-                past: Past | None, need: int | None = None) -> tuple[Tensor, KV]:
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Tensor | KV,
+        at: Rope,
+        visible: Visible | None,
+        at_keys: Rope,
+        past: Past | None,
+        need: int | None = None,
+    ) -> tuple[Tensor, KV]:
         """x: [B, T, N, E] float32, T latents of N tokens; time: [B, T, 6, E] float32; text: [B, L, E] or its keys.
 
         need: all latents give keys and values, but only the last so many go on; 0: none, x is returned as it came."""
         dtype = self.ffn[0].weight.dtype
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unsqueeze(3).unbind(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            (self.modulation.float() + time).unsqueeze(3).unbind(2)
+        )
         y = modulate(x, shift1, scale1, self.eps).to(dtype).flatten(1, 2)  # (B, L, E)
         if need == 0:
             return x, self.self_attn.kv(y)
         y, own = self.self_attn(y, at, visible, at_keys, past, (need or x.shape[1]) * x.shape[2])
         if need:
-            x, gate1, shift2, scale2, gate2 = (a[:, -need:] for a in (x, gate1, shift2, scale2, gate2))
+            x, gate1, shift2, scale2, gate2 = (
+                a[:, -need:] for a in (x, gate1, shift2, scale2, gate2)
+            )
         x = torch.addcmul(x, y.view_as(x), gate1)  # x + y * gate
-        y = F.layer_norm(x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
+        y = F.layer_norm(
+            x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps
+        )
         x = x + self.cross_attn(y.to(dtype).flatten(1, 2), text).view_as(x)
         y = self.ffn(modulate(x, shift2, scale2, self.eps).to(dtype))
         return torch.addcmul(x, y, gate2), own
@@ -276,7 +368,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.head = Linear(config.dim, config.out_dim * config.patch_size[1] * config.patch_size[2])
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim ** 0.5)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation.float() + time.unsqueeze(2)).unsqueeze(3).unbind(2)
@@ -290,12 +382,18 @@ class DiT(nn.Module):
         super().__init__()
         c = self.config = config
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
-        self.text_embedding = nn.Sequential(Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), Linear(c.dim, c.dim))
-        self.time_embedding = nn.Sequential(Linear(c.freq_dim, c.dim), nn.SiLU(), Linear(c.dim, c.dim))
+        self.text_embedding = nn.Sequential(
+            Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), Linear(c.dim, c.dim)
+        )
+        self.time_embedding = nn.Sequential(
+            Linear(c.freq_dim, c.dim), nn.SiLU(), Linear(c.dim, c.dim)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
-        self.checkpointing = False  # training: recompute each block in the backward pass instead of keeping it
+        self.checkpointing = (
+            False  # training: recompute each block in the backward pass instead of keeping it
+        )
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -305,7 +403,12 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.data.flatten(1))
-        for m in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
+        for m in (
+            self.text_embedding[0],
+            self.text_embedding[2],
+            self.time_embedding[0],
+            self.time_embedding[2],
+        ):
             nn.init.normal_(m.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
@@ -321,7 +424,9 @@ class DiT(nn.Module):
         """[B, L <= text_len, text_dim] -> zero-padded to text_len, then embedded: [B, text_len, E]."""
         c = self.config
         if text.ndim != 3 or text.shape[1] > c.text_len or text.shape[2] != c.text_dim:
-            raise UserError(f"text embeddings of shape {tuple(text.shape)} are not [B, <= {c.text_len}, {c.text_dim}]")
+            raise UserError(
+                f"text embeddings of shape {tuple(text.shape)} are not [B, <= {c.text_len}, {c.text_dim}]"
+            )
         text = F.pad(text, (0, 0, 0, c.text_len - text.shape[1]))
         return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
 
@@ -331,9 +436,17 @@ class DiT(nn.Module):
         embedded = self.embed_text(text)
         return [block.cross_attn.kv(embedded) for block in self.blocks]
 
-    def forward(self, z: Tensor, t: Tensor, text: Tensor | list[KV], pos: Tensor, visible: Visible | None = None,
-                past: list[Past] | None = None, return_kv: bool = False, need: int | None = None
-                ) -> Tensor | tuple[Tensor, list[KV]] | list[KV]:
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        text: Tensor | list[KV],
+        pos: Tensor,
+        visible: Visible | None = None,
+        past: list[Past] | None = None,
+        return_kv: bool = False,
+        need: int | None = None,
+    ) -> Tensor | tuple[Tensor, list[KV]] | list[KV]:
         """Predict the velocity of every latent.
 
         z: [B, T, C, h, w] noisy latents;  t: [B, T] = 1000 sigma, 0 for clean;  pos: [T] integer temporal positions
@@ -348,16 +461,22 @@ class DiT(nn.Module):
         B, T, C, h, w = z.shape
         _, ph, pw = c.patch_size
         if C != c.in_dim or h % ph or w % pw:
-            raise UserError(f"latents of {C} channels and {h}x{w} cells do not fit in_dim {c.in_dim} and patches of {ph}x{pw}"
-                            " (with an 8x VAE the frame's sides must be divisible by 16)")
+            raise UserError(
+                f"latents of {C} channels and {h}x{w} cells do not fit in_dim {c.in_dim} and patches of {ph}x{pw}"
+                " (with an 8x VAE the frame's sides must be divisible by 16)"
+            )
         if t.shape != (B, T) or pos.shape != (T,):
-            raise UserError(f"t {tuple(t.shape)} and pos {tuple(pos.shape)} must be {(B, T)} and {(T,)} for z {tuple(z.shape)}")
+            raise UserError(
+                f"t {tuple(t.shape)} and pos {tuple(pos.shape)} must be {(B, T)} and {(T,)} for z {tuple(z.shape)}"
+            )
         if need and visible is not None:
-            raise ValueError("spans say what all latents see; need = n is for sequences without them")
+            raise ValueError(
+                "spans say what all latents see; need = n is for sequences without them"
+            )
         weight = self.patch_embedding.weight
         grid, head_dim = (h // ph, w // pw), c.dim // c.num_heads
         x = self.patch_embedding(z.transpose(1, 2).to(weight.dtype))  # (B, E, T, h/2, w/2)
-        x = x.flatten(3).permute(0, 2, 3, 1).float().contiguous()     # (B, T, N, E)
+        x = x.flatten(3).permute(0, 2, 3, 1).float().contiguous()  # (B, T, N, E)
 
         e = self.time_embedding(sinusoid(t.flatten(), c.freq_dim).to(weight.dtype))
         time = self.time_projection(e).view(B, T, 6, c.dim).float()
@@ -368,14 +487,27 @@ class DiT(nn.Module):
 
         kept = []
         for i, block in enumerate(self.blocks):
-            args = (x, time, text[i], at, visible, at_keys, past[i] if past else None, need if i == c.num_layers - 1 else None)
-            x, own = checkpoint(block, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*args)
+            args = (
+                x,
+                time,
+                text[i],
+                at,
+                visible,
+                at_keys,
+                past[i] if past else None,
+                need if i == c.num_layers - 1 else None,
+            )
+            x, own = (
+                checkpoint(block, *args, use_reentrant=False)
+                if self.checkpointing and torch.is_grad_enabled()
+                else block(*args)
+            )
             if return_kv or need == 0:
                 kept.append(own)
         if need == 0:
             return kept
-        T = x.shape[1]                                                # or `need`
-        x = self.head(x, e.view(B, -1, c.dim)[:, -T:].float())        # (B, T, N, ph * pw * C)
+        T = x.shape[1]  # or `need`
+        x = self.head(x, e.view(B, -1, c.dim)[:, -T:].float())  # (B, T, N, ph * pw * C)
         x = x.view(B, T, *grid, ph, pw, c.out_dim).permute(0, 1, 6, 2, 4, 3, 5)
         v = x.reshape(B, T, c.out_dim, h, w).float()
         return (v, kept) if return_kv else v
@@ -389,7 +521,9 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 
 
 # ---------------------------------------------------------------- weights
-def load_dit(path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> DiT:
+def load_dit(
+    path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+) -> DiT:
     """Load whatever `weights.read_dit` reads; each tensor is cast to dtype (None: as stored) and moved on its own.
 
     raises: UserError that names every missing, unexpected or wrongly shaped tensor."""

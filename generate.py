@@ -21,6 +21,7 @@ standstill, and held within a block that is otherwise made: alone, the student w
 
     python edit.py --extend-before clip.mp4 --prompt "a red disc moves up over a blue wave" --out out/before.mkv
 """
+
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -31,38 +32,58 @@ from torch import Tensor
 
 import anchors
 from anchors import HORIZON, Plan
+from film import Settings, film, prepare, prompted
 from lib.common import UserError, run
 from lib.media import load_clip
 from metrics import seam
-from sampler import FPS, Settings, film, prepare, prompted
+from sampler import FPS
 from vae import VAE
 
-COMMANDS = ("extend_after", "extend_before", "between", "transition", "loop", "image", "keyframes", "story")
-TIME = 4    # frames of a latent [Wan]
+COMMANDS = (
+    "extend_after",
+    "extend_before",
+    "between",
+    "transition",
+    "loop",
+    "image",
+    "keyframes",
+    "story",
+)
+TIME = 4  # frames of a latent [Wan]
 STILL = 13  # frames of standstill before a picture's video latent means what it says; after 5 its error is a third larger [ours]
 
 
 @dataclass
 class Config(Settings):
     """Make a video around your own clips: use one of the commands, or both --extend flags with the same clip."""
-    prompt: tuple[str, ...] = ()    # one for all, or one for each part (clips too) in time; in a story the file has them
-    extend_after: str = ""          # make what comes AFTER this clip, which is the beginning
-    extend_before: str = ""         # make what comes BEFORE this clip, which is the end
-    between: tuple[str, ...] = ()   # A B: make what leads from clip A to clip B, one shot
-    transition: tuple[str, ...] = ()  # A B: make what leads from scene A to scene B, each with its own prompt
-    loop: str = ""                  # make the way from the end of this clip back to its beginning
-    image: str = ""                 # start with this picture
-    keyframes: str = ""             # frame:picture,... such as 0:x.png,40:y.png; stills, so motion slows at them
-    story: str = ""                 # a .json: {"scenes": [{"start": 0, "clip": ..}, {"start": 4, "seconds": 2, "prompt": ..}]}
-    seconds: float = 3.0            # how much is made, in each place (image: in all)
-    use: float = 5.0                # at most so many seconds of each clip: those nearest to what is made
-    fit: str = "crop"               # crop or pad clips to the model's size
-    exact: bool = True              # show your frames as they are; false: decoded like the rest, for softer seams
+
+    prompt: tuple[
+        str, ...
+    ] = ()  # one for all, or one for each part (clips too) in time; in a story the file has them
+    extend_after: str = ""  # make what comes AFTER this clip, which is the beginning
+    extend_before: str = ""  # make what comes BEFORE this clip, which is the end
+    between: tuple[str, ...] = ()  # A B: make what leads from clip A to clip B, one shot
+    transition: tuple[
+        str, ...
+    ] = ()  # A B: make what leads from scene A to scene B, each with its own prompt
+    loop: str = ""  # make the way from the end of this clip back to its beginning
+    image: str = ""  # start with this picture
+    keyframes: str = (
+        ""  # frame:picture,... such as 0:x.png,40:y.png; stills, so motion slows at them
+    )
+    story: str = ""  # a .json: {"scenes": [{"start": 0, "clip": ..}, {"start": 4, "seconds": 2, "prompt": ..}]}
+    seconds: float = 3.0  # how much is made, in each place (image: in all)
+    use: float = 5.0  # at most so many seconds of each clip: those nearest to what is made
+    fit: str = "crop"  # crop or pad clips to the model's size
+    exact: bool = (
+        True  # show your frames as they are; false: decoded like the rest, for softer seams
+    )
 
 
 @dataclass
 class Given:
     """What the user gives: latents -> [1, C, h, w], and the frames [3, H, W] that they stand for."""
+
     vae: VAE
     device: torch.device
     latents: dict[int, Tensor] = field(default_factory=dict)
@@ -94,12 +115,24 @@ def seconds_to_latents(seconds: float, block: int, name: str = "--seconds") -> i
     return math.ceil(round(seconds * FPS / TIME / block, 6)) * block
 
 
-def read(config: Config, path: str | Path, size: tuple[int, int], beginning: bool, last: bool = False, use: float = 0) -> Tensor:
+def read(
+    config: Config,
+    path: str | Path,
+    size: tuple[int, int],
+    beginning: bool,
+    last: bool = False,
+    use: float = 0,
+) -> Tensor:
     """A clip cut to whole blocks, and one frame more if it is not the beginning: [1, 3, 1 + 4k, H, W]; says what was done.
 
     last: its last frames, else its first;  use: at most so many seconds, if not those of the config"""
-    extra = 1 - TIME if beginning else 1  # the image latent is one frame; else one frame is the past
-    unit, most = TIME * config.block, TIME * seconds_to_latents(use or config.use, config.block, "--use")
+    extra = (
+        1 - TIME if beginning else 1
+    )  # the image latent is one frame; else one frame is the past
+    unit, most = (
+        TIME * config.block,
+        TIME * seconds_to_latents(use or config.use, config.block, "--use"),
+    )
     video, says = load_clip(path, size, FPS, config.fit, most + extra, last, least=unit + extra)
     n = (video.shape[2] - extra) // unit * unit + extra
     print(f"{says}; {n} used: {'the beginning' if beginning else 'one as the past of the others'}")
@@ -124,54 +157,96 @@ def story(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, lis
             raise UserError(f"{path}: {where} is {json.dumps(what)[:60]}, not an object in braces")
         for key, value in what.items():
             if key not in kinds:
-                raise UserError(f"{path}: {where} has the unknown key {key!r}; it may have {', '.join(kinds)}")
-            if not isinstance(value, kinds[key]) or isinstance(value, bool) or value == "" or (
-                    kinds[key] == number and not 0 <= value < 36000):
-                raise UserError(f"{path}: {where} has {key} = {json.dumps(value)[:60]}, which is not possible")
+                raise UserError(
+                    f"{path}: {where} has the unknown key {key!r}; it may have {', '.join(kinds)}"
+                )
+            if (
+                not isinstance(value, kinds[key])
+                or isinstance(value, bool)
+                or value == ""
+                or (kinds[key] == number and not 0 <= value < 36000)
+            ):
+                raise UserError(
+                    f"{path}: {where} has {key} = {json.dumps(value)[:60]}, which is not possible"
+                )
+
     check(tale, "the story", {"scenes": list, "seconds": number, "order": list})
     if not tale.get("scenes"):
-        raise UserError(f"{path} has no scenes; give at least one, such as {{\"start\": 0, \"seconds\": 3, \"prompt\": ...}}")
+        raise UserError(
+            f'{path} has no scenes; give at least one, such as {{"start": 0, "seconds": 3, "prompt": ...}}'
+        )
     scenes, lines, end, latents_a_second = [], [], 0, FPS / TIME
     for n, scene in enumerate(tale["scenes"]):
         where = f"scene {n}"
-        check(scene, where, {"start": number, "seconds": number, "prompt": str, "bridge": str, "clip": str})
-        if missing := {"start", "prompt", *(() if "clip" in scene else ("seconds",))} - scene.keys():
+        check(
+            scene,
+            where,
+            {"start": number, "seconds": number, "prompt": str, "bridge": str, "clip": str},
+        )
+        if (
+            missing := {"start", "prompt", *(() if "clip" in scene else ("seconds",))}
+            - scene.keys()
+        ):
             raise UserError(f"{path}: {where} lacks {' and '.join(sorted(missing))}")
         at = round(scene["start"] * latents_a_second)
         if at < end:
-            raise UserError(f"{path}: {where} starts at {scene['start']} s but the one before it ends at {end / latents_a_second:g} s; "
-                            "scenes are listed in time and do not overlap (they are rounded up to whole blocks)")
+            raise UserError(
+                f"{path}: {where} starts at {scene['start']} s but the one before it ends at {end / latents_a_second:g} s; "
+                "scenes are listed in time and do not overlap (they are rounded up to whole blocks)"
+            )
         if at > end:
             lines.append((end, scene.get("bridge", scene["prompt"])))
         lines.append((at, scene["prompt"]))
         if "clip" in scene:
-            end = mine.clip(read(config, path.parent / scene["clip"], size, not at, use=scene.get("seconds", 0)), at)
+            end = mine.clip(
+                read(
+                    config, path.parent / scene["clip"], size, not at, use=scene.get("seconds", 0)
+                ),
+                at,
+            )
         else:
-            end = at + seconds_to_latents(scene["seconds"], config.block, f"{path}: the seconds of {where},")
+            end = at + seconds_to_latents(
+                scene["seconds"], config.block, f"{path}: the seconds of {where},"
+            )
         scenes.append((at, end))
     length = max(round(tale.get("seconds", 0) * latents_a_second), end)
     order = tale.get("order", [])
     if order and sorted(map(repr, order)) != sorted(map(repr, range(len(scenes)))):
-        raise UserError(f"{path}: the order {order} must name each scene from 0 to {len(scenes) - 1} once")
-    plan = replace(anchors.timeline(length, scenes, config.block, config.anchors, **_view(config, length), order=order), name="story")
+        raise UserError(
+            f"{path}: the order {order} must name each scene from 0 to {len(scenes) - 1} once"
+        )
+    plan = replace(
+        anchors.timeline(
+            length, scenes, config.block, config.anchors, **_view(config, length), order=order
+        ),
+        name="story",
+    )
     return anchors.switch(plan, [at for at, _ in lines[1:]]), [words for _, words in lines]
 
 
 def _view(config: Config, length: int) -> dict[str, int | bool | None]:
     """What stays in view: everything within the horizon, else a window and sinks."""
     window = config.window or (2 * config.block if length > HORIZON else None)
-    return {"window": window, "past_sink": config.sink in ("past", "both"), "future_sink": config.sink in ("future", "both")}
+    return {
+        "window": window,
+        "past_sink": config.sink in ("past", "both"),
+        "future_sink": config.sink in ("future", "both"),
+    }
 
 
 def asked(config: Config) -> list[str]:
     """The one command that was asked for; with a clip to extend on both sides, the two."""
     commands = [c for c in COMMANDS if getattr(config, c)]
     if len(commands) != 1 and commands != ["extend_after", "extend_before"]:
-        raise UserError(f"{' and '.join(map(flag, commands)) or 'nothing'} was asked for; use one of {', '.join(map(flag, COMMANDS))}, "
-                        "or both --extend flags with one clip")
+        raise UserError(
+            f"{' and '.join(map(flag, commands)) or 'nothing'} was asked for; use one of {', '.join(map(flag, COMMANDS))}, "
+            "or both --extend flags with one clip"
+        )
     if len(commands) == 2 and config.extend_before != config.extend_after:
-        raise UserError(f"--extend-before {config.extend_before} and --extend-after {config.extend_after} are two clips: "
-                        "name the same one to extend it on both sides, or join two with --between")
+        raise UserError(
+            f"--extend-before {config.extend_before} and --extend-after {config.extend_after} are two clips: "
+            "name the same one to extend it on both sides, or join two with --between"
+        )
     return commands
 
 
@@ -186,17 +261,27 @@ def plan_of(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, l
     new = seconds_to_latents(config.seconds, block)
     if config.story:
         if config.prompt or config.switch:
-            raise UserError(f"the prompts of --story {config.story} are in the file; leave out --prompt and --switch")
+            raise UserError(
+                f"the prompts of --story {config.story} are in the file; leave out --prompt and --switch"
+            )
         return story(config, size, mine)
     if config.keyframes:
-        at = [mine.picture(load_clip(path, size, FPS, config.fit, 1)[0], frame) for frame, path in keys(config.keyframes)]
+        at = [
+            mine.picture(load_clip(path, size, FPS, config.fit, 1)[0], frame)
+            for frame, path in keys(config.keyframes)
+        ]
         if len(set(at)) < len(at):
-            raise UserError(f"--keyframes {config.keyframes}: two of them lie within the 4 frames of one latent; move one")
+            raise UserError(
+                f"--keyframes {config.keyframes}: two of them lie within the 4 frames of one latent; move one"
+            )
         scenes = [(b * block, (b + 1) * block) for b in sorted({i // block for i in at})]
         length = scenes[-1][1]
     elif config.image:
         mine.picture(load_clip(config.image, size, FPS, config.fit, 1)[0], 0)
-        scenes, length = [(0, block)], seconds_to_latents(config.seconds + 3 / FPS, block)  # latent 0 is one frame, not four
+        scenes, length = (
+            [(0, block)],
+            seconds_to_latents(config.seconds + 3 / FPS, block),
+        )  # latent 0 is one frame, not four
     elif config.between or config.transition:
         pair, joined = config.between or config.transition, bool(config.between)
         if len(pair) != 2:
@@ -218,23 +303,30 @@ def plan_of(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, l
     else:
         head = mine.clip(read(config, config.extend_after, size, True, last=True), 0)
         scenes, parts, length = [(0, head)], [head], head + new
-    plan = anchors.timeline(length, scenes, block, config.anchors, **_view(config, length), joined=joined)
+    plan = anchors.timeline(
+        length, scenes, block, config.anchors, **_view(config, length), joined=joined
+    )
     return _worded(config, replace(plan, name=" ".join(map(flag, commands))), parts)
 
 
 def keys(words: str) -> list[tuple[int, str]]:
-    """"0:x.png,40:y.png" -> [(0, "x.png"), (40, "y.png")]."""
+    """ "0:x.png,40:y.png" -> [(0, "x.png"), (40, "y.png")]."""
     found = [word.partition(":") for word in words.split(",")]
     if not all(frame.strip().isdigit() and path for frame, _, path in found):
-        raise UserError(f"--keyframes {words!r} must be frame:picture,frame:picture, such as 0:x.png,40:y.png")
+        raise UserError(
+            f"--keyframes {words!r} must be frame:picture,frame:picture, such as 0:x.png,40:y.png"
+        )
     return [(int(frame), path.strip()) for frame, _, path in found]
 
 
 def _worded(config: Config, plan: Plan, parts: list[int]) -> tuple[Plan, list[str]]:
     """One prompt for all, one for each part that begins at these latents, or --switch."""
     if not config.switch and len(config.prompt) not in (1, len(parts) + 1):
-        raise UserError(f"{len(config.prompt)} prompts; give one, or {len(parts) + 1}: one for each part, in time" if parts else
-                        f"{len(config.prompt)} prompts; give one, or say with --switch when the next one takes over")
+        raise UserError(
+            f"{len(config.prompt)} prompts; give one, or {len(parts) + 1}: one for each part, in time"
+            if parts
+            else f"{len(config.prompt)} prompts; give one, or say with --switch when the next one takes over"
+        )
     plan = anchors.switch(plan, parts) if len(config.prompt) == len(parts) + 1 else plan
     return prompted(plan, config.prompt, config.switch), list(config.prompt)
 
@@ -255,11 +347,23 @@ def main(config: Config) -> None:
     frames = vae.config.frames(plan.length)
     cuts = seams(mine, frames, bool(config.loop))
     views = {f: [(f + j) % frames for j in range(-2, 2)] for f in cuts}
-    seen = film(config, plan, prompts, dit, vae, size, mine.latents, mine.frames if config.exact else None,
-                {i for view in views.values() for i in view})
+    seen = film(
+        config,
+        plan,
+        prompts,
+        dit,
+        vae,
+        size,
+        mine.latents,
+        mine.frames if config.exact else None,
+        {i for view in views.values() for i in view},
+    )
     for f, view in views.items():
         values = seam(torch.stack([seen[i] for i in view], dim=1)[None], 2)
-        print(f"seam before frame {f} ({f / FPS:.2f} s): " + ", ".join(f"{name} {v.item():.2f}" for name, v in values.items()))
+        print(
+            f"seam before frame {f} ({f / FPS:.2f} s): "
+            + ", ".join(f"{name} {v.item():.2f}" for name, v in values.items())
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Written only by the clean pass (t = 0, no gradient), never inside attention, so 
 another one's keys. (Self-Forcing writes in place while differentiating and so has such gradients, by accident.)
 The cache does not choose what to keep: windows and sinks are facts of the plan, and `evict` follows the plan.
 """
+
 import torch
 
 from dit import KV, DiTConfig, Past, rope, rotate
@@ -21,13 +22,26 @@ from dit import KV, DiTConfig, Past, rope, rotate
 class KVCache:
     """Static buffers for `capacity` latents of h x w cells; the batch shares one set of slots."""
 
-    def __init__(self, config: DiTConfig, batch: int, capacity: int, h: int, w: int,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: DiTConfig,
+        batch: int,
+        capacity: int,
+        h: int,
+        w: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.grid = (h // config.patch_size[1], w // config.patch_size[2])
         self.tokens, self.capacity = config.tokens(h, w), capacity
         shape = (batch, capacity, self.tokens, config.num_heads, config.dim // config.num_heads)
-        self.layers = [(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-                       for _ in range(config.num_layers)]
+        self.layers = [
+            (
+                torch.zeros(shape, dtype=dtype, device=device),
+                torch.zeros(shape, dtype=dtype, device=device),
+            )
+            for _ in range(config.num_layers)
+        ]
         self.slot: dict[int, int] = {}  # latent -> slot
 
     def write(self, latents: tuple[int | None, ...], kv: list[KV]) -> None:
@@ -41,7 +55,9 @@ class KVCache:
         if held or len(set(new)) < len(new):
             raise ValueError(f"latents {held or new} are in the cache already; evict them first")
         if len(new) > len(free):
-            raise ValueError(f"the cache has {len(free)} of {self.capacity} slots free but {len(new)} latents arrive")
+            raise ValueError(
+                f"the cache has {len(free)} of {self.capacity} slots free but {len(new)} latents arrive"
+            )
         self.slot.update(zip(new, free))
         for buffers, arrived in zip(self.layers, kv):
             for buffer, x in zip(buffers, arrived):
@@ -58,16 +74,26 @@ class KVCache:
         raises: ValueError naming latents that are not there."""
         absent = [i for i, _ in reads if i not in self.slot]
         if absent:
-            raise ValueError(f"latents {absent} are not in the cache, which holds {sorted(self.slot)}")
+            raise ValueError(
+                f"latents {absent} are not in the cache, which holds {sorted(self.slot)}"
+            )
         if not reads:
             return None
         k = self.layers[0][0]
-        slots, pos = (torch.tensor(x).to(k.device, non_blocking=True) for x in zip(*((self.slot[i], p) for i, p in reads)))
+        slots, pos = (
+            torch.tensor(x).to(k.device, non_blocking=True)
+            for x in zip(*((self.slot[i], p) for i, p in reads))
+        )
         at = rope(pos, *self.grid, k.shape[-1])
         past, n = [], len(reads) * self.tokens
         for k, v in self.layers:
-            keys, values = (x.new_empty(len(x), n + room * self.tokens, *x.shape[3:]) for x in (k, v))
-            keys[:, :n], values[:, :n] = rotate(k[:, slots].flatten(1, 2), at), v[:, slots].flatten(1, 2)
+            keys, values = (
+                x.new_empty(len(x), n + room * self.tokens, *x.shape[3:]) for x in (k, v)
+            )
+            keys[:, :n], values[:, :n] = (
+                rotate(k[:, slots].flatten(1, 2), at),
+                v[:, slots].flatten(1, 2),
+            )
             past.append(Past(keys, values, n))
         return past
 
@@ -83,5 +109,3 @@ class KVCache:
     def bytes(self) -> int:
         """Memory of the buffers; 1.3B at 480x832 in bf16: 0.288 GB per latent."""
         return sum(x.numel() * x.element_size() for pair in self.layers for x in pair)
-
-

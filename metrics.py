@@ -13,6 +13,7 @@ that of the others. A latent that does not fit its past does not come back. Abou
 
     python -c "import media, metrics; print(metrics.flickering_ratio(media.read_frames('clip.mp4')))"
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,9 @@ STATIC = 2e-3  # a frame that changes by less than this, a quarter of a grey lev
 def frame_changes(video: Tensor) -> Tensor:
     """Mean |x[f+1] - x[f]| of video [B, 3, F, H, W] in [-1, 1]: float32 [B, F-1], a frame at a time to save memory."""
     frames = video.unbind(2)
-    return torch.stack([(b.float() - a.float()).abs().mean((1, 2, 3)) for a, b in zip(frames, frames[1:])], dim=1)
+    return torch.stack(
+        [(b.float() - a.float()).abs().mean((1, 2, 3)) for a, b in zip(frames, frames[1:])], dim=1
+    )
 
 
 def flickering_ratio(video: Tensor, time: int = 4) -> Tensor:
@@ -39,10 +42,12 @@ def flickering_ratio(video: Tensor, time: int = 4) -> Tensor:
     raises: UserError if the frames are not 1 + time * k, or fewer than three latents."""
     frames = video.shape[2]
     if (frames - 1) % time or frames < 1 + 2 * time:
-        raise UserError(f"the flickering ratio needs 1 + {time}k frames and at least {1 + 2 * time}, not {frames}; "
-                        f"cut the video to {max((frames - 1) // time, 2) * time + 1}")
+        raise UserError(
+            f"the flickering ratio needs 1 + {time}k frames and at least {1 + 2 * time}, not {frames}; "
+            f"cut the video to {max((frames - 1) // time, 2) * time + 1}"
+        )
     change = frame_changes(video)
-    after, before = change[:, time::time], change[:, time - 1:-1:time]
+    after, before = change[:, time::time], change[:, time - 1 : -1 : time]
     return torch.where(before > STATIC, after / before, torch.nan)
 
 
@@ -55,7 +60,9 @@ def temporal_flickering(video: Tensor) -> Tensor:
 def end_flickering(video: Tensor, given: Tensor, tail: bool = False) -> Tensor:
     """1 - mean |difference| (of 0..1) between the first or last frames of video and the given ones: [B] (paper A.2, Table 4)."""
     n = given.shape[2]
-    return 1 - (video[:, :, -n:] if tail else video[:, :, :n]).sub(given).abs().mean((1, 2, 3, 4)) / 2
+    return (
+        1 - (video[:, :, -n:] if tail else video[:, :, :n]).sub(given).abs().mean((1, 2, 3, 4)) / 2
+    )
 
 
 def seam(video: Tensor, frame: int) -> dict[str, Tensor]:
@@ -64,13 +71,17 @@ def seam(video: Tensor, frame: int) -> dict[str, Tensor]:
 
     raises: UserError unless two frames lie on either side."""
     if not 2 <= frame <= video.shape[2] - 2:
-        raise UserError(f"a seam before frame {frame} needs two frames on either side, but the video has {video.shape[2]}")
-    four = video[:, :, frame - 2:frame + 2].float()
+        raise UserError(
+            f"a seam before frame {frame} needs two frames on either side, but the video has {video.shape[2]}"
+        )
+    four = video[:, :, frame - 2 : frame + 2].float()
     change, mean = frame_changes(four), four.mean((3, 4))
     gradient = four.diff(dim=3).abs().mean((1, 3, 4)) + four.diff(dim=4).abs().mean((1, 3, 4))
-    return {"colour offset": (mean[:, :, 2] - mean[:, :, 1]).abs().amax(1) * 127.5,
-            "jump": change[:, 1] / (0.5 * (change[:, 0] + change[:, 2])).clamp_min(STATIC),
-            "sharpness": gradient[:, 2] / gradient[:, 1].clamp_min(1e-6)}
+    return {
+        "colour offset": (mean[:, :, 2] - mean[:, :, 1]).abs().amax(1) * 127.5,
+        "jump": change[:, 1] / (0.5 * (change[:, 0] + change[:, 2])).clamp_min(STATIC),
+        "sharpness": gradient[:, 2] / gradient[:, 1].clamp_min(1e-6),
+    }
 
 
 def drift(video: Tensor, piece: int = 81) -> dict[str, Tensor]:
@@ -78,9 +89,11 @@ def drift(video: Tensor, piece: int = 81) -> dict[str, Tensor]:
     (grey levels of 255), and contrast, sharpness and motion over those of the first piece."""
     parts = [p.float() for p in video.split(piece, dim=2) if p.shape[2] > piece // 2]
     colour = torch.stack([p.mean((2, 3, 4)) for p in parts], 1)  # (B, pieces, 3)
-    spread = {"contrast": [p.std((3, 4)).mean((1, 2)) for p in parts],
-              "sharpness": [p.diff(dim=4).abs().mean((1, 2, 3, 4)) for p in parts],
-              "motion": [frame_changes(p).mean(1) for p in parts]}
+    spread = {
+        "contrast": [p.std((3, 4)).mean((1, 2)) for p in parts],
+        "sharpness": [p.diff(dim=4).abs().mean((1, 2, 3, 4)) for p in parts],
+        "motion": [frame_changes(p).mean(1) for p in parts],
+    }
     ratios = {k: torch.stack(v, 1) / v[0][:, None].clamp_min(1e-6) for k, v in spread.items()}
     return {"colour offset": (colour - colour[:, :1]).abs().amax(2) * 127.5} | ratios
 
@@ -90,7 +103,9 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
     In float64; sqrt(A B) through the symmetric square root of A. raises: UserError for fewer than two rows or unequal D."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise UserError(f"features {tuple(a.shape)} and {tuple(b.shape)} must be [N, D] and [M, D] with at least two rows each")
+        raise UserError(
+            f"features {tuple(a.shape)} and {tuple(b.shape)} must be [N, D] and [M, D] with at least two rows each"
+        )
     a, b = a.double(), b.double()
     A, B = a.T.cov(), b.T.cov()
     A, B = A.view(a.shape[1], -1), B.view(a.shape[1], -1)  # D = 1 gives a scalar
@@ -107,7 +122,10 @@ def features(video: Tensor, network: VAE | torch.nn.Module) -> Tensor:
     if not isinstance(network, VAE):
         return torch.cat([network(v[None]).float().flatten(1) for v in video])
     z = torch.cat([network.encode(v[None]) for v in video])
-    parts = [y.mean((1, 3, 4)) if mean else y.std((1, 3, 4)) for y, mean in ((z, True), (z, False), (z.diff(dim=1), False))]
+    parts = [
+        y.mean((1, 3, 4)) if mean else y.std((1, 3, 4))
+        for y, mean in ((z, True), (z, False), (z.diff(dim=1), False))
+    ]
     return torch.cat(parts, dim=1)
 
 
@@ -123,6 +141,7 @@ def round_trip(vae: VAE, z: Tensor, plan: Plan) -> Tensor:
 @dataclass(frozen=True)
 class Stat:
     """Mean and median over all values, standard error over clips; dropped: values that could not be measured."""
+
     mean: float
     se: float
     median: float
@@ -139,20 +158,36 @@ def stat(values: Tensor) -> Stat:
     good, per_clip = values[~values.isnan()], values.nanmean(1)
     per_clip = per_clip[~per_clip.isnan()]
     if not len(good):
-        raise UserError("nothing to measure: the video does not move, so no flickering ratio exists")
+        raise UserError(
+            "nothing to measure: the video does not move, so no flickering ratio exists"
+        )
     se = per_clip.std().item() / len(per_clip) ** 0.5 if len(per_clip) > 1 else float("nan")
-    return Stat(good.mean().item(), se, good.median().item(), len(per_clip), values.numel() - len(good))
+    return Stat(
+        good.mean().item(), se, good.median().item(), len(per_clip), values.numel() - len(good)
+    )
 
 
 def measure(video: Tensor, plan: Plan, captions: Sequence[str] | None = None) -> dict[str, Stat]:
     """All that pixels [B, 3, F, H, W] tell about clips made by a plan: FR, motion and, in the toy world, caption accuracy."""
     ratio, inter = flickering_ratio(video), torch.tensor(plan.boundaries()[1:])
     if ratio.shape[1] != len(inter):
-        raise UserError(f"a video of {video.shape[2]} frames does not fit the plan {plan.name!r} of {plan.length} latents")
-    table = {"FR inter": stat(ratio[:, inter]), "FR intra": stat(ratio[:, ~inter]), "motion": stat(frame_changes(video))}
+        raise UserError(
+            f"a video of {video.shape[2]} frames does not fit the plan {plan.name!r} of {plan.length} latents"
+        )
+    table = {
+        "FR inter": stat(ratio[:, inter]),
+        "FR intra": stat(ratio[:, ~inter]),
+        "motion": stat(frame_changes(video)),
+    }
     if captions is not None:
-        right = [[seen[k] == said[k] for k in seen] for seen, said in zip(world.measure(video), map(world.parse, captions))]
+        right = [
+            [seen[k] == said[k] for k in seen]
+            for seen, said in zip(world.measure(video), map(world.parse, captions))
+        ]
         words = torch.tensor(right).float()  # colour, shape, direction, ground
-        table |= {name: stat(words[:, n]) for n, name in enumerate(("colour", "shape", "direction", "ground"))}
+        table |= {
+            name: stat(words[:, n])
+            for n, name in enumerate(("colour", "shape", "direction", "ground"))
+        }
         table["caption"] = stat(words[:, :3].prod(1))
     return table

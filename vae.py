@@ -14,6 +14,7 @@ returns the posterior mean.
 
     python vae.py --clip in.mp4 --out reconstruction.mp4 --weights Wan2.1-T2V-1.3B
 """
+
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,21 +28,56 @@ from lib.cpu import conv3d, linear
 from lib.media import VideoWriter, read_frames
 from lib.weights import config_from, load_strict, read_vae, within, write_safetensors
 
-WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,  # [Wan] of its 16 latent channels
-            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+WAN_MEAN = (
+    -0.7571,
+    -0.7089,
+    -0.9113,
+    0.1075,
+    -0.1745,
+    0.9653,
+    -0.1517,
+    1.5508,  # [Wan] of its 16 latent channels
+    0.4134,
+    -0.0715,
+    0.5517,
+    -0.3632,
+    -0.1922,
+    -0.9497,
+    0.2503,
+    -0.2921,
+)
+WAN_STD = (
+    2.8184,
+    1.4541,
+    2.3275,
+    2.6558,
+    1.2196,
+    1.7708,
+    2.6052,
+    2.0743,
+    3.2687,
+    2.1526,
+    2.8652,
+    1.5579,
+    1.6382,
+    1.1253,
+    2.8251,
+    1.9160,
+)
 
 
 @dataclass(frozen=True)
 class VAEConfig:
     """Defaults are Wan2.1's: 126,892,531 parameters in 194 tensors, 8x in space, 4x in time."""
+
     dim: int = 96
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    mean: tuple[float, ...] = ()  # per-channel mean and std of the latents; empty: Wan's if z_dim = 16, else 0 and 1
+    mean: tuple[
+        float, ...
+    ] = ()  # per-channel mean and std of the latents; empty: Wan's if z_dim = 16, else 0 and 1
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -49,13 +85,20 @@ class VAEConfig:
         if not 1 <= len(self.dim_mult) <= 8:
             raise UserError(f"the VAE config's dim_mult {self.dim_mult} must have 1 to 8 numbers")
         wan = self.z_dim == len(WAN_MEAN)
-        for name, default in (("mean", WAN_MEAN if wan else (0.0,) * self.z_dim), ("std", WAN_STD if wan else (1.0,) * self.z_dim)):
+        for name, default in (
+            ("mean", WAN_MEAN if wan else (0.0,) * self.z_dim),
+            ("std", WAN_STD if wan else (1.0,) * self.z_dim),
+        ):
             if not getattr(self, name):
                 object.__setattr__(self, name, default)
             if len(getattr(self, name)) != self.z_dim:
-                raise UserError(f"the VAE config's {name} has {len(getattr(self, name))} numbers but z_dim is {self.z_dim}")
+                raise UserError(
+                    f"the VAE config's {name} has {len(getattr(self, name))} numbers but z_dim is {self.z_dim}"
+                )
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
-            raise UserError(f"temporal_downsample {self.temporal_downsample} needs one entry less than dim_mult {self.dim_mult}")
+            raise UserError(
+                f"temporal_downsample {self.temporal_downsample} needs one entry less than dim_mult {self.dim_mult}"
+            )
 
     @property
     def space(self) -> int:
@@ -77,8 +120,12 @@ class VAEConfig:
 
 
 PRESETS = {"wan": VAEConfig(), "toy": VAEConfig(dim=16, z_dim=16, num_res_blocks=1)}  # toy [ours]
-LAYOUT = torch.channels_last_3d  # channels innermost: the norm over channels, else as dear as a convolution, becomes cheap
-LARGE = 2 ** 14  # [ours] cells a frame (128 x 128) from which memory counts more than the overhead of small steps
+LAYOUT = (
+    torch.channels_last_3d
+)  # channels innermost: the norm over channels, else as dear as a convolution, becomes cheap
+LARGE = (
+    2**14
+)  # [ours] cells a frame (128 x 128) from which memory counts more than the overhead of small steps
 State = dict  # module -> what it remembers of the stream: tensors [B, C, 1 or 2, H, W]
 
 
@@ -90,7 +137,9 @@ class CausalConv3d(nn.Conv3d):
         if keep:
             past = state.get(self) if state is not None else None
             if past is None:
-                past = x.new_zeros(*x.shape[:2], keep, *x.shape[3:]).contiguous(memory_format=LAYOUT)
+                past = x.new_zeros(*x.shape[:2], keep, *x.shape[3:]).contiguous(
+                    memory_format=LAYOUT
+                )
             x = torch.cat([past, x], dim=2)  # (B, C, keep + T, H, W)
             if state is not None:
                 state[self] = x[:, :, -keep:].clone(memory_format=LAYOUT)
@@ -107,9 +156,13 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, 1, 1) if per_frame else torch.ones(dim, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(
+            1e-12
+        )
         x, gamma = x * (x.shape[1] ** 0.5 / length).to(x.dtype), self.gamma.view(-1, 1, 1, 1)
-        return x * gamma if torch.is_grad_enabled() else x.mul_(gamma)  # in place: one pass through memory less
+        return (
+            x * gamma if torch.is_grad_enabled() else x.mul_(gamma)
+        )  # in place: one pass through memory less
 
 
 def silu(x: Tensor) -> Tensor:
@@ -122,8 +175,14 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
-        self.residual = nn.ModuleDict({"0": RMSNorm(dim_in), "2": CausalConv3d(dim_in, dim_out, 3),
-                                       "3": RMSNorm(dim_out), "6": CausalConv3d(dim_out, dim_out, 3)})
+        self.residual = nn.ModuleDict(
+            {
+                "0": RMSNorm(dim_in),
+                "2": CausalConv3d(dim_in, dim_out, 3),
+                "3": RMSNorm(dim_out),
+                "6": CausalConv3d(dim_out, dim_out, 3),
+            }
+        )
         self.shortcut = CausalConv3d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
@@ -163,8 +222,11 @@ class Resample(nn.Module):
         conv = nn.Conv2d(dim, dim // 2, 3, padding=1) if up else nn.Conv2d(dim, dim, 3, stride=2)
         self.resample = nn.ModuleDict({"1": conv})
         if in_time:
-            self.time_conv = (CausalConv3d(dim, dim * 2, (3, 1, 1)) if up
-                              else nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)))
+            self.time_conv = (
+                CausalConv3d(dim, dim * 2, (3, 1, 1))
+                if up
+                else nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1))
+            )
 
     def in_space(self, x: Tensor) -> Tensor:
         conv = self.resample["1"]
@@ -176,15 +238,21 @@ class Resample(nn.Module):
     def forward(self, x: Tensor, state: State | None) -> Tensor:
         if not self.in_time:
             return self.in_space(x)
-        past = state.get(self) if state is not None else None  # None: this chunk begins with frame 0
+        past = (
+            state.get(self) if state is not None else None
+        )  # None: this chunk begins with frame 0
         if self.up:
             out = [x[:, :, :1]] if past is None else []
-            rest = x[:, :, len(out):]
+            rest = x[:, :, len(out) :]
             if state is not None:
                 state[self] = x.new_zeros(())  # only says: frame 0 has passed
             if rest.shape[2]:
-                two = self.time_conv(rest, state).unflatten(1, (2, -1))  # (B, 2, C, T, H, W): channels hold the two new frames
-                out.append(two.permute(0, 3, 1, 4, 5, 2).contiguous().flatten(1, 2).permute(0, 4, 1, 2, 3))
+                two = self.time_conv(rest, state).unflatten(
+                    1, (2, -1)
+                )  # (B, 2, C, T, H, W): channels hold the two new frames
+                out.append(
+                    two.permute(0, 3, 1, 4, 5, 2).contiguous().flatten(1, 2).permute(0, 4, 1, 2, 3)
+                )
             return self.in_space(torch.cat(out, dim=2))
         x = self.in_space(x)
         out, x = ([x[:, :, :1]], x) if past is None else ([], torch.cat([past, x], dim=2))
@@ -208,7 +276,9 @@ class Coder(nn.Module):
         self.name = "upsamples" if up else "downsamples"
         stages = []
         for i, (dim_in, dim_out) in enumerate(zip(widths[:-1], widths[1:])):
-            dim_in = dim_in // 2 if up and i > 0 else dim_in  # the up-sampling before has halved the channels
+            dim_in = (
+                dim_in // 2 if up and i > 0 else dim_in
+            )  # the up-sampling before has halved the channels
             for _ in range(config.num_res_blocks + up):
                 stages.append(ResidualBlock(dim_in, dim_out))
                 dim_in = dim_out
@@ -217,18 +287,37 @@ class Coder(nn.Module):
         inner = widths[0] if up else widths[-1]
         self.conv1 = CausalConv3d(config.z_dim if up else 3, widths[0], 3)
         self.add_module(self.name, nn.ModuleList(stages))
-        self.middle = nn.ModuleList([ResidualBlock(inner, inner), Attention(inner), ResidualBlock(inner, inner)])
-        self.head = nn.ModuleDict({"0": RMSNorm(widths[-1]), "2": CausalConv3d(widths[-1], 3 if up else 2 * config.z_dim, 3)})
+        self.middle = nn.ModuleList(
+            [ResidualBlock(inner, inner), Attention(inner), ResidualBlock(inner, inner)]
+        )
+        self.head = nn.ModuleDict(
+            {
+                "0": RMSNorm(widths[-1]),
+                "2": CausalConv3d(widths[-1], 3 if up else 2 * config.z_dim, 3),
+            }
+        )
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
         """Stages at the frame rate of the pixels take large frames of a stream one by one, to save memory."""
         stages = list(getattr(self, self.name))
         in_time = [i for i, stage in enumerate(stages) if getattr(stage, "in_time", False)] or [0]
         if self.name == "upsamples":
-            x = self._run([self.conv1, *self.middle, *stages[:in_time[-1] + 1]], x, state)
-            return torch.cat([self._head(self._run(stages[in_time[-1] + 1:], part, state), state) for part in pieces(x, state)], 2)
-        x = torch.cat([self._run([self.conv1, *stages[:in_time[0]]], part, state) for part in pieces(x, state)], 2)
-        return self._head(self._run([*stages[in_time[0]:], *self.middle], x, state), state)
+            x = self._run([self.conv1, *self.middle, *stages[: in_time[-1] + 1]], x, state)
+            return torch.cat(
+                [
+                    self._head(self._run(stages[in_time[-1] + 1 :], part, state), state)
+                    for part in pieces(x, state)
+                ],
+                2,
+            )
+        x = torch.cat(
+            [
+                self._run([self.conv1, *stages[: in_time[0]]], part, state)
+                for part in pieces(x, state)
+            ],
+            2,
+        )
+        return self._head(self._run([*stages[in_time[0] :], *self.middle], x, state), state)
 
     def _run(self, modules: list[nn.Module], x: Tensor, state: State | None) -> Tensor:
         for module in modules:
@@ -257,15 +346,23 @@ class VAE(nn.Module):
 
     def moments(self, video: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance [B, C, T, h, w], not normalised (what VAE training needs)."""
-        mean, logvar = self.conv1(self.encoder(video.to(self.conv1.weight.dtype), state)).chunk(2, dim=1)
+        mean, logvar = self.conv1(self.encoder(video.to(self.conv1.weight.dtype), state)).chunk(
+            2, dim=1
+        )
         return mean, logvar
 
     def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(v, dtype=like.dtype).to(like.device, non_blocking=True).view(-1, 1, 1, 1)  # no GPU waits for the host
-                     for v in (self.config.mean, self.config.std))
+        mean, std = (
+            torch.tensor(v, dtype=like.dtype)
+            .to(like.device, non_blocking=True)
+            .view(-1, 1, 1, 1)  # no GPU waits for the host
+            for v in (self.config.mean, self.config.std)
+        )
         return mean, std
 
-    def encode_chunk(self, video: Tensor, state: State | None = None, use_up: bool = False) -> tuple[Tensor, State]:
+    def encode_chunk(
+        self, video: Tensor, state: State | None = None, use_up: bool = False
+    ) -> tuple[Tensor, State]:
         """Encode the next frames of a stream. video: [B, 3, F, H, W] in [-1, 1]; F = 1 + 4k without a state (the
         start), 4k with one. returns: latents [B, T, C, h, w] and the state to pass with the next frames.
         use_up: the given state becomes the next one; without it both exist for a moment, 4 GiB each at 480 x 832.
@@ -277,7 +374,9 @@ class VAE(nn.Module):
         mean, std = self._scale(mu)
         return ((mu - mean) / std).transpose(1, 2), state
 
-    def decode_chunk(self, z: Tensor, state: State | None = None, use_up: bool = False) -> tuple[Tensor, State]:
+    def decode_chunk(
+        self, z: Tensor, state: State | None = None, use_up: bool = False
+    ) -> tuple[Tensor, State]:
         """Decode the next latents of a stream. z: [B, T, C, h, w] normalised; without a state z[:, 0] is the image
         latent. returns: video [B, 3, F, H, W] in [-1, 1], F = 4T (4T - 3 at the start), and the next state; use_up as
         in encode_chunk."""
@@ -291,7 +390,7 @@ class VAE(nn.Module):
     def at_once(self, h: int, w: int) -> int:
         """How many latents of h x w cells to pass at a time in a stream: small ones are faster together, up to twice as fast
         [measured]; of large ones memory allows one."""
-        return 7 if h * w * self.config.space ** 2 <= LARGE else 1
+        return 7 if h * w * self.config.space**2 <= LARGE else 1
 
     def encode(self, video: Tensor, chunk: int = 0) -> Tensor:
         """Encode a whole video [B, 3, 1 + 4(T-1), H, W] in [-1, 1] to normalised latents [B, T, C, h, w].
@@ -300,8 +399,10 @@ class VAE(nn.Module):
         self._check_video(video, first=True)
         chunk = chunk or self.at_once(*(side // self.config.space for side in video.shape[3:]))
         n, out, state = self.config.time, [], None
-        for a in range(-n + 1, video.shape[2], n * chunk):  # the first chunk holds frame 0 and fills up to `chunk` latents
-            z, state = self.encode_chunk(video[:, :, max(a, 0):a + n * chunk], state, use_up=True)
+        for a in range(
+            -n + 1, video.shape[2], n * chunk
+        ):  # the first chunk holds frame 0 and fills up to `chunk` latents
+            z, state = self.encode_chunk(video[:, :, max(a, 0) : a + n * chunk], state, use_up=True)
             out.append(z)
         return torch.cat(out, dim=1)
 
@@ -316,25 +417,37 @@ class VAE(nn.Module):
 
     def _check_latents(self, z: Tensor) -> None:
         if z.ndim != 5 or z.shape[2] != self.config.z_dim or not z.shape[1]:
-            raise UserError(f"latents of shape {tuple(z.shape)} are not [B, T, {self.config.z_dim}, h, w]")
+            raise UserError(
+                f"latents of shape {tuple(z.shape)} are not [B, T, {self.config.z_dim}, h, w]"
+            )
 
     def _check_video(self, video: Tensor, first: bool) -> None:
         n, space = self.config.time, self.config.space
         if video.ndim != 5 or video.shape[1] != 3:
-            raise UserError(f"video of shape {tuple(video.shape)} is not [B, 3, F, H, W]; it needs 3 colour channels")
+            raise UserError(
+                f"video of shape {tuple(video.shape)} is not [B, 3, F, H, W]; it needs 3 colour channels"
+            )
         frames, height, width = video.shape[2:]
         if frames < 1 or (frames - first) % n:
             below = max((frames - first) // n * n, 0 if first else n) + first
-            raise UserError(f"{frames} frames is not {'1 + ' if first else ''}{n}k; use {below} or {below + n}")
+            raise UserError(
+                f"{frames} frames is not {'1 + ' if first else ''}{n}k; use {below} or {below + n}"
+            )
         if height % space or width % space:
             crop = "x".join(str(max(side // space, 1) * space) for side in (height, width))
-            raise UserError(f"frame size {height}x{width} is not divisible by {space}; crop or resize it to {crop}")
+            raise UserError(
+                f"frame size {height}x{width} is not divisible by {space}; crop or resize it to {crop}"
+            )
         if not torch.isfinite(video).all():
-            raise UserError("the video holds NaN or infinite pixels; pixels must be numbers in [-1, 1]")
+            raise UserError(
+                "the video holds NaN or infinite pixels; pixels must be numbers in [-1, 1]"
+            )
 
 
 # ---------------------------------------------------------------- weights
-def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VAE:
+def load_vae(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> VAE:
     """Load whatever `weights.read_vae` reads: `Wan2.1_VAE.pth`, a folder with it, ...
 
     raises: UserError that names every missing, unexpected or wrongly shaped tensor."""
@@ -354,10 +467,11 @@ def save_vae(vae: VAE, path: str | Path) -> None:
 @dataclass
 class Config:
     """Encode and decode a clip; print the PSNR."""
-    clip: str                     # a video of 1 + 4k frames whose sides are divisible by 8
-    out: str = "out/vae.mp4"      # where the reconstruction goes (.mp4 or .gif)
+
+    clip: str  # a video of 1 + 4k frames whose sides are divisible by 8
+    out: str = "out/vae.mp4"  # where the reconstruction goes (.mp4 or .gif)
     weights: str = "toy/weights"  # a VAE file or a folder with one
-    device: str = "auto"          # cpu, cuda, or auto
+    device: str = "auto"  # cpu, cuda, or auto
 
 
 @torch.no_grad()
@@ -370,10 +484,19 @@ def main(config: Config) -> None:
     with writer:
         for part in tqdm(z.split(1, dim=1), desc="decode", unit="latent"):
             frames, state = vae.decode_chunk(part, state, use_up=True)
-            error += (frames[0].cpu() - video[0, :, writer.count:writer.count + frames.shape[2]]).square().sum().item()
+            error += (
+                (frames[0].cpu() - video[0, :, writer.count : writer.count + frames.shape[2]])
+                .square()
+                .sum()
+                .item()
+            )
             writer.write(frames[0])
-    psnr = -10 * torch.tensor(error / video.numel() / 4).log10()  # pixels span 2, so the peak squared is 4
-    print(f"{video.shape[2]} frames -> {z.shape[1]} latents of {tuple(z.shape[2:])} -> {config.out}, PSNR {psnr:.2f} dB")
+    psnr = (
+        -10 * torch.tensor(error / video.numel() / 4).log10()
+    )  # pixels span 2, so the peak squared is 4
+    print(
+        f"{video.shape[2]} frames -> {z.shape[1]} latents of {tuple(z.shape[2:])} -> {config.out}, PSNR {psnr:.2f} dB"
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ loops share is in training.py.
 
     python -c "import common; help(common)"
 """
+
 import dataclasses
 import difflib
 import gc
@@ -40,12 +41,14 @@ def _convert(name: str, kind: type, words: list[str]):
     """Turn the words after a flag into a value of the field's type."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):  # `str | None`
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if typing.get_origin(kind) is tuple:                           # `tuple[int, ...]`, `tuple[str, ...]`
+    if typing.get_origin(kind) is tuple:  # `tuple[int, ...]`, `tuple[str, ...]`
         return tuple(_convert(name, typing.get_args(kind)[0], [w]) for w in words)
     if kind is bool and not words:
         return True
     if len(words) != 1:
-        raise UserError(f"--{name} takes one value, got {len(words)}: {' '.join(words) or 'nothing'}")
+        raise UserError(
+            f"--{name} takes one value, got {len(words)}: {' '.join(words) or 'nothing'}"
+        )
     if kind is bool:
         if words[0].lower() not in ("true", "false"):
             raise UserError(f"--{name} is true or false, got {words[0]!r}")
@@ -53,7 +56,9 @@ def _convert(name: str, kind: type, words: list[str]):
     try:
         return kind(words[0])
     except ValueError:
-        raise UserError(f"--{name} needs {'a whole number' if kind is int else 'a number'}, got {words[0]!r}") from None
+        raise UserError(
+            f"--{name} needs {'a whole number' if kind is int else 'a number'}, got {words[0]!r}"
+        ) from None
 
 
 def _help(cls: type) -> str:
@@ -64,7 +69,10 @@ def _help(cls: type) -> str:
     for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
         default = "required" if f.default is dataclasses.MISSING else f.default
         rows.append(f"  --{f.name:<18} {comments.get(f.name, '')}  [{default}]")
-    return f"usage: python {os.path.basename(sys.argv[0])} [--flag value ...]\n\n{inspect.getdoc(cls)}\n\n" + "\n".join(rows)
+    return (
+        f"usage: python {os.path.basename(sys.argv[0])} [--flag value ...]\n\n{inspect.getdoc(cls)}\n\n"
+        + "\n".join(rows)
+    )
 
 
 def from_cli(cls: type, argv: list[str] | None = None):
@@ -87,8 +95,11 @@ def from_cli(cls: type, argv: list[str] | None = None):
         name = name.replace("-", "_")
         if not word.startswith("--") or name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
-            raise UserError(f"unknown flag {word.split('=')[0]!r}" + (f"; did you mean --{near[0]}?" if near else "")
-                            + " (--help lists all flags)")
+            raise UserError(
+                f"unknown flag {word.split('=')[0]!r}"
+                + (f"; did you mean --{near[0]}?" if near else "")
+                + " (--help lists all flags)"
+            )
         if name in given:
             raise UserError(f"--{name} is given twice; keep one of them")
         values = [value] if "=" in word else []
@@ -100,7 +111,11 @@ def from_cli(cls: type, argv: list[str] | None = None):
         if given["preset"] not in presets:
             raise UserError(f"unknown preset {given['preset']!r}; use {', '.join(presets)}")
         given = presets[given["preset"]] | given
-    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in given]
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.name not in given
+    ]
     if missing:
         raise UserError("missing " + ", ".join(f"--{m}" for m in missing))
     return cls(**given)
@@ -146,14 +161,25 @@ def start(device: str = "auto") -> tuple[int, int, torch.device]:
         raise UserError(f"--device {device} was asked for but torch sees no GPU; use --device cpu")
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device {device} must be cpu, cuda or auto")
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     if device == "cuda":
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     if "RANK" in os.environ and not dist.is_initialized():
-        store, rank, world = next(dist.rendezvous("env://"))  # torchrun restarts with the store of before: what was left there hangs
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # the new attempt [measured]
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world)
+        store, rank, world = next(
+            dist.rendezvous("env://")
+        )  # torchrun restarts with the store of before: what was left there hangs
+        store = dist.PrefixStore(
+            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )  # the new attempt [measured]
+        dist.init_process_group(
+            "nccl" if device.startswith("cuda") else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+        )
     return rank, world, torch.device(device)
 
 
@@ -161,24 +187,29 @@ def dtype_of(name: str, device: torch.device | str = "cpu", flag: str = "dtype")
     """float32, bfloat16, or auto: bfloat16 on CUDA. Never float16: on a CPU it crawls. raises: UserError"""
     if name not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--{flag} {name!r} must be float32, bfloat16 or auto")
-    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and torch.device(device).type == "cuda") else torch.float32
+    return (
+        torch.bfloat16
+        if name == "bfloat16" or (name == "auto" and torch.device(device).type == "cuda")
+        else torch.float32
+    )
 
 
 class Stream(IntEnum):
     """What random numbers are for: the second number of every tuple that `generator` gets, so that no two uses meet."""
+
     VAE = 1
     TEACHER = 2
-    PAIR = 3        # the noise a pair starts from
-    ODE = 4         # stage 1
-    STUDENT = 5     # stage 2
+    PAIR = 3  # the noise a pair starts from
+    ODE = 4  # stage 1
+    STUDENT = 5  # stage 2
     CRITIC = 6
-    WORD = 7        # the toy world's word vectors
-    SHEET = 8       # samples shown while training
-    SAMPLE = 9      # the noise of a clip that is generated
+    WORD = 7  # the toy world's word vectors
+    SHEET = 8  # samples shown while training
+    SAMPLE = 9  # the noise of a clip that is generated
     CAPTION = 11
-    CD = 12         # consistency distillation
-    AR = 13         # the autoregressive teacher
-    PLANS = 14      # which plans an iteration, or a shard of pairs, draws
+    CD = 12  # consistency distillation
+    AR = 13  # the autoregressive teacher
+    PLANS = 14  # which plans an iteration, or a shard of pairs, draws
 
 
 def generator(*numbers: int) -> torch.Generator:
@@ -193,7 +224,9 @@ def generator(*numbers: int) -> torch.Generator:
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Within the block SIGINT and SIGTERM only set a flag; the loop asks `stop()` and ends at a step boundary."""
     caught = []
-    old = {s: signal.signal(s, lambda *_: caught.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {
+        s: signal.signal(s, lambda *_: caught.append(1)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield lambda: bool(caught)
     finally:
@@ -207,7 +240,9 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Give a temporary name in the same folder; on success flush it and rename it to `path`, on failure remove it."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # the suffix stays: video writers read it
+    tmp = path.with_name(
+        f".{path.stem}.{os.getpid()}.tmp{path.suffix}"
+    )  # the suffix stays: video writers read it
     try:
         yield tmp
         with open(tmp, "rb+") as f:
@@ -226,10 +261,14 @@ def read_pickle(path: str | os.PathLike) -> dict:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tree = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except Exception as error:  # a damaged or hostile pickle may raise anything; weights_only keeps it from running
-        raise UserError(f"{path} is not a checkpoint that loads with weights_only=True "
-                        f"({type(error).__name__}); copy it again or convert it to safetensors") from None
+        raise UserError(
+            f"{path} is not a checkpoint that loads with weights_only=True "
+            f"({type(error).__name__}); copy it again or convert it to safetensors"
+        ) from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, not a dictionary of tensors")
     return tree

@@ -6,6 +6,7 @@ the one with less flicker (paper Table 9).
 
     python evaluate.py --report out/report         # then open out/report/index.html
 """
+
 import html
 import json
 from collections.abc import Sequence
@@ -23,36 +24,51 @@ button{font:inherit;padding:.4rem 1rem;margin:.5rem .5rem 0 0}"""
 COLOURS = ("#2a6f97", "#c8553d", "#588157", "#8338ec", "#6c757d")
 
 
-def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]], script: str = "") -> None:
+def write_page(
+    path: Path, title: str, sections: Sequence[tuple[str, str]], script: str = ""
+) -> None:
     """A page of (heading, HTML) sections."""
     body = "".join(f"<h2>{html.escape(heading)}</h2>\n{content}\n" for heading, content in sections)
     with atomic(path) as tmp:
-        tmp.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-                       f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>\n{body}"
-                       f"{f'<script>{script}</script>' if script else ''}</html>\n", encoding="utf-8")
+        tmp.write_text(
+            f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>\n{body}"
+            f"{f'<script>{script}</script>' if script else ''}</html>\n",
+            encoding="utf-8",
+        )
 
 
 def paragraph(words: str) -> str:
     """Text with `code` in backticks."""
     parts = html.escape(words).split("`")
-    return "<p>" + "".join(f"<code>{p}</code>" if n % 2 else p for n, p in enumerate(parts)) + "</p>"
+    return (
+        "<p>" + "".join(f"<code>{p}</code>" if n % 2 else p for n, p in enumerate(parts)) + "</p>"
+    )
 
 
 def clips(cards: Sequence[tuple[str, str, str, str]]) -> str:
     """(name, video file, plan picture file or "", words) as a grid."""
-    return "<div class=clips>" + "".join(
-        f"<figure><video src='{html.escape(video)}' autoplay loop muted playsinline controls></video>"
-        + (f"<img src='{html.escape(plan)}' alt='plan of {html.escape(name)}'>" if plan else "")
-        + f"<figcaption><b>{html.escape(name)}</b> {html.escape(words)}</figcaption></figure>"
-        for name, video, plan, words in cards) + "</div>"
+    return (
+        "<div class=clips>"
+        + "".join(
+            f"<figure><video src='{html.escape(video)}' autoplay loop muted playsinline controls></video>"
+            + (f"<img src='{html.escape(plan)}' alt='plan of {html.escape(name)}'>" if plan else "")
+            + f"<figcaption><b>{html.escape(name)}</b> {html.escape(words)}</figcaption></figure>"
+            for name, video, plan, words in cards
+        )
+        + "</div>"
+    )
 
 
 def table(rows: dict[str, dict[str, object]]) -> str:
     """A row per name; columns in the order in which they first appear."""
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
     head = "".join(f"<th>{html.escape(c)}" for c in columns)
-    body = "".join(f"<tr><th>{html.escape(name)}" + "".join(f"<td>{html.escape(str(row.get(c, '')))}" for c in columns)
-                   for name, row in rows.items())
+    body = "".join(
+        f"<tr><th>{html.escape(name)}"
+        + "".join(f"<td>{html.escape(str(row.get(c, '')))}" for c in columns)
+        for name, row in rows.items()
+    )
     return f"<div class=wide><table><tr><th>{head}{body}</table></div>"
 
 
@@ -60,14 +76,27 @@ def markdown(rows: dict[str, dict[str, object]]) -> str:
     """The same for a terminal or a README."""
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for name, row in rows.items()])
+    return "\n".join(
+        lines
+        + [
+            f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |"
+            for name, row in rows.items()
+        ]
+    )
 
 
-def timeline(curves: dict[str, Sequence[float]], marked: Sequence[int] = (), start: int = 0, height: int = 220,
-             rule: float | None = 1.0) -> str:
+def timeline(
+    curves: dict[str, Sequence[float]],
+    marked: Sequence[int] = (),
+    start: int = 0,
+    height: int = 220,
+    rule: float | None = 1.0,
+) -> str:
     """Curves over a common integer axis that begins at `start`, as SVG; grey bands at `marked`, a dashed line at `rule`."""
     width, left, low, high = 900, 50, 20, height - 30
-    values = [v for c in curves.values() for v in c if v == v] + ([rule] if rule is not None else [])
+    values = [v for c in curves.values() for v in c if v == v] + (
+        [rule] if rule is not None else []
+    )
     bottom, top = min(values), max(values)
     count = max(map(len, curves.values()))
 
@@ -76,16 +105,25 @@ def timeline(curves: dict[str, Sequence[float]], marked: Sequence[int] = (), sta
 
     def y(v: float) -> float:
         return high - (v - bottom) / ((top - bottom) or 1) * (high - low)
-    parts = [f"<rect x={x(i - .5):.1f} y={low} width={x(1) - x(0):.1f} height={high - low} fill=#eee />" for i in marked]
+
+    parts = [
+        f"<rect x={x(i - 0.5):.1f} y={low} width={x(1) - x(0):.1f} height={high - low} fill=#eee />"
+        for i in marked
+    ]
     if rule is not None:
         parts.append(f"<path d='M{left} {y(rule):.1f}H{width}' stroke=#999 stroke-dasharray=4 />")
     parts += [f"<text x=4 y={y(v) + 4:.1f} font-size=12>{v:.2f}</text>" for v in (bottom, top)]
-    parts += [f"<text x={x(i):.1f} y={high + 16} font-size=12 text-anchor=middle>{i}</text>" for i in range(start, start + count)]
+    parts += [
+        f"<text x={x(i):.1f} y={high + 16} font-size=12 text-anchor=middle>{i}</text>"
+        for i in range(start, start + count)
+    ]
     for n, (name, curve) in enumerate(curves.items()):
         points = " ".join(f"{x(start + i):.1f},{y(v):.1f}" for i, v in enumerate(curve) if v == v)
         colour = COLOURS[n % len(COLOURS)]
-        parts += [f"<polyline points='{points}' fill=none stroke='{colour}' stroke-width=2 />",
-                  f"<text x={left + 190 * n} y=14 font-size=13 fill='{colour}'>{html.escape(name)}</text>"]
+        parts += [
+            f"<polyline points='{points}' fill=none stroke='{colour}' stroke-width=2 />",
+            f"<text x={left + 190 * n} y=14 font-size=13 fill='{colour}'>{html.escape(name)}</text>",
+        ]
     return f"<svg viewBox='0 0 {width} {height}' role=img>{''.join(parts)}</svg>"
 
 
@@ -112,8 +150,16 @@ def write_ab(path: Path, names: tuple[str, str], pairs: Sequence[dict[str, str |
     """The A/B test: pairs of {a, b: video files, fr_a, fr_b: their inter-block FR}; order and sides are drawn in the browser.
 
     Choices, preference for `names[0]` and agreement with the FR are exported as JSON."""
-    body = ("<p>Which clip flickers less? Click it, or use the arrow keys. <span id=say></span></p>"
-            "<div class=pair>" + "".join(f"<video id={side} autoplay loop muted playsinline></video>" for side in ("left", "right"))
-            + "</div><button id=save>Save choices as JSON</button>")
-    data = f"const pairs={json.dumps(list(pairs))}, names={json.dumps(names)};".replace("</", "<\\/")
+    body = (
+        "<p>Which clip flickers less? Click it, or use the arrow keys. <span id=say></span></p>"
+        "<div class=pair>"
+        + "".join(
+            f"<video id={side} autoplay loop muted playsinline></video>"
+            for side in ("left", "right")
+        )
+        + "</div><button id=save>Save choices as JSON</button>"
+    )
+    data = f"const pairs={json.dumps(list(pairs))}, names={json.dumps(names)};".replace(
+        "</", "<\\/"
+    )
     write_page(path, "Which one flickers less?", [("", body)], data + AB)

@@ -8,6 +8,7 @@ Weights, optimisers and averages are float32 whatever the precision of computati
 
     python -c "import training; help(training)"
 """
+
 import dataclasses
 import json
 import math
@@ -47,8 +48,12 @@ def distribute(model: nn.Module, how: str, dtype: torch.dtype | None = None) -> 
     if how == "fsdp":
         if not dist.is_initialized():  # one process without torchrun
             cuda = next(model.parameters()).is_cuda
-            dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1
+            )
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         for block in model.blocks:
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
@@ -76,7 +81,10 @@ def inference() -> Iterator[None]:
     """No gradient, and what that allows within `computing`: each weight is cast once, until the end of the block, and attention on a
     CPU is the fused one again, which is the faster as long as nothing is differentiated [measured: 1.4 times]."""
     cached = torch.is_autocast_cache_enabled()
-    with torch.no_grad(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    with (
+        torch.no_grad(),
+        sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
+    ):
         torch.set_autocast_cache_enabled(True)
         try:
             yield
@@ -91,10 +99,15 @@ def split_batch(batch: int, micro: int, rank: int, world: int) -> tuple[int, int
     micro = 0: the whole share of a process at once. raises: UserError if it does not divide."""
     micro = micro or max(batch // world, 1)
     if batch % (micro * world):
-        raise UserError(f"--batch {batch} is not a multiple of --micro {micro} times {world} processes")
+        raise UserError(
+            f"--batch {batch} is not a multiple of --micro {micro} times {world} processes"
+        )
     rounds = batch // (micro * world)
     if rank == 0:
-        print(f"{world} processes x {rounds} accumulated x {micro} = {batch} samples a step, in each direction", flush=True)
+        print(
+            f"{world} processes x {rounds} accumulated x {micro} = {batch} samples a step, in each direction",
+            flush=True,
+        )
     return micro, rounds
 
 
@@ -104,7 +117,9 @@ def sync_gradients(model: nn.Module, how: str) -> None:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
-        for g, part in zip(grads, flat.div_(dist.get_world_size()).split([g.numel() for g in grads])):
+        for g, part in zip(
+            grads, flat.div_(dist.get_world_size()).split([g.numel() for g in grads])
+        ):
             g.copy_(part.view_as(g))
 
 
@@ -113,7 +128,9 @@ def clip_gradients(model: nn.Module, limit: float, where: str) -> float:
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not math.isfinite(norm):
-        raise FloatingPointError(f"{where}: the gradient has norm {norm}; the last saved state is good")
+        raise FloatingPointError(
+            f"{where}: the gradient has norm {norm}; the last saved state is good"
+        )
     return norm
 
 
@@ -121,19 +138,25 @@ def mean_over_processes(value: float, device: torch.device) -> float:
     """Average a number over the processes: a loss for the log, or whether anyone was asked to stop."""
     if not dist.is_initialized():
         return value
-    x = torch.tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    x = torch.tensor(
+        value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
+    )
     dist.all_reduce(x)
     return x.item() / dist.get_world_size()
 
 
-def finite_means(sums: list[float], lost: list[int], what: str, device: torch.device) -> list[float]:
+def finite_means(
+    sums: list[float], lost: list[int], what: str, device: torch.device
+) -> list[float]:
     """The mean over the processes of each direction's loss, forward and backward.
 
     lost: this process's samples whose loss is not finite. raises: FloatingPointError, on all processes, that names them"""
     means = [mean_over_processes(x, device) for x in sums]
     if not all(map(math.isfinite, means)):
         where = f"sample {', '.join(map(str, lost))}" if lost else "a sample of another process"
-        raise FloatingPointError(f"{what} is {means} (forward, backward), through {where}; the last saved state is good")
+        raise FloatingPointError(
+            f"{what} is {means} (forward, backward), through {where}; the last saved state is good"
+        )
     return means
 
 
@@ -161,7 +184,9 @@ class EMA:
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Make the average the model's weights."""
-        for m in model.modules():  # FSDP2 leaves parts gathered after a forward pass without a backward one
+        for m in (
+            model.modules()
+        ):  # FSDP2 leaves parts gathered after a forward pass without a backward one
             if isinstance(m, FSDPModule):
                 m.reshard()
         for k, p in model.named_parameters():
@@ -178,39 +203,69 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(model, options=WHOLE)
 
 
-def save_state(path: str | os.PathLike, step: int, config: dict, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
-               **averages: "EMA") -> None:
+def save_state(
+    path: str | os.PathLike,
+    step: int,
+    config: dict,
+    trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
+    **averages: "EMA",
+) -> None:
     """Write everything a run needs to go on exactly: step, config, models, optimisers, averages. Call it on every process."""
     tree = {"step": step, "config": json.dumps(config)}
     for name, (model, optimiser) in trained.items():
         tree[name] = whole_state(model)
         tree[name + ".optimiser"] = get_optimizer_state_dict(model, optimiser, options=WHOLE)
     for name, average in averages.items():
-        tree[name] = {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).cpu() for k, v in average.shadow.items()}
+        tree[name] = {
+            k: (v.full_tensor() if hasattr(v, "full_tensor") else v).cpu()
+            for k, v in average.shadow.items()
+        }
     if not dist.is_initialized() or dist.get_rank() == 0:
         with atomic(path) as tmp:
             try:
                 torch.save(tree, tmp)
             except RuntimeError as error:  # how torch reports a full disk
-                raise OSError(f"cannot write {path}, is the disk full? The last state is intact ({str(error).splitlines()[0]})") from None
+                raise OSError(
+                    f"cannot write {path}, is the disk full? The last state is intact ({str(error).splitlines()[0]})"
+                ) from None
     if dist.is_initialized():
         dist.barrier()
 
 
-def load_state(path: str | os.PathLike, config: dict, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
-               **averages: "EMA") -> int:
+def load_state(
+    path: str | os.PathLike,
+    config: dict,
+    trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
+    **averages: "EMA",
+) -> int:
     """Load what `save_state` wrote; return the number of finished steps. The number of processes may differ.
 
     raises: UserError naming the settings that differ (`steps`, `out`, `save_every`, `micro` and the like may), or a
     damaged file."""
     tree = read_pickle(path)
-    free = ("steps", "out", "save_every", "micro", "device", "parallel", "checkpointing", "compile", "sheet_every")
+    free = (
+        "steps",
+        "out",
+        "save_every",
+        "micro",
+        "device",
+        "parallel",
+        "checkpointing",
+        "compile",
+        "sheet_every",
+    )
     try:
         then, step = json.loads(tree["config"]), int(tree["step"])
-        differ = [k for k, v in json.loads(json.dumps(config)).items() if then.get(k) != v and k not in free]
+        differ = [
+            k
+            for k, v in json.loads(json.dumps(config)).items()
+            if then.get(k) != v and k not in free
+        ]
         if differ:
-            raise UserError(f"{path} was written by a run with other settings ({', '.join(f'{k}={then.get(k)!r}' for k in differ)}); "
-                            "use them again, or another --out")
+            raise UserError(
+                f"{path} was written by a run with other settings ({', '.join(f'{k}={then.get(k)!r}' for k in differ)}); "
+                "use them again, or another --out"
+            )
         for name, (model, optimiser) in trained.items():
             set_model_state_dict(model, tree[name], options=WHOLE)
             set_optimizer_state_dict(model, optimiser, tree[name + ".optimiser"], options=WHOLE)
@@ -219,7 +274,9 @@ def load_state(path: str | os.PathLike, config: dict, trained: dict[str, tuple[n
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is not a whole state of this run ({type(error).__name__}); move it away to start again") from None
+        raise UserError(
+            f"{path} is not a whole state of this run ({type(error).__name__}); move it away to start again"
+        ) from None
     return step
 
 
@@ -241,32 +298,54 @@ def log_row(path: str | os.PathLike, **row: float | int | str) -> None:
         f.write(json.dumps(row) + "\n")
 
 
-def training_steps(config, name: str, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]], device: torch.device,
-                   averages: dict[str, "EMA"] | None = None, prefix: str = "") -> Iterator[tuple[int, dict[str, float]]]:
+def training_steps(
+    config,
+    name: str,
+    trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
+    device: torch.device,
+    averages: dict[str, "EMA"] | None = None,
+    prefix: str = "",
+) -> Iterator[tuple[int, dict[str, float]]]:
     """The steps of a run that are not done yet, as (step, row): what the body puts into row is logged, with its seconds.
 
     config: has `out`, `steps` and `save_every`. The folder `out` gets log.jsonl, its curves.png and state.pt (with the prefix in front);
     a run goes on from the last, exactly, wherever and however it ended. SIGINT or SIGTERM: the step is finished and saved, and the script
     ends with code 0. Every process calls this. raises: UserError if the state is damaged or of other settings"""
     out, averages, first = pathlib.Path(config.out), averages or {}, 0
-    state, log, rank = out / f"{prefix}state.pt", out / f"{prefix}log.jsonl", dist.get_rank() if dist.is_initialized() else 0
+    state, log, rank = (
+        out / f"{prefix}state.pt",
+        out / f"{prefix}log.jsonl",
+        dist.get_rank() if dist.is_initialized() else 0,
+    )
     if state.exists():
         first = load_state(state, dataclasses.asdict(config), trained, **averages)
         trim_log(log, first)
     out.mkdir(parents=True, exist_ok=True)
-    with stop_signals() as stop, trange(first, config.steps, initial=first, total=config.steps, desc=name, disable=rank > 0) as bar:
+    with (
+        stop_signals() as stop,
+        trange(
+            first, config.steps, initial=first, total=config.steps, desc=name, disable=rank > 0
+        ) as bar,
+    ):
         for step in bar:
             began, row = time.perf_counter(), {}
             yield step, row
-            last, stopping = step + 1 == config.steps, mean_over_processes(float(stop()), device) > 0
+            last, stopping = (
+                step + 1 == config.steps,
+                mean_over_processes(float(stop()), device) > 0,
+            )
             if row and rank == 0:
                 log_row(log, step=step, seconds=round(time.perf_counter() - began, 3), **row)
-                bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if not k.startswith(("norm", "motion"))})
+                bar.set_postfix(
+                    {k: f"{v:.4f}" for k, v in row.items() if not k.startswith(("norm", "motion"))}
+                )
             if (step + 1) % config.save_every == 0 or last or stopping:
                 save_state(state, step + 1, dataclasses.asdict(config), trained, **averages)
                 if rank == 0:
                     write_curves(out / f"{prefix}curves.png", log)
                 if stopping and not last:
                     if rank == 0:
-                        print(f"stopped at step {step + 1}; run the same command to go on", flush=True)
+                        print(
+                            f"stopped at step {step + 1}; run the same command to go on", flush=True
+                        )
                     raise SystemExit(0)

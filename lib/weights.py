@@ -11,6 +11,7 @@ All of them are brought to Wan's names, which are the parameters' names in dit.p
 
     python weights.py --weights out/dmd --to diffusers --out transformer        # also: --to native, --to self-forcing
 """
+
 import hashlib
 import json
 import re
@@ -27,12 +28,16 @@ from lib.common import UserError, atomic, read_pickle, run
 
 
 # ---------------------------------------------------------------- files
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor], config: dict | None = None) -> None:
+def write_safetensors(
+    path: str | Path, tensors: dict[str, Tensor], config: dict | None = None
+) -> None:
     """Write tensors and, as JSON under the metadata key `config`, a plain dict; atomically."""
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with atomic(path) as tmp:
         try:
-            save_file(tensors, str(tmp), {"config": json.dumps(config)} if config is not None else None)
+            save_file(
+                tensors, str(tmp), {"config": json.dumps(config)} if config is not None else None
+            )
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from None
 
@@ -47,21 +52,29 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict | None]:
     checkpoint, or an unsafe pickle."""
     path = Path(path)
     if path.is_dir():
-        found = sorted(path.glob("*.index.json")) or sorted(p for s in (".safetensors", ".pt", ".pth") for p in path.glob("*" + s))
+        found = sorted(path.glob("*.index.json")) or sorted(
+            p for s in (".safetensors", ".pt", ".pth") for p in path.glob("*" + s)
+        )
         if len(found) != 1:
-            raise UserError(f"{path} holds {len(found)} checkpoints ({', '.join(p.name for p in found) or 'none'}); "
-                            "name one .safetensors or .pt file")
+            raise UserError(
+                f"{path} holds {len(found)} checkpoints ({', '.join(p.name for p in found) or 'none'}); "
+                "name one .safetensors or .pt file"
+            )
         path = found[0]
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     verify(path)
-    config = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else None
+    config = (
+        read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else None
+    )
     if path.name.endswith(".index.json"):
         names = read_json(path).get("weight_map")
         shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
         absent = [s for s in shards if not (path.parent / s).is_file()]
         if absent or not shards:
-            raise UserError(f"{path.name} names shards that are missing in {path.parent}: {', '.join(absent) or 'none at all'}")
+            raise UserError(
+                f"{path.name} names shards that are missing in {path.parent}: {', '.join(absent) or 'none at all'}"
+            )
         tensors = {}
         for shard in shards:
             tensors.update(read_tensors(path.parent / shard)[0])
@@ -74,21 +87,32 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict | None]:
         tensors = {k: safe_open(str(path), "pt").get_tensor(k) for k in names}
         config = json.loads(meta["config"]) if "config" in meta else config
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from None
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}); copy or download it again"
+        ) from None
     if config is not None and not isinstance(config, dict):
-        raise UserError(f"{path}: the metadata's config is a JSON {type(config).__name__}, not an object")
+        raise UserError(
+            f"{path}: the metadata's config is a JSON {type(config).__name__}, not an object"
+        )
     return tensors, config
 
 
 def verify(path: Path) -> None:
     """Compare a file with the SHA256SUMS beside it, if that names it. raises: UserError if it is not the file meant there"""
     sums = path.parent / "SHA256SUMS"
-    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines() if sums.is_file() else []
-    meant = {name.lstrip("*"): digest for digest, _, name in (line.replace("  ", " ").partition(" ") for line in lines)}.get(path.name)
+    lines = (
+        sums.read_text(encoding="utf-8", errors="replace").splitlines() if sums.is_file() else []
+    )
+    meant = {
+        name.lstrip("*"): digest
+        for digest, _, name in (line.replace("  ", " ").partition(" ") for line in lines)
+    }.get(path.name)
     if meant:
         with open(path, "rb") as f:
             if hashlib.file_digest(f, "sha256").hexdigest() != meant.lower():
-                raise UserError(f"{path} is not the file that {sums} names (its hash differs); copy it again, or correct that line")
+                raise UserError(
+                    f"{path} is not the file that {sums} names (its hash differs); copy it again, or correct that line"
+                )
 
 
 def read_json(path: Path) -> dict:
@@ -102,15 +126,23 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: object, dtype: torch.dtype | None = None,
-                device: torch.device | str = "cpu") -> nn.Module:
+def load_strict(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    source: object,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
     """Put `tensors` into `model` (built on the meta device), one at a time cast to `dtype` and taken out of the dict; no
     second copy is made.
 
     raises: UserError that names missing, unexpected and wrongly shaped keys in one sentence."""
     want = model.state_dict()
-    wrong = [f"{k} is {tuple(getattr(tensors[k], 'shape', ()))} but should be {tuple(want[k].shape)}"
-             for k in want if k in tensors and getattr(tensors[k], "shape", None) != want[k].shape]
+    wrong = [
+        f"{k} is {tuple(getattr(tensors[k], 'shape', ()))} but should be {tuple(want[k].shape)}"
+        for k in want
+        if k in tensors and getattr(tensors[k], "shape", None) != want[k].shape
+    ]
     check_names(want, tensors, f"{source} does not fit {type(model).__name__}", wrong)
     cast = {}
     for k in want:
@@ -120,12 +152,23 @@ def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: object, dt
     return model.eval().requires_grad_(False)
 
 
-def check_names(want: typing.Iterable[str], have: typing.Iterable[str], what: str, wrong: list[str] | None = None) -> None:
+def check_names(
+    want: typing.Iterable[str],
+    have: typing.Iterable[str],
+    what: str,
+    wrong: list[str] | None = None,
+) -> None:
     """raises: UserError with names that are missing, unexpected, or of wrong shape."""
     want, have = dict.fromkeys(want), dict.fromkeys(have)
-    problems = [f"{label} {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for label, names in (
-        ("missing", [k for k in want if k not in have]), ("unexpected", [k for k in have if k not in want]),
-        ("wrong shape", wrong or [])) if names]
+    problems = [
+        f"{label} {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        for label, names in (
+            ("missing", [k for k in want if k not in have]),
+            ("unexpected", [k for k in have if k not in want]),
+            ("wrong shape", wrong or []),
+        )
+        if names
+    ]
     if problems:
         raise UserError(f"{what}: " + "; ".join(problems))
 
@@ -138,7 +181,9 @@ def within(config: object, what: str, **most: int) -> None:
         value = getattr(config, name)
         for x in value if isinstance(value, tuple) else (value,):
             if not isinstance(x, int) or isinstance(x, bool) or not 1 <= x <= limit:
-                raise UserError(f"the {what} config's {name} is {str(value)[:60]}; it must be from 1 to {limit}")
+                raise UserError(
+                    f"the {what} config's {name} is {str(value)[:60]}; it must be from 1 to {limit}"
+                )
 
 
 def config_from(cls: type, values: dict, source: object):
@@ -146,27 +191,56 @@ def config_from(cls: type, values: dict, source: object):
 
     raises: UserError naming an unknown key or a value of the wrong type."""
     kinds = typing.get_type_hints(cls)
-    known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if not k.startswith("_")}
+    known = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in values.items()
+        if not k.startswith("_")
+    }
     for k, v in known.items():
         kind = typing.get_origin(kinds.get(k)) or kinds.get(k)
         if kind is None:
-            raise UserError(f"{source}: the config has an unknown field {k!r}; {cls.__name__} has {', '.join(kinds)}")
+            raise UserError(
+                f"{source}: the config has an unknown field {k!r}; {cls.__name__} has {', '.join(kinds)}"
+            )
         inside = typing.get_args(kinds[k])[0] if kind is tuple else None
-        if not isinstance(v, (kind, int) if kind is float else kind) or (isinstance(v, bool) and kind is not bool) or (
-                inside and not all(isinstance(x, (inside, int) if inside is float else inside) for x in v)):
-            raise UserError(f"{source}: the config field {k} is {v!r}, which is not of type {kind.__name__}")
+        if (
+            not isinstance(v, (kind, int) if kind is float else kind)
+            or (isinstance(v, bool) and kind is not bool)
+            or (
+                inside
+                and not all(isinstance(x, (inside, int) if inside is float else inside) for x in v)
+            )
+        ):
+            raise UserError(
+                f"{source}: the config field {k} is {v!r}, which is not of type {kind.__name__}"
+            )
     return cls(**known)
 
 
 # ---------------------------------------------------------------- folders
 FILES = {  # what: the names it has in a folder, the first that exists is taken; where it comes from
-    "transformer": (("student.safetensors", "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
-                     "transformer"), "Wan's comes with Wan2.1-T2V-1.3B or -14B; a student may also be the folder's only .pt file"),
-    "VAE": (("vae.safetensors", "Wan2.1_VAE.pth", "vae"), "Wan2.1_VAE.pth comes with Wan2.1-T2V-1.3B; copy or link it there"),
-    "text encoder": (("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"), "it comes with Wan2.1-T2V-1.3B; or give embeddings made "
-                     "where it is, by text.py"),
-    "tokenizer": (("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json"), "it comes with Wan2.1-T2V-1.3B, as the folder "
-                  "google/umt5-xxl")}
+    "transformer": (
+        (
+            "student.safetensors",
+            "diffusion_pytorch_model.safetensors.index.json",
+            "diffusion_pytorch_model.safetensors",
+            "transformer",
+        ),
+        "Wan's comes with Wan2.1-T2V-1.3B or -14B; a student may also be the folder's only .pt file",
+    ),
+    "VAE": (
+        ("vae.safetensors", "Wan2.1_VAE.pth", "vae"),
+        "Wan2.1_VAE.pth comes with Wan2.1-T2V-1.3B; copy or link it there",
+    ),
+    "text encoder": (
+        ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"),
+        "it comes with Wan2.1-T2V-1.3B; or give embeddings made where it is, by text.py",
+    ),
+    "tokenizer": (
+        ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json"),
+        "it comes with Wan2.1-T2V-1.3B, as the folder google/umt5-xxl",
+    ),
+}
 
 
 def _is_folder(path: str | Path) -> bool:
@@ -180,12 +254,16 @@ def find(folder: str | Path, what: str) -> Path:
     raises: UserError with the names that were looked for and where the file comes from."""
     folder, (names, origin) = Path(folder), FILES[what]
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; it should be one with a {what} ({' or '.join(names)}): {origin}")
+        raise UserError(
+            f"{folder} is no folder; it should be one with a {what} ({' or '.join(names)}): {origin}"
+        )
     found = [folder / n for n in names if (folder / n).exists()]
     if not found and what == "transformer":
         found = sorted(folder.glob("*.pt"))
         if len(found) > 1:
-            raise UserError(f"{folder} holds several students ({', '.join(p.name for p in found)}); name one of these files")
+            raise UserError(
+                f"{folder} holds several students ({', '.join(p.name for p in found)}); name one of these files"
+            )
     if not found:
         raise UserError(f"{folder} holds no {what} ({' or '.join(names)}): {origin}")
     return found[0]
@@ -193,15 +271,44 @@ def find(folder: str | Path, what: str) -> Path:
 
 # ---------------------------------------------------------------- the transformer
 # Wan's name -> diffusers' name, outside the blocks and inside block i
-OUTER = {"patch_embedding": "patch_embedding", "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-         "text_embedding.2": "condition_embedder.text_embedder.linear_2", "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-         "time_embedding.2": "condition_embedder.time_embedder.linear_2", "time_projection.1": "condition_embedder.time_proj",
-         "head.modulation": "scale_shift_table", "head.head": "proj_out"}
-INNER = {"modulation": "scale_shift_table", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"} | {
-    f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-    for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k"))}
-DIFFUSERS_DIT = {"ffn_dim": "ffn_dim", "num_attention_heads": "num_heads", "num_layers": "num_layers", "freq_dim": "freq_dim",
-                 "text_dim": "text_dim", "in_channels": "in_dim", "out_channels": "out_dim", "patch_size": "patch_size", "eps": "eps"}
+OUTER = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+INNER = {
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+} | {
+    f"{ours}.{a}": f"{theirs}.{b}"
+    for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+    for a, b in (
+        ("q", "to_q"),
+        ("k", "to_k"),
+        ("v", "to_v"),
+        ("o", "to_out.0"),
+        ("norm_q", "norm_q"),
+        ("norm_k", "norm_k"),
+    )
+}
+DIFFUSERS_DIT = {
+    "ffn_dim": "ffn_dim",
+    "num_attention_heads": "num_heads",
+    "num_layers": "num_layers",
+    "freq_dim": "freq_dim",
+    "text_dim": "text_dim",
+    "in_channels": "in_dim",
+    "out_channels": "out_dim",
+    "patch_size": "patch_size",
+    "eps": "eps",
+}
 WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."  # what training wrappers put into names
 
 
@@ -218,8 +325,17 @@ def rename(key: str, to_diffusers: bool) -> str:
 def names_of_dit(layers: int) -> list[str]:
     """All names of a Wan transformer: 15 outside its blocks and 27 in each."""
     stems = [*OUTER, *(f"blocks.{n}.{stem}" for n in range(layers) for stem in INNER)]
-    return [stem + kind for stem in stems for kind in (
-        ("",) if stem.endswith("modulation") else (".weight",) if "norm_" in stem else (".weight", ".bias"))]
+    return [
+        stem + kind
+        for stem in stems
+        for kind in (
+            ("",)
+            if stem.endswith("modulation")
+            else (".weight",)
+            if "norm_" in stem
+            else (".weight", ".bias")
+        )
+    ]
 
 
 def sizes_of_dit(tensors: dict[str, Tensor], source: object) -> dict:
@@ -227,13 +343,24 @@ def sizes_of_dit(tensors: dict[str, Tensor], source: object) -> dict:
     try:
         dim, in_dim, *patch = tensors["patch_embedding.weight"].shape
         layers = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
-        return {"dim": dim, "ffn_dim": tensors["blocks.0.ffn.0.weight"].shape[0], "num_heads": dim // 128, "num_layers": layers,
-                "freq_dim": tensors["time_embedding.0.weight"].shape[1], "text_dim": tensors["text_embedding.0.weight"].shape[1],
-                "text_len": 512, "in_dim": in_dim, "out_dim": tensors["head.head.weight"].shape[0] // (patch[1] * patch[2]),
-                "patch_size": tuple(patch), "eps": 1e-6}
+        return {
+            "dim": dim,
+            "ffn_dim": tensors["blocks.0.ffn.0.weight"].shape[0],
+            "num_heads": dim // 128,
+            "num_layers": layers,
+            "freq_dim": tensors["time_embedding.0.weight"].shape[1],
+            "text_dim": tensors["text_embedding.0.weight"].shape[1],
+            "text_len": 512,
+            "in_dim": in_dim,
+            "out_dim": tensors["head.head.weight"].shape[0] // (patch[1] * patch[2]),
+            "patch_size": tuple(patch),
+            "eps": 1e-6,
+        }
     except (KeyError, ValueError, IndexError, AttributeError):
-        raise UserError(f"{source} is not a Wan transformer (it has {len(tensors)} entries, the first is "
-                        f"{next(iter(tensors), 'absent')!r}); expected names like blocks.0.self_attn.q.weight") from None
+        raise UserError(
+            f"{source} is not a Wan transformer (it has {len(tensors)} entries, the first is "
+            f"{next(iter(tensors), 'absent')!r}); expected names like blocks.0.self_attn.q.weight"
+        ) from None
 
 
 def read_dit(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
@@ -244,28 +371,45 @@ def read_dit(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
     path = find(path, "transformer") if _is_folder(path) else Path(path)
     tensors, values = read_tensors(path)
     if "generator_lora" in tensors or any("lora_A" in k for k in tensors):
-        raise UserError(f"{path} is a LoRA, a change to weights and not weights; merge it into its base (LongLive: longlive_base.pt) "
-                        "first, or use the base alone")
+        raise UserError(
+            f"{path} is a LoRA, a change to weights and not weights; merge it into its base (LongLive: longlive_base.pt) "
+            "first, or use the base alone"
+        )
     for wrapper in ("generator_ema", "generator", "model", "state_dict"):
         if isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
-    tensors = {re.sub(rf"^model\.|{WRAPPERS}", "", re.sub(rf"^({WRAPPERS})+", "", k)): v for k, v in tensors.items()}
-    values = {k: v for k, v in (values or {}).items() if k not in ("qk_norm", "cross_attn_norm", "window_size")}  # always the same
+    tensors = {
+        re.sub(rf"^model\.|{WRAPPERS}", "", re.sub(rf"^({WRAPPERS})+", "", k)): v
+        for k, v in tensors.items()
+    }
+    values = {
+        k: v
+        for k, v in (values or {}).items()
+        if k not in ("qk_norm", "cross_attn_norm", "window_size")
+    }  # always the same
     if any(k.startswith("condition_embedder.") for k in tensors):
         tensors = {rename(k, to_diffusers=False): v for k, v in tensors.items()}
         heads, width = values.get("num_attention_heads", 40), values.get("attention_head_dim", 128)
         if not type(heads) is type(width) is int:
-            raise UserError(f"{path}: the config has {heads!r} heads of {width!r} channels; both must be whole numbers")
-        values = {new: values[old] for old, new in DIFFUSERS_DIT.items() if old in values} | {"dim": heads * width}
+            raise UserError(
+                f"{path}: the config has {heads!r} heads of {width!r} channels; both must be whole numbers"
+            )
+        values = {new: values[old] for old, new in DIFFUSERS_DIT.items() if old in values} | {
+            "dim": heads * width
+        }
     elif values.pop("model_type", "t2v") != "t2v":
         raise UserError(f"{path}: only the text-to-video model (model_type t2v) is supported")
     values = sizes_of_dit(tensors, path) | (values if "dim" in values else {})
     if not values["num_heads"]:
-        raise UserError(f"{path}: heads of a transformer of width {values['dim']} cannot be told from its tensors; it needs a config.json")
+        raise UserError(
+            f"{path}: heads of a transformer of width {values['dim']} cannot be told from its tensors; it needs a config.json"
+        )
     return values, tensors, path
 
 
-def write_dit(tensors: dict[str, Tensor], values: dict, path: str | Path, to: str = "native") -> None:
+def write_dit(
+    tensors: dict[str, Tensor], values: dict, path: str | Path, to: str = "native"
+) -> None:
     """Write a transformer, given under Wan's names with the values of its DiTConfig, in one of three layouts.
 
     native: a .safetensors file that ComfyUI reads, too; diffusers: a folder for `WanTransformer3DModel.from_pretrained`;
@@ -283,23 +427,38 @@ def write_dit(tensors: dict[str, Tensor], values: dict, path: str | Path, to: st
             torch.save({"generator": tensors, "generator_ema": tensors}, tmp)
         return None
     config = {old: values[new] for old, new in DIFFUSERS_DIT.items()} | {
-        "_class_name": "WanTransformer3DModel", "attention_head_dim": values["dim"] // values["num_heads"], "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads"}
-    write_safetensors(path / "diffusion_pytorch_model.safetensors", {rename(k, True): v for k, v in tensors.items()})
+        "_class_name": "WanTransformer3DModel",
+        "attention_head_dim": values["dim"] // values["num_heads"],
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+    }
+    write_safetensors(
+        path / "diffusion_pytorch_model.safetensors",
+        {rename(k, True): v for k, v in tensors.items()},
+    )
     with atomic(path / "config.json") as tmp:
         tmp.write_text(json.dumps(config, indent=1))
 
 
 # ---------------------------------------------------------------- the VAE
-DIFFUSERS_VAE = {"base_dim": "dim", "z_dim": "z_dim", "dim_mult": "dim_mult", "num_res_blocks": "num_res_blocks",
-                 "temperal_downsample": "temporal_downsample", "latents_mean": "mean", "latents_std": "std"}
+DIFFUSERS_VAE = {
+    "base_dim": "dim",
+    "z_dim": "z_dim",
+    "dim_mult": "dim_mult",
+    "num_res_blocks": "num_res_blocks",
+    "temperal_downsample": "temporal_downsample",
+    "latents_mean": "mean",
+    "latents_std": "std",
+}
 
 
 def read_vae(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
     """A VAE as `Wan2.1_VAE.pth`, a native safetensors file, a diffusers `vae/` folder, or a folder that holds one of these:
     the values of its VAEConfig (none: Wan2.1's), tensors under Wan's names, and the path that was read. raises: UserError"""
     path = Path(path)
-    if _is_folder(path) and not ((path / "config.json").is_file() and "base_dim" in read_json(path / "config.json")):
+    if _is_folder(path) and not (
+        (path / "config.json").is_file() and "base_dim" in read_json(path / "config.json")
+    ):
         path = find(path, "VAE")  # else it is the vae/ folder itself
     tensors, values = read_tensors(path)
     values = values or {}
@@ -314,24 +473,43 @@ def read_vae(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
 
 def _vae_name(key: str, num_res_blocks: int) -> str:
     """`decoder.up_blocks.1.resnets.0.conv1.weight` -> `decoder.upsamples.4.residual.2.weight`."""
+
     def flat(m: re.Match) -> str:  # diffusers nests the decoder's stages, Wan numbers them through
         place = num_res_blocks + 1 if m[2] == "upsamplers" else int(m[3])
         return f"upsamples.{int(m[1]) * (num_res_blocks + 2) + place}"
-    for old, new in ((r"^quant_conv", "conv1"), (r"^post_quant_conv", "conv2"), (r"conv_in\b", "conv1"), (r"norm_out", "head.0"),
-                     (r"conv_out", "head.2"), (r"mid_block\.resnets\.0", "middle.0"), (r"mid_block\.attentions\.0", "middle.1"),
-                     (r"mid_block\.resnets\.1", "middle.2"), (r"up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)", flat),
-                     (r"down_blocks", "downsamples"), (r"conv_shortcut", "shortcut"),
-                     *((rf"((?:downsamples|upsamples|middle)\.\d+)\.{name}\b", rf"\1.residual.{digit}")
-                       for name, digit in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6)))):
+
+    for old, new in (
+        (r"^quant_conv", "conv1"),
+        (r"^post_quant_conv", "conv2"),
+        (r"conv_in\b", "conv1"),
+        (r"norm_out", "head.0"),
+        (r"conv_out", "head.2"),
+        (r"mid_block\.resnets\.0", "middle.0"),
+        (r"mid_block\.attentions\.0", "middle.1"),
+        (r"mid_block\.resnets\.1", "middle.2"),
+        (r"up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)", flat),
+        (r"down_blocks", "downsamples"),
+        (r"conv_shortcut", "shortcut"),
+        *(
+            (rf"((?:downsamples|upsamples|middle)\.\d+)\.{name}\b", rf"\1.residual.{digit}")
+            for name, digit in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6))
+        ),
+    ):
         key = re.sub(old, new, key)
     return key
 
 
 # ---------------------------------------------------------------- the text encoder
 # Wan's name -> transformers' name, in block i and outside
-UMT5_BLOCK = {"norm1": "0.layer_norm", "pos_embedding.embedding": "0.SelfAttention.relative_attention_bias", "norm2": "1.layer_norm",
-              "ffn.gate.0": "1.DenseReluDense.wi_0", "ffn.fc1": "1.DenseReluDense.wi_1", "ffn.fc2": "1.DenseReluDense.wo",
-              **{f"attn.{a}": f"0.SelfAttention.{a}" for a in "qkvo"}}
+UMT5_BLOCK = {
+    "norm1": "0.layer_norm",
+    "pos_embedding.embedding": "0.SelfAttention.relative_attention_bias",
+    "norm2": "1.layer_norm",
+    "ffn.gate.0": "1.DenseReluDense.wi_0",
+    "ffn.fc1": "1.DenseReluDense.wi_1",
+    "ffn.fc2": "1.DenseReluDense.wo",
+    **{f"attn.{a}": f"0.SelfAttention.{a}" for a in "qkvo"},
+}
 UMT5_OUTER = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
 
 
@@ -347,32 +525,45 @@ def read_umt5(path: Path) -> tuple[dict, dict[str, Tensor]]:
     and tensors under transformers' names. raises: UserError"""
     tensors = {_umt5_name(k): v for k, v in read_tensors(path)[0].items()}
     tensors.setdefault("shared.weight", tensors.get("encoder.embed_tokens.weight"))
-    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]  # transformers has one table under two names
+    tensors["encoder.embed_tokens.weight"] = tensors[
+        "shared.weight"
+    ]  # transformers has one table under two names
     layer = "encoder.block.0.layer."
     try:
         vocabulary, width = tensors["shared.weight"].shape
         buckets, heads = tensors[layer + "0.SelfAttention.relative_attention_bias.weight"].shape
-        return {"vocab_size": vocabulary, "d_model": width, "num_heads": heads, "relative_attention_num_buckets": buckets,
-                "d_kv": tensors[layer + "0.SelfAttention.q.weight"].shape[0] // heads,
-                "d_ff": tensors[layer + "1.DenseReluDense.wo.weight"].shape[1], "feed_forward_proj": "gated-gelu",
-                "num_layers": 1 + max(int(k.split(".")[2]) for k in tensors if k.startswith("encoder.block."))}, tensors
+        return {
+            "vocab_size": vocabulary,
+            "d_model": width,
+            "num_heads": heads,
+            "relative_attention_num_buckets": buckets,
+            "d_kv": tensors[layer + "0.SelfAttention.q.weight"].shape[0] // heads,
+            "d_ff": tensors[layer + "1.DenseReluDense.wo.weight"].shape[1],
+            "feed_forward_proj": "gated-gelu",
+            "num_layers": 1
+            + max(int(k.split(".")[2]) for k in tensors if k.startswith("encoder.block.")),
+        }, tensors
     except (KeyError, ValueError, AttributeError):
-        raise UserError(f"{path} is not the encoder of UMT5: expected names like blocks.0.attn.q.weight or {layer}0.SelfAttention.q.weight"
-                        ) from None
+        raise UserError(
+            f"{path} is not the encoder of UMT5: expected names like blocks.0.attn.q.weight or {layer}0.SelfAttention.q.weight"
+        ) from None
 
 
 # ---------------------------------------------------------------- command line
 @dataclass
 class Config:
     """Export a transformer: bring it from any layout that is read here to another."""
-    weights: str        # a checkpoint, or a folder with one
-    out: str            # native: a .safetensors file; self-forcing: a .pt file; diffusers: a folder
+
+    weights: str  # a checkpoint, or a folder with one
+    out: str  # native: a .safetensors file; self-forcing: a .pt file; diffusers: a folder
     to: str = "native"  # native (Wan's names, which ComfyUI reads), diffusers or self-forcing
 
 
 def main(config: Config) -> None:
     values, tensors, source = read_dit(config.weights)
-    check_names(names_of_dit(values["num_layers"]), tensors, f"{source} is not a whole Wan transformer")
+    check_names(
+        names_of_dit(values["num_layers"]), tensors, f"{source} is not a whole Wan transformer"
+    )
     write_dit(tensors, values, config.out, config.to)
     print(f"{source} -> {config.out}, {sum(x.numel() for x in tensors.values()):,} parameters")
 

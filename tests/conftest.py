@@ -1,4 +1,5 @@
 """Every test runs on one thread and leaves no process group behind."""
+
 import pytest
 import torch
 

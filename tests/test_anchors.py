@@ -1,4 +1,5 @@
 """An order is data: plans, masks, boundaries and pictures are the paper's, worked by hand."""
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -9,12 +10,37 @@ import anchors
 from anchors import HORIZON, ORDERS, Plan, Step, layout, picture, text_picture
 from lib.common import UserError
 
-GREEN, YELLOW, BLUE, GREY, LIGHT = (88, 163, 90), (244, 200, 66), (90, 140, 220), (120, 120, 120), (190, 225, 190)
-FULL_SIZE = {f.__name__: f() for f in (anchors.forward, anchors.backward, anchors.inbetween, anchors.loop, anchors.transition,
-                                       anchors.story)} | {
-    f"long {direction} {sink}": anchors.long(60, direction, sink=sink) for direction in ("forward", "backward") for sink in SINKS} | {
-    "dummy": anchors.backward(anchors=0, dummy=True), "B=6": anchors.backward(block=6, anchors=0, head=3), "long loop": anchors.loop(60),
-    "P=B=6": anchors.backward(18, 6, 6)}
+GREEN, YELLOW, BLUE, GREY, LIGHT = (
+    (88, 163, 90),
+    (244, 200, 66),
+    (90, 140, 220),
+    (120, 120, 120),
+    (190, 225, 190),
+)
+FULL_SIZE = (
+    {
+        f.__name__: f()
+        for f in (
+            anchors.forward,
+            anchors.backward,
+            anchors.inbetween,
+            anchors.loop,
+            anchors.transition,
+            anchors.story,
+        )
+    }
+    | {
+        f"long {direction} {sink}": anchors.long(60, direction, sink=sink)
+        for direction in ("forward", "backward")
+        for sink in SINKS
+    }
+    | {
+        "dummy": anchors.backward(anchors=0, dummy=True),
+        "B=6": anchors.backward(block=6, anchors=0, head=3),
+        "long loop": anchors.loop(60),
+        "P=B=6": anchors.backward(18, 6, 6),
+    }
+)
 ALL = PLANS | FULL_SIZE
 
 
@@ -25,45 +51,83 @@ def same(*latents: int) -> tuple:
 
 def in_threes(*rows: str) -> torch.Tensor:
     """A block-wise mask, one digit for 3 x 3 latents."""
-    return torch.tensor([[int(x) for x in row] for row in rows]).repeat_interleave(3, 0).repeat_interleave(3, 1).bool()
+    return (
+        torch.tensor([[int(x) for x in row] for row in rows])
+        .repeat_interleave(3, 0)
+        .repeat_interleave(3, 1)
+        .bool()
+    )
 
 
 # ---------------------------------------------------------------- the paper's orders, by hand
 def test_forward_by_hand():
     """Fig. 8a: each block of 3 reads all blocks before it."""
     plan = anchors.forward(6)
-    assert plan.steps == (Step((0, 1, 2), (0, 1, 2)), Step((3, 4, 5), (3, 4, 5), reads=same(0, 1, 2)))
+    assert plan.steps == (
+        Step((0, 1, 2), (0, 1, 2)),
+        Step((3, 4, 5), (3, 4, 5), reads=same(0, 1, 2)),
+    )
     lay = layout(plan)
-    assert lay.visible.spans == ((0, 3, ((0, 3),)), (3, 6, ((0, 6),))) and lay.visible.key_slot is None
-    assert lay.latent == lay.pos == (0, 1, 2, 3, 4, 5) and lay.step == (0, 0, 0, 1, 1, 1) and all(lay.is_target)
+    assert (
+        lay.visible.spans == ((0, 3, ((0, 3),)), (3, 6, ((0, 6),))) and lay.visible.key_slot is None
+    )
+    assert (
+        lay.latent == lay.pos == (0, 1, 2, 3, 4, 5)
+        and lay.step == (0, 0, 0, 1, 1, 1)
+        and all(lay.is_target)
+    )
     assert torch.equal(lay.visible.dense(), in_threes("10", "11"))
-    assert plan.boundaries() == [False, False, True, False, False] and plan.capacity == 3 and plan.prompts() == 1
+    assert (
+        plan.boundaries() == [False, False, True, False, False]
+        and plan.capacity == 3
+        and plan.prompts() == 1
+    )
 
 
 def test_backward_by_hand():
     """Fig. 8d: a block imagines the 3 latents before it; the block of latent 0 imagines nothing."""
     plan = anchors.backward(9, 3, 3)
-    assert plan.steps == (Step((6, 7, 8), (3, 4, 5, 6, 7, 8), anchors=(3, 4, 5)),
-                          Step((3, 4, 5), (0, 1, 2, 3, 4, 5), anchors=(0, 1, 2), reads=same(6, 7, 8)),
-                          Step((0, 1, 2), (0, 1, 2), reads=same(3, 4, 5, 6, 7, 8)))
+    assert plan.steps == (
+        Step((6, 7, 8), (3, 4, 5, 6, 7, 8), anchors=(3, 4, 5)),
+        Step((3, 4, 5), (0, 1, 2, 3, 4, 5), anchors=(0, 1, 2), reads=same(6, 7, 8)),
+        Step((0, 1, 2), (0, 1, 2), reads=same(3, 4, 5, 6, 7, 8)),
+    )
     lay = layout(plan)
     assert lay.latent == lay.pos == (6, 7, 8, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1, 2)
-    assert lay.step == (0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 1, 1, 1) and lay.is_target == (True,) * 9 + (False,) * 6
+    assert (
+        lay.step == (0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 1, 1, 1)
+        and lay.is_target == (True,) * 9 + (False,) * 6
+    )
     #                            targets 678, 345, 012, anchors 345, 012
     assert torch.equal(lay.visible.dense(), in_threes("10010", "11001", "11100", "10010", "11001"))
-    assert plan.capacity == 6 and plan.boundaries() == [False, False, True, False, False, True, False, False]
+    assert plan.capacity == 6 and plan.boundaries() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_fewer_anchors_by_hand():
     """P = 1 imagines the nearest latent only."""
-    assert anchors.backward(6, 3, 1).steps == (Step((3, 4, 5), (2, 3, 4, 5), anchors=(2,)), Step((0, 1, 2), (0, 1, 2), reads=same(3, 4, 5)))
+    assert anchors.backward(6, 3, 1).steps == (
+        Step((3, 4, 5), (2, 3, 4, 5), anchors=(2,)),
+        Step((0, 1, 2), (0, 1, 2), reads=same(3, 4, 5)),
+    )
 
 
 def test_dummy_by_hand():
     """Fig. 8b: a dummy block at the start of the clip comes first, and tells the first real block that it is not the beginning."""
     plan = anchors.backward(6, anchors=0, dummy=True)
-    assert plan.steps == (Step((-1, -2, -3), (0, 1, 2)), Step((3, 4, 5), (3, 4, 5), reads=((-1, 0), (-2, 1), (-3, 2))),
-                          Step((0, 1, 2), (0, 1, 2), reads=same(3, 4, 5)))
+    assert plan.steps == (
+        Step((-1, -2, -3), (0, 1, 2)),
+        Step((3, 4, 5), (3, 4, 5), reads=((-1, 0), (-2, 1), (-3, 2))),
+        Step((0, 1, 2), (0, 1, 2), reads=same(3, 4, 5)),
+    )
     lay = layout(plan)
     assert lay.latent == (-1, -2, -3, 3, 4, 5, 0, 1, 2)
     assert torch.equal(lay.visible.dense(), in_threes("100", "110", "011"))
@@ -73,16 +137,26 @@ def test_dummy_by_hand():
 def test_blocks_of_six_by_hand():
     """Fig. 8c: blocks of 6 in backward order and a head of 3, no anchors."""
     plan = anchors.backward(9, block=6, anchors=0, head=3)
-    assert plan.steps == (Step((3, 4, 5, 6, 7, 8), (3, 4, 5, 6, 7, 8)), Step((0, 1, 2), (0, 1, 2), reads=same(3, 4, 5, 6, 7, 8)))
+    assert plan.steps == (
+        Step((3, 4, 5, 6, 7, 8), (3, 4, 5, 6, 7, 8)),
+        Step((0, 1, 2), (0, 1, 2), reads=same(3, 4, 5, 6, 7, 8)),
+    )
     assert torch.equal(layout(plan).visible.dense(), in_threes("110", "110", "111"))
-    assert [len(s.targets) for s in anchors.backward(21, block=6, anchors=0, head=3).steps] == [6, 6, 6, 3]
+    assert [len(s.targets) for s in anchors.backward(21, block=6, anchors=0, head=3).steps] == [
+        6,
+        6,
+        6,
+        3,
+    ]
 
 
 def test_the_papers_sequences_have_21_and_39_slots():
     """Stage 1 trains on 21 latents forward, and on 21 targets and 6 blocks of 3 anchors backward."""
     assert len(layout(anchors.forward(21)).latent) == 21
     lay = layout(anchors.backward(21))
-    assert len(lay.latent) == 39 and sum(lay.is_target) == 21 and lay.visible.dense().shape == (39, 39)
+    assert (
+        len(lay.latent) == 39 and sum(lay.is_target) == 21 and lay.visible.dense().shape == (39, 39)
+    )
     assert lay.latent == lay.pos
 
 
@@ -91,20 +165,31 @@ def test_inbetween_by_hand():
     ends, gap = same(0, 1, 2), tuple(range(3, 18))
     last = Step(gap, gap, reads=same(0, 1, 2, 18, 19, 20))
     plan = anchors.inbetween(3, 15, 3)
-    assert plan.steps == (Step((0, 1, 2), (0, 1, 2)), Step((18, 19, 20), (15, 16, 17, 18, 19, 20), (15, 16, 17), ends), last)
+    assert plan.steps == (
+        Step((0, 1, 2), (0, 1, 2)),
+        Step((18, 19, 20), (15, 16, 17, 18, 19, 20), (15, 16, 17), ends),
+        last,
+    )
     assert anchors.inbetween(3, 15, 3, given=True).steps == (
-        Step((0, 1, 2), (0, 1, 2), given=(0, 1, 2)), Step((18, 19, 20), (18, 19, 20), reads=ends, given=(18, 19, 20)), last)
+        Step((0, 1, 2), (0, 1, 2), given=(0, 1, 2)),
+        Step((18, 19, 20), (18, 19, 20), reads=ends, given=(18, 19, 20)),
+        last,
+    )
     assert [i for i, b in enumerate(plan.boundaries()) if b] == [2, 17]
 
 
 def test_loop_by_hand():
     """The head is read twice: as the past at 0-2 and as the future at 18-20."""
     plan = anchors.loop(18)
-    close = Step(tuple(range(3, 18)), tuple(range(3, 18)), reads=(*same(0, 1, 2), (0, 18), (1, 19), (2, 20)))
+    close = Step(
+        tuple(range(3, 18)), tuple(range(3, 18)), reads=(*same(0, 1, 2), (0, 18), (1, 19), (2, 20))
+    )
     assert plan.steps == (Step((0, 1, 2), (0, 1, 2)), close)
     visible = layout(plan).visible
     assert visible.spans == ((0, 3, ((0, 3),)), (3, 18, ((0, 21),)))
-    assert visible.key_slot.tolist() == [*range(18), 0, 1, 2] and visible.key_pos.tolist() == list(range(21))
+    assert visible.key_slot.tolist() == [*range(18), 0, 1, 2] and visible.key_pos.tolist() == list(
+        range(21)
+    )
     assert anchors.loop(21).steps[-1].reads == ((3, 0), (4, 1), (5, 2), (0, 18), (1, 19), (2, 20))
 
 
@@ -112,18 +197,46 @@ def test_long_backward_by_hand():
     """Appendix A.2, backward: past sink, gap of 3, anchors, block, window of 6, future sink: positions 0 to 20, all 21 in use."""
     plan = anchors.long(33, "backward", window=6, sink="both")
     step = next(s for s in plan.steps if s.targets == (12, 13, 14))
-    past_sink, window, future_sink = ((27, 0), (28, 1), (29, 2)), tuple((i, i - 3) for i in range(15, 21)), ((30, 18), (31, 19), (32, 20))
-    assert step == Step((12, 13, 14), (6, 7, 8, 9, 10, 11), (9, 10, 11), past_sink + window + future_sink)
-    assert plan.steps[-1] == Step((0, 1, 2), (0, 1, 2), reads=tuple((i, i) for i in range(3, 9)) + ((30, 9), (31, 10), (32, 11)))
+    past_sink, window, future_sink = (
+        ((27, 0), (28, 1), (29, 2)),
+        tuple((i, i - 3) for i in range(15, 21)),
+        ((30, 18), (31, 19), (32, 20)),
+    )
+    assert step == Step(
+        (12, 13, 14), (6, 7, 8, 9, 10, 11), (9, 10, 11), past_sink + window + future_sink
+    )
+    assert plan.steps[-1] == Step(
+        (0, 1, 2),
+        (0, 1, 2),
+        reads=tuple((i, i) for i in range(3, 9)) + ((30, 9), (31, 10), (32, 11)),
+    )
 
 
 def test_long_forward_by_hand():
     """Appendix A.2, forward: the first block, a window of 6, the block, a gap of 3, the second block as the future."""
     plan = anchors.long(33, "forward", window=6, sink="both")
     step = next(s for s in plan.steps if s.targets == (18, 19, 20))
-    assert step == Step((18, 19, 20), (9, 10, 11), reads=(
-        (0, 0), (1, 1), (2, 2), (12, 3), (13, 4), (14, 5), (15, 6), (16, 7), (17, 8), (3, 15), (4, 16), (5, 17)))
-    assert plan.steps[2].reads == same(0, 1, 2, 3, 4, 5)  # while both are in the window they are not moved
+    assert step == Step(
+        (18, 19, 20),
+        (9, 10, 11),
+        reads=(
+            (0, 0),
+            (1, 1),
+            (2, 2),
+            (12, 3),
+            (13, 4),
+            (14, 5),
+            (15, 6),
+            (16, 7),
+            (17, 8),
+            (3, 15),
+            (4, 16),
+            (5, 17),
+        ),
+    )
+    assert plan.steps[2].reads == same(
+        0, 1, 2, 3, 4, 5
+    )  # while both are in the window they are not moved
     none = anchors.long(33, "forward", window=6, sink="none").steps[6]
     assert none == Step((18, 19, 20), (6, 7, 8), reads=tuple((i, i - 12) for i in range(12, 18)))
 
@@ -134,7 +247,9 @@ def test_each_sink_is_where_its_name_says(direction, sink):
     """Past sinks stand before the block and future sinks after it, in either direction; `none` reads the window only."""
     plan = anchors.long(45, direction, window=6, sink=sink)
     step = plan.steps[10]
-    first, second = ({0, 1, 2}, {3, 4, 5}) if direction == "forward" else ({42, 43, 44}, {39, 40, 41})
+    first, second = (
+        ({0, 1, 2}, {3, 4, 5}) if direction == "forward" else ({42, 43, 44}, {39, 40, 41})
+    )
     before = {i for i, p in step.reads if p < min(step.pos)} & (first | second)
     after = {i for i, p in step.reads if p > max(step.pos)} & (first | second)
     at_past, at_future = (first, second) if direction == "forward" else (second, first)
@@ -147,43 +262,82 @@ def test_transition_and_story_structure():
     """Scenes first, blind to each other and with their own prompts, a later one with anchors; then gaps that see both sides."""
     plan = anchors.transition(6, 3, 6)
     assert plan.steps == (
-        Step((0, 1, 2), (0, 1, 2)), Step((3, 4, 5), (3, 4, 5), reads=same(0, 1, 2)),
+        Step((0, 1, 2), (0, 1, 2)),
+        Step((3, 4, 5), (3, 4, 5), reads=same(0, 1, 2)),
         Step((9, 10, 11), (0, 1, 2, 3, 4, 5), anchors=(6, 7, 8), prompt=1),
         Step((12, 13, 14), (3, 4, 5), reads=((9, 0), (10, 1), (11, 2)), prompt=1),
-        Step((6, 7, 8), (6, 7, 8), reads=same(0, 1, 2, 3, 4, 5) + same(9, 10, 11, 12, 13, 14), prompt=1))
+        Step(
+            (6, 7, 8),
+            (6, 7, 8),
+            reads=same(0, 1, 2, 3, 4, 5) + same(9, 10, 11, 12, 13, 14),
+            prompt=1,
+        ),
+    )
     story = anchors.story((3, 6, 9), gap=6)
     assert story.length == 30 and story.prompts() == 3
     scene = {i: n for n, r in enumerate((range(0, 3), range(9, 15), range(21, 30))) for i in r}
     scenes, gaps = story.steps[:6], story.steps[6:]
-    assert all(scene[i] == step.prompt for step in scenes for i in (*step.targets, *(i for i, _ in step.reads)))
+    assert all(
+        scene[i] == step.prompt
+        for step in scenes
+        for i in (*step.targets, *(i for i, _ in step.reads))
+    )
     assert [len(step.anchors) for step in scenes] == [0, 3, 0, 3, 0, 0]
-    assert [(s.targets, s.prompt) for s in gaps] == [(tuple(range(3, 9)), 1), (tuple(range(15, 21)), 2)]
-    assert [sorted(i for i, _ in s.reads) for s in gaps] == [[0, 1, 2, *range(9, 15)], [*range(9, 15), *range(21, 27)]]
+    assert [(s.targets, s.prompt) for s in gaps] == [
+        (tuple(range(3, 9)), 1),
+        (tuple(range(15, 21)), 2),
+    ]
+    assert [sorted(i for i, _ in s.reads) for s in gaps] == [
+        [0, 1, 2, *range(9, 15)],
+        [*range(9, 15), *range(21, 27)],
+    ]
     assert anchors.transition(9, 6, 12).steps == anchors.story((9, 12), 6).steps
 
 
 def test_timeline_by_hand():
     """The user's clip in the middle: committed forward, then blocks after it, then backward blocks with anchors before it."""
     plan = anchors.with_given(anchors.timeline(12, [(3, 9)]), range(3, 9))
-    assert plan.steps == (Step((3, 4, 5), (3, 4, 5), given=(3, 4, 5)),
-                          Step((6, 7, 8), (3, 4, 5), reads=((3, 0), (4, 1), (5, 2)), given=(6, 7, 8)),
-                          Step((9, 10, 11), (6, 7, 8), reads=tuple((i, i - 3) for i in range(3, 9))),
-                          Step((0, 1, 2), (0, 1, 2), reads=same(*range(3, 12))))
+    assert plan.steps == (
+        Step((3, 4, 5), (3, 4, 5), given=(3, 4, 5)),
+        Step((6, 7, 8), (3, 4, 5), reads=((3, 0), (4, 1), (5, 2)), given=(6, 7, 8)),
+        Step((9, 10, 11), (6, 7, 8), reads=tuple((i, i - 3) for i in range(3, 9))),
+        Step((0, 1, 2), (0, 1, 2), reads=same(*range(3, 12))),
+    )
     assert anchors.timeline(9, [(3, 6)]).steps[0] == Step((3, 4, 5), (0, 1, 2, 3, 4, 5), (0, 1, 2))
 
 
 def test_timeline_contains_the_other_orders():
     """One scene at the beginning is forward order, at the end backward order's blocks; two in one shot are inbetween."""
     assert anchors.timeline(21, [(0, 6)]).steps == anchors.forward(21).steps
-    assert anchors.timeline(33, [(0, 6)], window=6, past_sink=True, future_sink=True).steps == anchors.long(33).steps
-    for a, b in ((anchors.timeline(33, [(30, 33)], window=6, past_sink=True), anchors.long(33, "backward", sink="past")),
-                 (anchors.timeline(21, [(18, 21)]), anchors.backward(21))):
+    assert (
+        anchors.timeline(33, [(0, 6)], window=6, past_sink=True, future_sink=True).steps
+        == anchors.long(33).steps
+    )
+    for a, b in (
+        (
+            anchors.timeline(33, [(30, 33)], window=6, past_sink=True),
+            anchors.long(33, "backward", sink="past"),
+        ),
+        (anchors.timeline(21, [(18, 21)]), anchors.backward(21)),
+    ):
         assert a.steps[1:] == b.steps[1:]
     joined = anchors.switch(anchors.timeline(21, [(0, 3), (18, 21)], joined=True), ())
     assert joined.steps == anchors.inbetween().steps
-    assert anchors.with_given(joined, [0, 1, 2, 18, 19, 20]).steps == anchors.inbetween(given=True).steps
+    assert (
+        anchors.with_given(joined, [0, 1, 2, 18, 19, 20]).steps
+        == anchors.inbetween(given=True).steps
+    )
     apart = anchors.timeline(36, [(0, 3), (33, 36)], joined=True)
-    assert not apart.steps[1].reads and [len(s.targets) for s in apart.steps] == [3, 3, 3, 3, 3, 3, 3, 15]  # 30 between, 15 at once
+    assert not apart.steps[1].reads and [len(s.targets) for s in apart.steps] == [
+        3,
+        3,
+        3,
+        3,
+        3,
+        3,
+        3,
+        15,
+    ]  # 30 between, 15 at once
 
 
 def test_timeline_memory_is_constant():
@@ -195,9 +349,25 @@ def test_timeline_memory_is_constant():
 def test_given_latents_are_marked():
     """Whole steps only commit, without anchors; a part of a step is held; prompts can change at any block."""
     plan = anchors.with_given(anchors.backward(9), [3, 4, 5, 8])
-    assert plan.steps[0] == Step((6, 7, 8), (3, 4, 5, 6, 7, 8), (3, 4, 5), given=(3, 4, 5, 8)) and not plan.steps[0].commits
-    assert plan.steps[1] == Step((3, 4, 5), (3, 4, 5), reads=same(6, 7, 8), given=(3, 4, 5)) and plan.steps[1].commits
-    assert text_picture(plan).splitlines()[1].split()[2:] == [".", ".", ".", "a", "a", "a", "T", "T", "G"]
+    assert (
+        plan.steps[0] == Step((6, 7, 8), (3, 4, 5, 6, 7, 8), (3, 4, 5), given=(3, 4, 5, 8))
+        and not plan.steps[0].commits
+    )
+    assert (
+        plan.steps[1] == Step((3, 4, 5), (3, 4, 5), reads=same(6, 7, 8), given=(3, 4, 5))
+        and plan.steps[1].commits
+    )
+    assert text_picture(plan).splitlines()[1].split()[2:] == [
+        ".",
+        ".",
+        ".",
+        "a",
+        "a",
+        "a",
+        "T",
+        "T",
+        "G",
+    ]
     assert [s.prompt for s in anchors.switch(anchors.forward(9), (3, 4)).steps] == [0, 1, 2]
 
 
@@ -205,7 +375,9 @@ def test_given_latents_are_marked():
 @pytest.mark.parametrize("plan", ALL.values(), ids=ALL)
 def test_every_latent_is_finished_once(plan):
     """The targets of all steps are latents 0 .. length-1, each once (and dummies)."""
-    assert sorted(i for step in plan.steps for i in step.targets if i >= 0) == list(range(plan.length))
+    assert sorted(i for step in plan.steps for i in step.targets if i >= 0) == list(
+        range(plan.length)
+    )
 
 
 @pytest.mark.parametrize("plan", ALL.values(), ids=ALL)
@@ -213,7 +385,11 @@ def test_no_step_exceeds_the_horizon(plan):
     """At most 21 latents in view, on distinct positions within 0 .. 20, and time order is position order within a step."""
     for step in plan.steps:
         places = [*step.pos, *(p for _, p in step.reads)]
-        assert len(places) <= HORIZON and len(set(places)) == len(places) and 0 <= min(places) <= max(places) < HORIZON
+        assert (
+            len(places) <= HORIZON
+            and len(set(places)) == len(places)
+            and 0 <= min(places) <= max(places) < HORIZON
+        )
         assert list(step.own) == sorted(step.own, reverse=step.own[0] < 0)
         assert [p - step.pos[0] for p in step.pos] == list(range(len(step.pos)))
 
@@ -223,8 +399,8 @@ def test_capacity_is_exactly_what_is_needed(plan):
     """Brute force: the most latents that are finished and still to be read, at any time, and which step reads them last."""
     alive, last = [1], {}
     for n in range(len(plan.steps)):
-        done = {i for step in plan.steps[:n + 1] for i in step.targets}
-        later = {i for step in plan.steps[n + 1:] for i, _ in step.reads}
+        done = {i for step in plan.steps[: n + 1] for i in step.targets}
+        later = {i for step in plan.steps[n + 1 :] for i, _ in step.reads}
         alive.append(len(done & later))
         last |= {i: n for i, _ in plan.steps[n].reads}
     assert plan.capacity == max(alive) and plan.last_read == last
@@ -240,7 +416,9 @@ def test_long_videos_need_constant_memory():
 @pytest.mark.parametrize("plan", ALL.values(), ids=ALL)
 def test_boundaries_lie_between_steps(plan):
     """An inter-block boundary is where no step made both neighbours."""
-    assert plan.boundaries() == [not any({i, i + 1} <= set(s.targets) for s in plan.steps) for i in range(plan.length - 1)]
+    assert plan.boundaries() == [
+        not any({i, i + 1} <= set(s.targets) for s in plan.steps) for i in range(plan.length - 1)
+    ]
 
 
 @pytest.mark.parametrize("plan", ALL.values(), ids=ALL)
@@ -252,44 +430,74 @@ def test_the_mask_is_the_plan(plan):
     slot = list(slots) if lay.visible.key_slot is None else lay.visible.key_slot.tolist()
     pos = list(lay.pos) if lay.visible.key_pos is None else lay.visible.key_pos.tolist()
     entries = [(lay.step[s], lay.latent[s], lay.pos[s], lay.is_target[s]) for s in slots]
-    assert sorted(entries) == sorted((n, i, p, i in step.targets) for n, step in enumerate(plan.steps) for i, p in zip(step.own, step.pos))
+    assert sorted(entries) == sorted(
+        (n, i, p, i in step.targets)
+        for n, step in enumerate(plan.steps)
+        for i, p in zip(step.own, step.pos)
+    )
     for q in slots:
         step = plan.steps[lay.step[q]]
         seen = sorted((lay.latent[slot[k]], pos[k]) for k in dense[q].nonzero().flatten().tolist())
         assert seen == sorted([*zip(step.own, step.pos), *step.reads])
-        assert all(lay.is_target[slot[k]] or lay.step[slot[k]] == lay.step[q] for k in dense[q].nonzero().flatten().tolist())
+        assert all(
+            lay.is_target[slot[k]] or lay.step[slot[k]] == lay.step[q]
+            for k in dense[q].nonzero().flatten().tolist()
+        )
 
 
 # ---------------------------------------------------------------- mistakes
-@pytest.mark.parametrize("call, says", [
-    (lambda: anchors.forward(20), "20 latents is not a multiple of the block 3; use 18 or 21"),
-    (lambda: anchors.forward(0), "multiple"), (lambda: anchors.forward(6, 0), "block 0"), (lambda: anchors.forward(6, -3), "block -3"),
-    (lambda: anchors.forward(24), "spans 24 positions, over the horizon of 21"),
-    (lambda: anchors.forward(60, window=21), "horizon"),
-    (lambda: anchors.backward(20), "use 18 or 21"), (lambda: anchors.backward(24), "horizon"),
-    (lambda: anchors.backward(9, anchors=4), "4 anchors do not fit the block 3; use 0 to 3"),
-    (lambda: anchors.backward(9, anchors=-1), "-1 anchors"),
-    (lambda: anchors.backward(9, head=4), "9 latents are not a head of 4 and blocks of 3"),
-    (lambda: anchors.backward(3, head=6), "head of 6"),
-    (lambda: anchors.inbetween(0, 3, 3), "head 0"), (lambda: anchors.inbetween(3, 0, 3), "gap 0"),
-    (lambda: anchors.inbetween(3, 3, 0), "tail 0"),
-    (lambda: anchors.inbetween(3, 3, 3, anchors=4), "anchors 4"), (lambda: anchors.inbetween(3, 3, 3, anchors=-1), "anchors -1"),
-    (lambda: anchors.inbetween(3, 16, 3), "spans 22"),
-    (lambda: anchors.loop(18, gap=0), "got 0"), (lambda: anchors.loop(3), "loop of 3"),
-    (lambda: anchors.loop(18, gap=16), "first block of 3"),
-    (lambda: anchors.loop(24, gap=18), "horizon"), (lambda: anchors.loop(20), "multiple"),
-    (lambda: anchors.story(()), "0 scenes"), (lambda: anchors.story((3, 3), gap=0), "gap 0"),
-    (lambda: anchors.story((3, 3), gap=16), "gap 16"),
-    (lambda: anchors.story((3, 4)), "4 latents"), (lambda: anchors.story((3, 3), anchors=4), "4 anchors"),
-    (lambda: anchors.transition(3, 0, 3), "gap 0"),
-    (lambda: anchors.long(33, sink="left"), "unknown sink 'left'; use past, future, both or none"),
-    (lambda: anchors.timeline(9, []), "scenes []"), (lambda: anchors.timeline(9, [(0, 5), (4, 9)]), "one after the other within 9"),
-    (lambda: anchors.timeline(9, [(3, 3)]), "[(3, 3)]"), (lambda: anchors.timeline(9, [(3, 10)]), "within 9 latents"),
-    (lambda: anchors.timeline(9, [(0, 3), (6, 9)], order=(0, 0)), "[0, 0] must name each of 0 to 1 once"),
-    (lambda: anchors.timeline(9, [(0, 3)], anchors=4), "4 anchors"), (lambda: anchors.timeline(60, [(0, 3)]), "horizon"),
-    (lambda: anchors.long(33, window=30), "horizon"), (lambda: anchors.long(33, "backward", anchors=5), "5 anchors"),
-    (lambda: anchors.long(33, "sideways"), "sideways"), (lambda: anchors.long(33, window=-1), "window -1"),
-])
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: anchors.forward(20), "20 latents is not a multiple of the block 3; use 18 or 21"),
+        (lambda: anchors.forward(0), "multiple"),
+        (lambda: anchors.forward(6, 0), "block 0"),
+        (lambda: anchors.forward(6, -3), "block -3"),
+        (lambda: anchors.forward(24), "spans 24 positions, over the horizon of 21"),
+        (lambda: anchors.forward(60, window=21), "horizon"),
+        (lambda: anchors.backward(20), "use 18 or 21"),
+        (lambda: anchors.backward(24), "horizon"),
+        (lambda: anchors.backward(9, anchors=4), "4 anchors do not fit the block 3; use 0 to 3"),
+        (lambda: anchors.backward(9, anchors=-1), "-1 anchors"),
+        (lambda: anchors.backward(9, head=4), "9 latents are not a head of 4 and blocks of 3"),
+        (lambda: anchors.backward(3, head=6), "head of 6"),
+        (lambda: anchors.inbetween(0, 3, 3), "head 0"),
+        (lambda: anchors.inbetween(3, 0, 3), "gap 0"),
+        (lambda: anchors.inbetween(3, 3, 0), "tail 0"),
+        (lambda: anchors.inbetween(3, 3, 3, anchors=4), "anchors 4"),
+        (lambda: anchors.inbetween(3, 3, 3, anchors=-1), "anchors -1"),
+        (lambda: anchors.inbetween(3, 16, 3), "spans 22"),
+        (lambda: anchors.loop(18, gap=0), "got 0"),
+        (lambda: anchors.loop(3), "loop of 3"),
+        (lambda: anchors.loop(18, gap=16), "first block of 3"),
+        (lambda: anchors.loop(24, gap=18), "horizon"),
+        (lambda: anchors.loop(20), "multiple"),
+        (lambda: anchors.story(()), "0 scenes"),
+        (lambda: anchors.story((3, 3), gap=0), "gap 0"),
+        (lambda: anchors.story((3, 3), gap=16), "gap 16"),
+        (lambda: anchors.story((3, 4)), "4 latents"),
+        (lambda: anchors.story((3, 3), anchors=4), "4 anchors"),
+        (lambda: anchors.transition(3, 0, 3), "gap 0"),
+        (
+            lambda: anchors.long(33, sink="left"),
+            "unknown sink 'left'; use past, future, both or none",
+        ),
+        (lambda: anchors.timeline(9, []), "scenes []"),
+        (lambda: anchors.timeline(9, [(0, 5), (4, 9)]), "one after the other within 9"),
+        (lambda: anchors.timeline(9, [(3, 3)]), "[(3, 3)]"),
+        (lambda: anchors.timeline(9, [(3, 10)]), "within 9 latents"),
+        (
+            lambda: anchors.timeline(9, [(0, 3), (6, 9)], order=(0, 0)),
+            "[0, 0] must name each of 0 to 1 once",
+        ),
+        (lambda: anchors.timeline(9, [(0, 3)], anchors=4), "4 anchors"),
+        (lambda: anchors.timeline(60, [(0, 3)]), "horizon"),
+        (lambda: anchors.long(33, window=30), "horizon"),
+        (lambda: anchors.long(33, "backward", anchors=5), "5 anchors"),
+        (lambda: anchors.long(33, "sideways"), "sideways"),
+        (lambda: anchors.long(33, window=-1), "window -1"),
+    ],
+)
 def test_impossible_orders_are_refused(call, says):
     """A builder asked for the impossible says what and how much."""
     with pytest.raises(UserError) as error:
@@ -300,20 +508,27 @@ def test_impossible_orders_are_refused(call, says):
 BEGIN = Step((0, 1), (0, 1))
 
 
-@pytest.mark.parametrize("length, steps, says", [
-    (2, (Step((0, 1), (0, 1), reads=((1, 2),)),), "step 0 of the plan 'mine' reads latents [1] before they are finished"),
-    (3, (BEGIN, Step((2,), (2,), reads=((4, 3),))), "reads latents [4]"),
-    (2, (BEGIN, Step((1,), (1,))), "[1] a second time"),
-    (3, (BEGIN, Step((2,), (2, 3))), "puts 1 latents and 0 reads on positions [2, 3]"),
-    (3, (BEGIN, Step((2,), (2,), reads=((0, 2),))), "positions [2, 2]"),
-    (3, (BEGIN, Step((2,), (2,), reads=((0, 1), (1, 1)))), "positions [1, 1, 2]"),
-    (3, (BEGIN, Step((2,), (21,), reads=((0, 0),))), "spans 22 positions"),
-    (4, (BEGIN, Step((3,), (3,))), "never generates latents [2]"),
-    (3, (BEGIN, Step((2, 2), (2, 3))), "second time"),
-    (3, (BEGIN, Step((2,), (2, 3), anchors=(2,))), "anchor"),
-    (2, (Step((0, 1), (0, 1), given=(2,)),), "is given (2,) but makes (0, 1)"),
-    (4, (BEGIN, Step((2, 3), (1, 2, 3), anchors=(1,), given=(2, 3))), "with the anchors (1,)"),
-])
+@pytest.mark.parametrize(
+    "length, steps, says",
+    [
+        (
+            2,
+            (Step((0, 1), (0, 1), reads=((1, 2),)),),
+            "step 0 of the plan 'mine' reads latents [1] before they are finished",
+        ),
+        (3, (BEGIN, Step((2,), (2,), reads=((4, 3),))), "reads latents [4]"),
+        (2, (BEGIN, Step((1,), (1,))), "[1] a second time"),
+        (3, (BEGIN, Step((2,), (2, 3))), "puts 1 latents and 0 reads on positions [2, 3]"),
+        (3, (BEGIN, Step((2,), (2,), reads=((0, 2),))), "positions [2, 2]"),
+        (3, (BEGIN, Step((2,), (2,), reads=((0, 1), (1, 1)))), "positions [1, 1, 2]"),
+        (3, (BEGIN, Step((2,), (21,), reads=((0, 0),))), "spans 22 positions"),
+        (4, (BEGIN, Step((3,), (3,))), "never generates latents [2]"),
+        (3, (BEGIN, Step((2, 2), (2, 3))), "second time"),
+        (3, (BEGIN, Step((2,), (2, 3), anchors=(2,))), "anchor"),
+        (2, (Step((0, 1), (0, 1), given=(2,)),), "is given (2,) but makes (0, 1)"),
+        (4, (BEGIN, Step((2, 3), (1, 2, 3), anchors=(1,), given=(2, 3))), "with the anchors (1,)"),
+    ],
+)
 def test_impossible_plans_are_refused(length, steps, says):
     """A plan checks itself: reads are finished, targets are new, positions are distinct and within the horizon, no latent is left."""
     with pytest.raises(UserError) as error:
@@ -324,22 +539,34 @@ def test_impossible_plans_are_refused(length, steps, says):
 # ---------------------------------------------------------------- pictures
 def test_text_picture_by_hand():
     """The picture in anchors.py's own header is what the plan draws; reads at other places are written out."""
-    assert text_picture(anchors.backward(9)) == ("latent     0  1  2  3  4  5  6  7  8\n"
-                                                 "step 0     .  .  .  a  a  a  T  T  T\n"
-                                                 "step 1     a  a  a  T  T  T  r  r  r\n"
-                                                 "step 2     T  T  T  r  r  r  r  r  r")
-    assert text_picture(anchors.backward(6, anchors=0, dummy=True)) == ("latent     d  d  d  0  1  2  3  4  5\n"
-                                                                        "step 0     T  T  T  .  .  .  .  .  .\n"
-                                                                        "step 1     r  r  r  .  .  .  T  T  T   moved: -1@0 -2@1 -3@2\n"
-                                                                        "step 2     .  .  .  T  T  T  r  r  r")
-    assert text_picture(anchors.loop(6, gap=3)).endswith("step 1     r  r  r  T  T  T   moved: 0@6 1@7 2@8")
-    assert text_picture(anchors.inbetween(1, 2, 1, 0, given=True)) == "latent     0  1  2  3\nstep 0     G  .  .  .\n" \
-                                                                      "step 1     r  .  .  G\nstep 2     r  T  T  r"
+    assert text_picture(anchors.backward(9)) == (
+        "latent     0  1  2  3  4  5  6  7  8\n"
+        "step 0     .  .  .  a  a  a  T  T  T\n"
+        "step 1     a  a  a  T  T  T  r  r  r\n"
+        "step 2     T  T  T  r  r  r  r  r  r"
+    )
+    assert text_picture(anchors.backward(6, anchors=0, dummy=True)) == (
+        "latent     d  d  d  0  1  2  3  4  5\n"
+        "step 0     T  T  T  .  .  .  .  .  .\n"
+        "step 1     r  r  r  .  .  .  T  T  T   moved: -1@0 -2@1 -3@2\n"
+        "step 2     .  .  .  T  T  T  r  r  r"
+    )
+    assert text_picture(anchors.loop(6, gap=3)).endswith(
+        "step 1     r  r  r  T  T  T   moved: 0@6 1@7 2@8"
+    )
+    assert (
+        text_picture(anchors.inbetween(1, 2, 1, 0, given=True))
+        == "latent     0  1  2  3\nstep 0     G  .  .  .\n"
+        "step 1     r  .  .  G\nstep 2     r  T  T  r"
+    )
     for line in text_picture(anchors.backward(9)).splitlines()[1:]:
         assert line.split(maxsplit=2)[2] in anchors.__doc__
 
 
-@pytest.mark.parametrize("name", ["forward", "backward P=2", "backward P=3", "backward, dummy", "inbetween, given", "inbetween"])
+@pytest.mark.parametrize(
+    "name",
+    ["forward", "backward P=2", "backward P=3", "backward, dummy", "inbetween, given", "inbetween"],
+)
 def test_picture_shows_the_plan(name):
     """Cells of each colour: in the order, one per latent of a step; in the mask, a step's own slots squared, and its reads."""
     plan = PLANS[name]
@@ -349,22 +576,31 @@ def test_picture_shows_the_plan(name):
     for step in plan.steps:
         own, dummy = len(step.own), step.targets[0] < 0
         expected[BLUE if dummy else GREY if step.given else GREEN] += len(step.targets)  # the order
-        expected[BLUE if dummy else GREEN] += own * len(step.targets)                    # the mask
+        expected[BLUE if dummy else GREEN] += own * len(step.targets)  # the mask
         expected[YELLOW] += len(step.anchors) + own * len(step.anchors)
         expected[LIGHT] += len(step.reads) + own * len(step.reads)
-    assert {c: (image == c).all(2).sum() / 15 ** 2 for c in expected} == expected
+    assert {c: (image == c).all(2).sum() / 15**2 for c in expected} == expected
 
 
 def test_every_order_is_drawn(tmp_path, capsys):
     """`python anchors.py` prints any order and writes its picture; a wrong name is one line and no file."""
     for plan in FULL_SIZE.values():
-        assert picture(plan).dtype == np.uint8 and len(text_picture(plan).splitlines()) == 1 + len(plan.steps)
-    done = script("anchors.py", "--order", "backward", "--latents", "9", "--out", str(tmp_path / "plan.png"))
+        assert picture(plan).dtype == np.uint8 and len(text_picture(plan).splitlines()) == 1 + len(
+            plan.steps
+        )
+    done = script(
+        "anchors.py", "--order", "backward", "--latents", "9", "--out", str(tmp_path / "plan.png")
+    )
     assert done.returncode == 0 and done.stdout.startswith(text_picture(anchors.backward(9)))
     assert np.array_equal(iio.imread(tmp_path / "plan.png"), picture(anchors.backward(9)))
     for order in ORDERS:
         anchors.main(anchors.Config(order, out=str(tmp_path / "plan.png")))
         assert "latents in" in capsys.readouterr().out
     wrong = script("anchors.py", "--order", "sideways", "--out", str(tmp_path / "no.png"))
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stderr.startswith("error: ") and "backward" in wrong.stderr
+    assert (
+        wrong.returncode == 2
+        and wrong.stderr.count("\n") == 1
+        and wrong.stderr.startswith("error: ")
+        and "backward" in wrong.stderr
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["plan.png"]

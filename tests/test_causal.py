@@ -1,4 +1,5 @@
 """Causal Forcing in both directions: teacher forcing is exact and leaks nothing, pairs are the teacher's, losses are by hand."""
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -42,7 +43,11 @@ from zoo.causal_forcing import ar_loss, bell
 # ---------------------------------------------------------------- teacher forcing
 def slots_of(plan: Plan, lay, n: int) -> tuple[list[int], list[int]]:
     """The noisy slots of step n in the step's order, and its clean slots."""
-    noisy = {(i, t): s for s, (i, m, t, c) in enumerate(zip(lay.latent, lay.step, lay.is_target, lay.is_clean)) if m == n and not c}
+    noisy = {
+        (i, t): s
+        for s, (i, m, t, c) in enumerate(zip(lay.latent, lay.step, lay.is_target, lay.is_clean))
+        if m == n and not c
+    }
     clean = [s for s, (m, c) in enumerate(zip(lay.step, lay.is_clean)) if m == n and c]
     return [noisy[i, i in plan.steps[n].targets] for i in plan.steps[n].own], clean
 
@@ -53,7 +58,11 @@ def with_data(plan: Plan, B: int = 2) -> tuple:
     z, data = randn(0, B, len(lay.latent), 4, H, W), randn(1, B, plan.length + 3, 4, H, W)
     t = (1000 * randn(2, B, len(plan.steps)).sigmoid())[:, torch.tensor(lay.step)]
     clean = torch.tensor(lay.is_clean)
-    return lay, torch.where(clean.view(1, -1, 1, 1, 1), data[:, list(lay.latent)], z), t.masked_fill(clean, 0.0)
+    return (
+        lay,
+        torch.where(clean.view(1, -1, 1, 1, 1), data[:, list(lay.latent)], z),
+        t.masked_fill(clean, 0.0),
+    )
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -66,9 +75,17 @@ def test_teacher_forcing_equals_one_block_after_clean_context(plan):
         noisy, clean = slots_of(plan, lay, n)
         _, pos, visible = side_by_side([s for s, _ in finished] + [step])
         own = [slot for _, slots in finished for slot in slots] + noisy
-        assert distance(model(z[:, own], t[:, own], text, torch.tensor(pos), visible)[:, -len(noisy):], full[:, noisy]) <= 1e-5, (n, step)
+        assert (
+            distance(
+                model(z[:, own], t[:, own], text, torch.tensor(pos), visible)[:, -len(noisy) :],
+                full[:, noisy],
+            )
+            <= 1e-5
+        ), (n, step)
         if clean:
-            finished.append((Step(step.targets, step.pos[len(step.anchors):], (), step.reads), clean))
+            finished.append(
+                (Step(step.targets, step.pos[len(step.anchors) :], (), step.reads), clean)
+            )
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -83,54 +100,102 @@ def test_teacher_forcing_leaks_nothing(plan):
         needs.append(set().union(*({maker[i]} | needs[maker[i]] for i, _ in step.reads)))
         noisy, clean = slots_of(plan, lay, n)
         for slots, near in ((noisy, needs[n]), (clean, needs[n] | {n})):
-            foreign = torch.tensor([s not in slots and not (c and m in near) for s, (m, c) in enumerate(zip(lay.step, lay.is_clean))])
-            out = model(torch.where(foreign.view(1, -1, 1, 1, 1), other, z), torch.where(foreign, 1000 - t, t), text, pos, lay.visible)
+            foreign = torch.tensor(
+                [
+                    s not in slots and not (c and m in near)
+                    for s, (m, c) in enumerate(zip(lay.step, lay.is_clean))
+                ]
+            )
+            out = model(
+                torch.where(foreign.view(1, -1, 1, 1, 1), other, z),
+                torch.where(foreign, 1000 - t, t),
+                text,
+                pos,
+                lay.visible,
+            )
             assert torch.equal(out[:, slots], full[:, slots]), (n, step)
         for i, _ in step.reads[:1] + step.reads[-1:]:
             moved = z.clone()
-            moved[:, [s for s, (j, c) in enumerate(zip(lay.latent, lay.is_clean)) if c and j == i]] += 1
-            assert not torch.equal(model(moved, t, text, pos, lay.visible)[:, noisy], full[:, noisy])
+            moved[
+                :, [s for s, (j, c) in enumerate(zip(lay.latent, lay.is_clean)) if c and j == i]
+            ] += 1
+            assert not torch.equal(
+                model(moved, t, text, pos, lay.visible)[:, noisy], full[:, noisy]
+            )
 
 
 def test_teacher_forcing_by_hand():
     """Backward with anchors: clean 3-5, then the targets 3-5 and 0-2, then the anchors of the first step. Nobody reads 0-2."""
     lay = layout(anchors.backward(6), teacher_forcing=True)
-    assert lay.latent == (3, 4, 5, 3, 4, 5, 0, 1, 2, 0, 1, 2) and lay.is_clean == (True,) * 3 + (False,) * 9
-    assert lay.visible.spans == ((0, 3, ((0, 3),)), (3, 6, ((3, 6), (9, 12))), (6, 9, ((0, 3), (6, 9))), (9, 12, ((3, 6), (9, 12))))
+    assert (
+        lay.latent == (3, 4, 5, 3, 4, 5, 0, 1, 2, 0, 1, 2)
+        and lay.is_clean == (True,) * 3 + (False,) * 9
+    )
+    assert lay.visible.spans == (
+        (0, 3, ((0, 3),)),
+        (3, 6, ((3, 6), (9, 12))),
+        (6, 9, ((0, 3), (6, 9))),
+        (9, 12, ((3, 6), (9, 12))),
+    )
 
 
 # ---------------------------------------------------------------- the teacher's ODE, block by block
-@pytest.mark.parametrize("name", ["forward", "backward P=3", "backward, dummy", "inbetween", "loop"])
+@pytest.mark.parametrize(
+    "name", ["forward", "backward P=3", "backward, dummy", "inbetween", "loop"]
+)
 @pytest.mark.parametrize("forced", [True, False])
 def test_integrate_equals_masked_passes(name, forced):
     """The cache and one block at a time, against 48 masked passes of the whole sequence, whose clean half holds the context:
     the data if it is forced, else what was made."""
     model, plan, B = tiny_dit(), PLANS[name], 2
-    noise, data, words = randn(5, B, plan.length + 3, 4, H, W), randn(6, B, plan.length, 4, H, W), randn(7, B, 5, 32)
+    noise, data, words = (
+        randn(5, B, plan.length + 3, 4, H, W),
+        randn(6, B, plan.length, 4, H, W),
+        randn(7, B, 5, 32),
+    )
     nothing, start = torch.zeros(1, 5, 32), noise_from(noise, length=plan.length)
-    found = dict(integrate(model, plan, words, nothing, start, 2.0, context=data if forced else None, keep=KEEP))
+    found = dict(
+        integrate(
+            model, plan, words, nothing, start, 2.0, context=data if forced else None, keep=KEEP
+        )
+    )
     lay = layout(plan, teacher_forcing=True)
     clean, column = torch.tensor(lay.is_clean), [i if i >= 0 else ~i for i in lay.latent]
     made = data if forced else many_steps(model, plan, words, nothing, start, 2.0)
     if not forced:  # latents of the dummy are not among those returned
-        made = {i: x for n, s in found.items() for i, x in zip(plan.steps[n].targets, s[:, -1, len(plan.steps[n].anchors):].unbind(1))}
+        made = {
+            i: x
+            for n, s in found.items()
+            for i, x in zip(plan.steps[n].targets, s[:, -1, len(plan.steps[n].anchors) :].unbind(1))
+        }
         context = torch.stack([made[i] for i in lay.latent], 1)
     else:
         context = made[:, column]
     x = torch.where(clean.view(1, -1, 1, 1, 1), context, start(0, lay.latent))
     for high, low in zip(ode_sigmas()[:-1], ode_sigmas()[1:]):
         t = torch.full(x.shape[:2], 1000 * high).masked_fill(clean, 0.0)
-        cond, uncond = (model(x, t, p, torch.tensor(lay.pos), lay.visible) for p in (words, nothing.expand(B, -1, -1)))
-        x = torch.where(clean.view(1, -1, 1, 1, 1), x, x + (low - high) * (uncond + 2 * (cond - uncond)))
+        cond, uncond = (
+            model(x, t, p, torch.tensor(lay.pos), lay.visible)
+            for p in (words, nothing.expand(B, -1, -1))
+        )
+        x = torch.where(
+            clean.view(1, -1, 1, 1, 1), x, x + (low - high) * (uncond + 2 * (cond - uncond))
+        )
     for n, states in found.items():
-        assert states.shape[1] == len(KEEP) and torch.equal(states[:, 0], start(0, plan.steps[n].own))
-        assert distance(states[:, -1], x[:, slots_of(plan, lay, n)[0]]) <= 2e-4  # 48 steps add up their rounding
+        assert states.shape[1] == len(KEEP) and torch.equal(
+            states[:, 0], start(0, plan.steps[n].own)
+        )
+        assert (
+            distance(states[:, -1], x[:, slots_of(plan, lay, n)[0]]) <= 2e-4
+        )  # 48 steps add up their rounding
 
 
 # ---------------------------------------------------------------- losses by hand
 def test_weight_of_noise_levels():
     """Wan's: with shift 5 nothing at pure noise, 2.08 at the middle, .032 at the smallest level, mean 1 over the levels."""
-    assert bell(torch.tensor([1.0, 0.5, 0.00498]), 5.0).tolist() == pytest.approx([0, 2.08, 0.032], abs=5e-3)
+    assert bell(torch.tensor([1.0, 0.5, 0.00498]), 5.0).tolist() == pytest.approx(
+        [0, 2.08, 0.032], abs=5e-3
+    )
     levels = 5 * (u := torch.arange(1, 1001) / 1000) / (1 + 4 * u)
     assert bell(levels, 5.0).mean() == pytest.approx(1, abs=1e-4)
 
@@ -138,17 +203,24 @@ def test_weight_of_noise_levels():
 def test_teachers_loss_by_hand():
     """x0 = 0, noise = 1, so v = 1 is right: v = 3 errs by 4, times the weight; clean slots and, if not asked for, anchors and
     dummies do not count, although the network is wrong by 1000 there."""
-    for plan, unscored in ((anchors.backward(6), slice(9, 12)), (anchors.backward(6, anchors=0, dummy=True), slice(6, 9))):
+    for plan, unscored in (
+        (anchors.backward(6), slice(9, 12)),
+        (anchors.backward(6, anchors=0, dummy=True), slice(6, 9)),
+    ):
         lay = layout(plan, teacher_forcing=True)
         n, clean = len(lay.latent), torch.tensor(lay.is_clean)
         v = torch.full((1, n, 1, 1, 1), 3.0).masked_fill(clean.view(1, -1, 1, 1, 1), 1000)
         x0, sigma = torch.zeros(1, n, 1, 1, 1), torch.tensor([[0.5] * len(plan.steps)])
         want, seen = 4 * bell(torch.tensor(0.5), 5.0).item(), Constant(v)
-        assert ar_loss(seen, lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0).item() == pytest.approx(want)
+        assert ar_loss(seen, lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0).item() == pytest.approx(
+            want
+        )
         assert seen.t[0].tolist() == [0 if c else 500 for c in lay.is_clean]
-        assert seen.x.flatten().tolist() == [0 if c else .5 for c in lay.is_clean]
+        assert seen.x.flatten().tolist() == [0 if c else 0.5 for c in lay.is_clean]
         v[:, unscored] = 1000
-        assert ar_loss(Constant(v), lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0, False).item() == pytest.approx(want)
+        assert ar_loss(
+            Constant(v), lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0, False
+        ).item() == pytest.approx(want)
         assert ar_loss(Constant(v), lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0, True).item() > 1e4
 
 
@@ -167,11 +239,14 @@ def test_consistency_loss_by_hand():
     prompt, index, flow = torch.zeros(1, 1, 1), torch.tensor([[0, 24]]), TowardsZero()
 
     def loss(student, average):
-        return cd_loss(student, average, flow, lay, x0, noise, index, grid, prompt, prompt, 3.0).item()
+        return cd_loss(
+            student, average, flow, lay, x0, noise, index, grid, prompt, prompt, 3.0
+        ).item()
+
     assert loss(flow, flow) <= 1e-10
     at, below = grid[[0, 24]], grid[[1, 25]]
-    assert loss(Constant(torch.zeros(1)), flow) == pytest.approx((4 * at ** 2).mean().item())
-    assert loss(flow, Constant(torch.zeros(1))) == pytest.approx((4 * below ** 2).mean().item())
+    assert loss(Constant(torch.zeros(1)), flow) == pytest.approx((4 * at**2).mean().item())
+    assert loss(flow, Constant(torch.zeros(1))) == pytest.approx((4 * below**2).mean().item())
 
 
 # ---------------------------------------------------------------- clips
@@ -180,20 +255,43 @@ def files(tmp_path_factory):
     """Tiny checkpoints, latents of six toy clips of 21 frames, and an autoregressive teacher of two steps."""
     folder = tmp_path_factory.mktemp("causal")
     paths = tiny_checkpoints(folder)
-    latents.encode(latents.Config(vae=paths["vae"], out=str(folder / "latents"), clips=6, frames=21, shard=4))
-    made = {"weights": paths["student"], "latents": str(folder / "latents"), "latent": LATENT, "dtype": "float32", "batch": 4}
+    latents.encode(
+        latents.Config(vae=paths["vae"], out=str(folder / "latents"), clips=6, frames=21, shard=4)
+    )
+    made = {
+        "weights": paths["student"],
+        "latents": str(folder / "latents"),
+        "latent": LATENT,
+        "dtype": "float32",
+        "batch": 4,
+    }
     train_ar.main(train_ar.Config(**made, out=str(folder / "ar"), steps=2, vae=paths["vae"]))
-    return made | {"teacher": f"ar:{folder / 'ar' / 'teacher.safetensors'}", "vae": paths["vae"], "folder": folder}
+    return made | {
+        "teacher": f"ar:{folder / 'ar' / 'teacher.safetensors'}",
+        "vae": paths["vae"],
+        "folder": folder,
+    }
 
 
 def clips_of(files, **changes):
-    return Clips(*({"folder": files["latents"], "latent": LATENT, "channels": 2, "source": Prompts("toy", 64, 12)} | changes).values())
+    return Clips(
+        *(
+            {
+                "folder": files["latents"],
+                "latent": LATENT,
+                "channels": 2,
+                "source": Prompts("toy", 64, 12),
+            }
+            | changes
+        ).values()
+    )
 
 
 def test_clips_are_the_worlds_through_the_vae(files):
     """Clip n is that of caption n, encoded; its prompt is line n of prompts.txt."""
     from toy.train_vae import clips as drawn
     from vae import load_vae
+
     video, captions = drawn([5], 32, 21)
     found = clips_of(files)
     assert len(found) == 6 and distance(found[5], load_vae(files["vae"]).encode(video)[0]) <= 5e-3
@@ -211,14 +309,22 @@ def test_encoding_goes_on_where_it_was_stopped(files, tmp_path, monkeypatch):
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (files["folder"] / "latents" / path.name).read_bytes()
     assert len(list(tmp_path.iterdir())) == 3
-    with pytest.raises(UserError, match="latents-000004.safetensors is not one of 4 clips in shards of 4; use another --out"):
-        latents.encode(latents.Config(vae=files["vae"], out=str(tmp_path), clips=4, frames=21, shard=4))
+    with pytest.raises(
+        UserError,
+        match="latents-000004.safetensors is not one of 4 clips in shards of 4; use another --out",
+    ):
+        latents.encode(
+            latents.Config(vae=files["vae"], out=str(tmp_path), clips=4, frames=21, shard=4)
+        )
 
 
 def test_clips_that_do_not_fit_are_refused(files, tmp_path):
     """Another size, another number of channels, other prompts, two VAEs, nothing at all: one sentence each."""
-    for changes, says in (({"latent": (9, 4, 4)}, r"\(6, 2, 4, 4\).*ask for \(9, 2, 4, 4\)"), ({"channels": 16}, "or another VAE"),
-                          ({"folder": str(tmp_path)}, "holds no latents; make them with")):
+    for changes, says in (
+        ({"latent": (9, 4, 4)}, r"\(6, 2, 4, 4\).*ask for \(9, 2, 4, 4\)"),
+        ({"channels": 16}, "or another VAE"),
+        ({"folder": str(tmp_path)}, "holds no latents; make them with"),
+    ):
         with pytest.raises(UserError, match=says):
             clips_of(files, **changes)
     (tmp_path / "prompts.txt").write_text("a red square moves left over a green wave\n")
@@ -238,23 +344,46 @@ def test_a_folder_of_videos_is_encoded_with_its_prompts(files, tmp_path):
     for name in ("b", "a"):
         iio.imwrite(tmp_path / f"{name}.mp4", frames, fps=16)
     (tmp_path / "a.txt").write_text("a red disc moves\nup over a blue wave\n")
-    config = latents.Config(data=str(tmp_path), vae=files["vae"], out=str(tmp_path / "out"), frames=21)
+    config = latents.Config(
+        data=str(tmp_path), vae=files["vae"], out=str(tmp_path / "out"), frames=21
+    )
     with pytest.raises(UserError, match="b.mp4 has no prompt; write what it shows into b.txt"):
         latents.encode(config)
     assert not (tmp_path / "out").exists()
     (tmp_path / "b.txt").write_text("a cyan ring moves down over a red wave")
     latents.encode(config)
-    found = clips_of(files, folder=str(tmp_path / "out"), source=Prompts(str(tmp_path / "out" / "prompts.txt"), 64, 12))
+    found = clips_of(
+        files,
+        folder=str(tmp_path / "out"),
+        source=Prompts(str(tmp_path / "out" / "prompts.txt"), 64, 12),
+    )
     assert len(found) == 2 and found[0].shape == (6, 2, 4, 4)
-    assert (tmp_path / "out" / "prompts.txt").read_text().startswith("a red disc moves up over a blue wave\n")
+    assert (
+        (tmp_path / "out" / "prompts.txt")
+        .read_text()
+        .startswith("a red disc moves up over a blue wave\n")
+    )
 
 
 # ---------------------------------------------------------------- pairs and training
 def stage1(files, out, **changes):
     """A causal run of train_ode.py; the folder it wrote."""
     keys = ("teacher", "latents", "latent", "dtype", "weights", "batch")
-    train_ode.main(train_ode.Config(**{**{k: files[k] for k in keys}, "data": str(files["folder"] / "pairs"), "pairs": 6, "shard": 3,
-                                       "out": str(out), "steps": 3, "warmup": 2, "lr": 1e-3, **changes}))
+    train_ode.main(
+        train_ode.Config(
+            **{
+                **{k: files[k] for k in keys},
+                "data": str(files["folder"] / "pairs"),
+                "pairs": 6,
+                "shard": 3,
+                "out": str(out),
+                "steps": 3,
+                "warmup": 2,
+                "lr": 1e-3,
+                **changes,
+            }
+        )
+    )
     return out
 
 
@@ -268,25 +397,43 @@ def test_causal_pairs_are_the_teachers(files, causal_pairs):
     tensors, made = read_tensors(files["folder"] / "pairs" / "pairs-000003.safetensors")
     config = train_ode.Config(teacher=files["teacher"], latent=LATENT)
     source, clip = Prompts("toy", 64, 12), clips_of(files)[4]
-    assert distance(tensors["clean"][1].float(), clip) <= 4e-3 and made["block"] == made["anchors"] == 3
+    assert (
+        distance(tensors["clean"][1].float(), clip) <= 4e-3
+        and made["block"] == made["anchors"] == 3
+    )
     for d, plan in enumerate(anchors.both_directions(6)):
         noise = noise_from(pair_noise(config, 2, 4)[None], length=6)
-        found = dict(integrate(load_dit(pairs.teacher_file(config)), plan, source([4]), source.embed([""]), noise, 2.0, context=clip[None],
-                               keep=KEEP))
+        found = dict(
+            integrate(
+                load_dit(pairs.teacher_file(config)),
+                plan,
+                source([4]),
+                source.embed([""]),
+                noise,
+                2.0,
+                context=clip[None],
+                keep=KEEP,
+            )
+        )
         lay = layout(plan, teacher_forcing=True)
         states = pairs.slot_states(tensors, 1, lay, d)
         for n in found:
             noisy, clean = slots_of(plan, lay, n)
             assert distance(states[:, noisy], found[n][0]) <= 8e-3
             for s in clean:
-                assert torch.equal(states[:, s], tensors["clean"][1, lay.latent[s]].float().expand(5, -1, -1, -1))
+                assert torch.equal(
+                    states[:, s], tensors["clean"][1, lay.latent[s]].float().expand(5, -1, -1, -1)
+                )
 
 
 def test_causal_pairs_pass_the_check_and_are_not_confused(files, causal_pairs, tmp_path):
     """--check knows both kinds; a run with other blocks, or another teacher, does not take them."""
     stage1(files, tmp_path, check=True)
-    for changes, says in (({"anchors": 2}, "--anchors 3, but --anchors is 2"), ({"teacher": "ar:other"}, "but --teacher is ar:other"),
-                          ({"teacher": "other"}, "but --teacher is other")):
+    for changes, says in (
+        ({"anchors": 2}, "--anchors 3, but --anchors is 2"),
+        ({"teacher": "ar:other"}, "but --teacher is ar:other"),
+        ({"teacher": "other"}, "but --teacher is other"),
+    ):
         with pytest.raises(UserError, match=says):
             stage1(files, tmp_path, **changes)
     with pytest.raises(UserError, match="holds 6 clips; use --pairs 6"):
@@ -297,7 +444,14 @@ def test_causal_pairs_with_a_dummy(files, tmp_path):
     """P = 0: the dummy's latents stand for the first ones, and have noise of their own."""
     stage1(files, tmp_path, generate=True, anchors=0, data=str(tmp_path / "pairs"))
     stage1(files, tmp_path, check=True, anchors=0, data=str(tmp_path / "pairs"))
-    assert read_tensors(tmp_path / "pairs" / "pairs-000000.safetensors")[0]["backward"].shape == (3, 5, 9, 2, 4, 4)
+    assert read_tensors(tmp_path / "pairs" / "pairs-000000.safetensors")[0]["backward"].shape == (
+        3,
+        5,
+        9,
+        2,
+        4,
+        4,
+    )
     assert rows(stage1(files, tmp_path, anchors=0, data=str(tmp_path / "pairs")))[-1]["step"] == 2
 
 
@@ -317,8 +471,13 @@ def test_teacher_run_resumes_exactly_and_learns(files, tmp_path):
     """2 + 2 steps are 4; 120 steps on four clips halve the loss in both directions."""
     flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")}
     for folder, steps in (("b", 2), ("a", 4), ("b", 4)):
-        train_ar.main(train_ar.Config(**flags, out=str(tmp_path / folder), steps=steps, decay=0.0, warmup=2))
-    assert same(saved(tmp_path / "a"), saved(tmp_path / "b")) and apart(tmp_path / "a", tmp_path / "b", "teacher") == 0
+        train_ar.main(
+            train_ar.Config(**flags, out=str(tmp_path / folder), steps=steps, decay=0.0, warmup=2)
+        )
+    assert (
+        same(saved(tmp_path / "a"), saved(tmp_path / "b"))
+        and apart(tmp_path / "a", tmp_path / "b", "teacher") == 0
+    )
     train_ar.main(train_ar.Config(**flags, out=str(tmp_path / "c"), steps=120, lr=5e-3))
     log = rows(tmp_path / "c")
     for direction in ("forward", "backward"):
@@ -336,13 +495,30 @@ def test_average_of_consistency_follows_the_student(files, tmp_path):
 def test_two_processes_equal_one(files, causal_pairs, tmp_path):
     """Teacher, causal pairs, both students, by ddp and fsdp: what two processes make is what one makes, to 1e-5."""
     flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")}
-    ode = {k: v for k, v in flags.items() if k != "vae"} | {"teacher": files["teacher"], "data": str(files["folder"] / "pairs"), "steps": 3,
-                                                            "warmup": 2, "lr": 1e-3}
-    two_processes(tmp_path, ("train_ar", flags | {"out": str(tmp_path / "ar"), "steps": 2}),
-                  ("train_ode", ode | {"out": str(tmp_path / "pairs-run"), "data": str(tmp_path / "pairs"), "pairs": 6, "shard": 3,
-                                       "generate": True}),
-                  ("train_ode", ode | {"out": str(tmp_path / "causal"), "parallel": "fsdp"}),
-                  ("train_ode", ode | {"out": str(tmp_path / "cd"), "method": "cd", "parallel": "fsdp"}))
+    ode = {k: v for k, v in flags.items() if k != "vae"} | {
+        "teacher": files["teacher"],
+        "data": str(files["folder"] / "pairs"),
+        "steps": 3,
+        "warmup": 2,
+        "lr": 1e-3,
+    }
+    two_processes(
+        tmp_path,
+        ("train_ar", flags | {"out": str(tmp_path / "ar"), "steps": 2}),
+        (
+            "train_ode",
+            ode
+            | {
+                "out": str(tmp_path / "pairs-run"),
+                "data": str(tmp_path / "pairs"),
+                "pairs": 6,
+                "shard": 3,
+                "generate": True,
+            },
+        ),
+        ("train_ode", ode | {"out": str(tmp_path / "causal"), "parallel": "fsdp"}),
+        ("train_ode", ode | {"out": str(tmp_path / "cd"), "method": "cd", "parallel": "fsdp"}),
+    )
     assert apart(tmp_path / "ar", files["folder"] / "ar", "teacher") <= 1e-5
     for path in (tmp_path / "pairs").iterdir():
         assert path.read_bytes() == (files["folder"] / "pairs" / path.name).read_bytes()
@@ -350,20 +526,41 @@ def test_two_processes_equal_one(files, causal_pairs, tmp_path):
         assert apart(stage1(files, tmp_path / f"one-{name}", **changes), tmp_path / name) <= 1e-5
 
 
-@pytest.mark.parametrize("flags, says", [({"method": "sid"}, "--method 'sid' must be ode or cd"),
-                                         ({"method": "cd"}, "follows an autoregressive teacher, not --teacher toy"),
-                                         ({"teacher": "ar:nowhere.safetensors", "method": "cd"}, "nowhere.safetensors does not exist")])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ({"method": "sid"}, "--method 'sid' must be ode or cd"),
+        ({"method": "cd"}, "follows an autoregressive teacher, not --teacher toy"),
+        (
+            {"teacher": "ar:nowhere.safetensors", "method": "cd"},
+            "nowhere.safetensors does not exist",
+        ),
+    ],
+)
 def test_bad_flags(flags, says, files, tmp_path, monkeypatch, capsys):
     """One sentence, exit code 2."""
-    usual = {"latents": files["latents"], "latent": LATENT, "weights": files["weights"], "out": tmp_path}
+    usual = {
+        "latents": files["latents"],
+        "latent": LATENT,
+        "weights": files["weights"],
+        "out": tmp_path,
+    }
     code, error = command_line(monkeypatch, capsys, train_ode, **usual | flags)
     assert code == 2 and says in error
 
 
 def test_one_block_a_latent(files, tmp_path):
     """Frame-wise (B = 1): teacher, pairs and student with the flags of that preset."""
-    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")} | {"block": 1, "anchors": 1}
+    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")} | {
+        "block": 1,
+        "anchors": 1,
+    }
     train_ar.main(train_ar.Config(**flags, out=str(tmp_path / "ar"), steps=1))
-    changes = {"block": 1, "anchors": 1, "teacher": f"ar:{tmp_path / 'ar' / 'teacher.safetensors'}", "data": str(tmp_path / "pairs")}
+    changes = {
+        "block": 1,
+        "anchors": 1,
+        "teacher": f"ar:{tmp_path / 'ar' / 'teacher.safetensors'}",
+        "data": str(tmp_path / "pairs"),
+    }
     stage1(files, tmp_path, generate=True, **changes)
     assert rows(stage1(files, tmp_path, **changes))[-1]["step"] == 2

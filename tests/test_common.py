@@ -1,4 +1,5 @@
 """Plumbing: the command line, files that are whole or absent, averages and generators."""
+
 import dataclasses
 import json
 import os
@@ -21,12 +22,13 @@ from lib.training import EMA, computing, inference, log_row
 @dataclasses.dataclass
 class Config:
     """A script for these tests."""
-    clip: str                    # which clip to read
+
+    clip: str  # which clip to read
     learning_rate: float = 1e-3  # of the optimizer
-    steps: int = 5               # how many
-    compile: bool = False        # be fast
-    size: tuple[int, ...] = ()   # height width
-    note: str | None = None      # anything
+    steps: int = 5  # how many
+    compile: bool = False  # be fast
+    size: tuple[int, ...] = ()  # height width
+    note: str | None = None  # anything
 
 
 def cli(line, cls=Config):
@@ -44,16 +46,27 @@ def test_flags_take_the_type_of_their_field():
     assert cli("--clip a.mp4") == Config("a.mp4")
     got = cli("--clip 7 --learning-rate 2 --steps -3 --compile --size 32 48 --note 5")
     assert got == Config("7", 2.0, -3, True, (32, 48), "5")
-    assert (type(got.learning_rate), type(got.steps), type(got.clip), type(got.note)) == (float, int, str, str)
+    assert (type(got.learning_rate), type(got.steps), type(got.clip), type(got.note)) == (
+        float,
+        int,
+        str,
+        str,
+    )
     assert cli("--clip a --learning-rate -1e-4").learning_rate == -1e-4
 
 
 def test_spellings_of_a_flag_are_the_same():
     """`--a-b v`, `--a_b v` and `--a_b=v` mean one thing; only the first `=` separates."""
-    assert cli("--clip a --learning-rate 3") == cli("--clip a --learning_rate 3") == cli("--learning-rate=3 --clip=a")
+    assert (
+        cli("--clip a --learning-rate 3")
+        == cli("--clip a --learning_rate 3")
+        == cli("--learning-rate=3 --clip=a")
+    )
     assert cli("--clip=b=c").clip == "b=c"
     assert from_cli(Config, ["--clip=a red square", "--note="]) == Config("a red square", note="")
-    assert [cli(f"--clip a {f}").compile for f in ("--compile", "--compile true", "--compile=False")] == [True, True, False]
+    assert [
+        cli(f"--clip a {f}").compile for f in ("--compile", "--compile true", "--compile=False")
+    ] == [True, True, False]
 
 
 def test_tuple_field_takes_words_up_to_the_next_flag():
@@ -61,31 +74,53 @@ def test_tuple_field_takes_words_up_to_the_next_flag():
     assert cli("--clip a --size 32 48 --steps 1") == Config("a", steps=1, size=(32, 48))
     assert cli("--clip a --size=32").size == (32,)
     assert cli("--prompt one --steps 9 8.5", sampler.Config).steps == (9.0, 8.5)
-    assert from_cli(sampler.Config, ["--prompt", "a red square", "a wave"]).prompt == ("a red square", "a wave")
+    assert from_cli(sampler.Config, ["--prompt", "a red square", "a wave"]).prompt == (
+        "a red square",
+        "a wave",
+    )
 
 
-@pytest.mark.parametrize("line, words", [
-    ("--clip a --step 3", ["'--step'", "did you mean --steps?"]),
-    ("--clip a --learning-rat=3", ["'--learning-rat'", "did you mean --learning_rate?"]),
-    ("--clip a --zzzzzz 1", ["'--zzzzzz'", "--help"]),
-    ("a.mp4", ["'a.mp4'", "--help"]),
-    ("--clip a --steps 1 --steps 2", ["--steps is given twice"]),
-    ("--clip a --learning-rate 1 --learning_rate=2", ["--learning_rate is given twice"]),
-    ("--clip a --steps many", ["--steps", "whole number", "'many'"]),
-    ("--clip a --steps 2.5", ["--steps", "whole number", "'2.5'"]),
-    ("--clip a --learning-rate fast", ["--learning_rate", "needs a number", "'fast'"]),
-    ("--clip a --compile maybe", ["--compile is true or false", "'maybe'"]),
-    ("--clip a --size 32 x", ["--size", "whole number", "'x'"]),
-    ("--clip a --steps 1 2", ["--steps takes one value, got 2: 1 2"]),
-    ("--clip --steps 1", ["--clip takes one value, got 0"]),
-    ("--steps 1", ["missing --clip"])])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--clip a --step 3", ["'--step'", "did you mean --steps?"]),
+        ("--clip a --learning-rat=3", ["'--learning-rat'", "did you mean --learning_rate?"]),
+        ("--clip a --zzzzzz 1", ["'--zzzzzz'", "--help"]),
+        ("a.mp4", ["'a.mp4'", "--help"]),
+        ("--clip a --steps 1 --steps 2", ["--steps is given twice"]),
+        ("--clip a --learning-rate 1 --learning_rate=2", ["--learning_rate is given twice"]),
+        ("--clip a --steps many", ["--steps", "whole number", "'many'"]),
+        ("--clip a --steps 2.5", ["--steps", "whole number", "'2.5'"]),
+        ("--clip a --learning-rate fast", ["--learning_rate", "needs a number", "'fast'"]),
+        ("--clip a --compile maybe", ["--compile is true or false", "'maybe'"]),
+        ("--clip a --size 32 x", ["--size", "whole number", "'x'"]),
+        ("--clip a --steps 1 2", ["--steps takes one value, got 2: 1 2"]),
+        ("--clip --steps 1", ["--clip takes one value, got 0"]),
+        ("--steps 1", ["missing --clip"]),
+    ],
+)
 def test_mistaken_flag_is_named_with_its_value(line, words):
     """A mistake on the command line names the flag, what was given and the nearest right thing."""
     text = refusal(line)
     assert all(w in text for w in words) and "\n" not in text
 
 
-WORDS = ["--clip", "--clip=", "--steps", "--size", "--compile", "--note", "--", "--=", "-1", "a", "1e999", "nan", "", "-h"]
+WORDS = [
+    "--clip",
+    "--clip=",
+    "--steps",
+    "--size",
+    "--compile",
+    "--note",
+    "--",
+    "--=",
+    "-1",
+    "a",
+    "1e999",
+    "nan",
+    "",
+    "-h",
+]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -109,23 +144,39 @@ def test_help_lists_every_field_with_its_comment(cls, capsys):
     assert stop.value.code == 0 and cls.__doc__ in text
     for f in dataclasses.fields(cls):
         row = next(line for line in text.splitlines() if line.startswith(f"  --{f.name} "))
-        words = row.removeprefix(f"  --{f.name}").removesuffix("required]" if f.default is dataclasses.MISSING else f"{f.default}]")
+        words = row.removeprefix(f"  --{f.name}").removesuffix(
+            "required]" if f.default is dataclasses.MISSING else f"{f.default}]"
+        )
         assert words.removesuffix("[").strip(), row
-    assert cls is not Config or "of the optimizer  [0.001]" in text and "which clip to read  [required]" in text
+    assert (
+        cls is not Config
+        or "of the optimizer  [0.001]" in text
+        and "which clip to read  [required]" in text
+    )
 
 
 def raises(error):
     def main(config):
         raise error
+
     return main
 
 
-@pytest.mark.parametrize("main, argv, code, line", [
-    (lambda c: None, ["--clip", "a"], None, ""),
-    (lambda c: None, [], 2, "error: missing --clip\n"),
-    (raises(UserError("first\nsecond")), ["--clip", "a"], 2, "error: first second\n"),
-    (raises(FileNotFoundError(2, "No such file", "x.mp4")), ["--clip", "a"], 2, "error: [Errno 2] No such file: 'x.mp4'\n"),
-    (raises(KeyboardInterrupt()), ["--clip", "a"], 130, "interrupted\n")])
+@pytest.mark.parametrize(
+    "main, argv, code, line",
+    [
+        (lambda c: None, ["--clip", "a"], None, ""),
+        (lambda c: None, [], 2, "error: missing --clip\n"),
+        (raises(UserError("first\nsecond")), ["--clip", "a"], 2, "error: first second\n"),
+        (
+            raises(FileNotFoundError(2, "No such file", "x.mp4")),
+            ["--clip", "a"],
+            2,
+            "error: [Errno 2] No such file: 'x.mp4'\n",
+        ),
+        (raises(KeyboardInterrupt()), ["--clip", "a"], 130, "interrupted\n"),
+    ],
+)
 def test_run_turns_a_mistake_into_one_line_and_a_code(main, argv, code, line, monkeypatch, capsys):
     """The user's mistakes end with code 2 and one line, Ctrl-C with 130."""
     monkeypatch.setattr("sys.argv", ["script.py", *argv])
@@ -181,14 +232,24 @@ def test_generator_is_a_function_of_its_numbers():
 
 def test_generator_depends_on_every_number_and_the_order():
     """No two of 5 ** 4 short tuples and their permutations share a stream."""
-    seeds = {generator(a, b, c, d).initial_seed() for a in range(-2, 3) for b in range(5) for c in range(5) for d in range(5)}
-    assert len(seeds) == 5 ** 4
+    seeds = {
+        generator(a, b, c, d).initial_seed()
+        for a in range(-2, 3)
+        for b in range(5)
+        for c in range(5)
+        for d in range(5)
+    }
+    assert len(seeds) == 5**4
     assert len({generator(*[7 * (i == j) for j in range(6)]).initial_seed() for i in range(6)}) == 6
 
 
 def test_generator_depends_on_how_many_numbers():
     """Numbers at the end make another stream, unless they are zero (which the docstring says)."""
-    assert draw(1) != draw(1, 1) != draw(1, 1, 1) and draw(1, 2, 3, 4, 0) != draw(1, 2, 3, 4) and draw(1, 0) == draw(1)
+    assert (
+        draw(1) != draw(1, 1) != draw(1, 1, 1)
+        and draw(1, 2, 3, 4, 0) != draw(1, 2, 3, 4)
+        and draw(1, 0) == draw(1)
+    )
 
 
 def test_signal_is_a_flag_within_the_block():
@@ -236,13 +297,17 @@ def test_ema_does_not_lose_a_tiny_update():
     model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     torch.nn.init.ones_(model.weight)
     ema, expected = EMA(model, 0.999), 1.0
-    torch.nn.init.constant_(model.weight, 1 + 2 ** -7)  # the next bfloat16
+    torch.nn.init.constant_(model.weight, 1 + 2**-7)  # the next bfloat16
     for _ in range(100):
         ema.update(model)
-        expected = 0.999 * expected + 0.001 * (1 + 2 ** -7)
+        expected = 0.999 * expected + 0.001 * (1 + 2**-7)
     shadow = ema.shadow["weight"]
-    assert shadow.dtype == torch.float32 and abs(shadow.item() - expected) < 1e-6 and expected - 1 > 7e-4
-    assert not shadow.requires_grad and model.weight.item() == 1 + 2 ** -7  # the model is only read
+    assert (
+        shadow.dtype == torch.float32
+        and abs(shadow.item() - expected) < 1e-6
+        and expected - 1 > 7e-4
+    )
+    assert not shadow.requires_grad and model.weight.item() == 1 + 2**-7  # the model is only read
 
 
 def test_log_row_appends_lines_of_json(tmp_path):

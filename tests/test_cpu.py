@@ -1,4 +1,5 @@
 """oneDNN's products and convolutions are torch's, to rounding."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,18 +9,28 @@ from lib.common import generator
 from lib.cpu import Linear, conv3d, linear
 
 
-@pytest.mark.parametrize("shape, weight, stride, padding", [
-    ((1, 8, 5, 6, 7), (4, 8, 3, 3, 3), (1, 1, 1), (0, 1, 1)), ((2, 8, 3, 9, 9), (16, 8, 1, 3, 3), (1, 2, 2), (0, 0, 0)),
-    ((1, 8, 5, 2, 3), (8, 8, 3, 1, 1), (2, 1, 1), (0, 0, 0)), ((1, 4, 1, 2, 2), (3, 4, 1, 1, 1), (1, 1, 1), (0, 0, 0))])
+@pytest.mark.parametrize(
+    "shape, weight, stride, padding",
+    [
+        ((1, 8, 5, 6, 7), (4, 8, 3, 3, 3), (1, 1, 1), (0, 1, 1)),
+        ((2, 8, 3, 9, 9), (16, 8, 1, 3, 3), (1, 2, 2), (0, 0, 0)),
+        ((1, 8, 5, 2, 3), (8, 8, 3, 1, 1), (2, 1, 1), (0, 0, 0)),
+        ((1, 4, 1, 2, 2), (3, 4, 1, 1, 1), (1, 1, 1), (0, 0, 0)),
+    ],
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 def test_convolution_equals_torchs(shape, weight, stride, padding, layout):
     """Values and gradients of the faster call are those of F.conv3d in float64; other types than float32 take torch's own."""
     g = generator(3)
     given = [torch.randn(s, generator=g) for s in (shape, weight, weight[:1])]
-    slow, fast = ([x.to(dtype).requires_grad_() for x in given] for dtype in (torch.float64, torch.float32))
+    slow, fast = (
+        [x.to(dtype).requires_grad_() for x in given] for dtype in (torch.float64, torch.float32)
+    )
     results = []
-    for (x, w, b), call in ((slow, lambda x, w, b: torch.nn.functional.conv3d(x, w, b, stride, padding)),
-                            (fast, lambda x, w, b: conv3d(x.contiguous(memory_format=layout), w, b, stride, padding))):
+    for (x, w, b), call in (
+        (slow, lambda x, w, b: torch.nn.functional.conv3d(x, w, b, stride, padding)),
+        (fast, lambda x, w, b: conv3d(x.contiguous(memory_format=layout), w, b, stride, padding)),
+    ):
         y = call(x, w, b)
         y.square().sum().backward()
         results.append((y, x.grad, w.grad, b.grad))
@@ -32,7 +43,11 @@ def given(layout: str, dtype: torch.dtype) -> list[torch.Tensor]:
     """x [2, 5, 24] whole, transposed, or with gaps between its rows; weight [7, 24]; bias [7]: leaves that want gradients."""
     g = generator(4)
     x, weight, bias = (torch.randn(s, generator=g) for s in ((2, 5, 24), (7, 24), (7,)))
-    x = {"whole": x, "transposed": x.transpose(1, 2).contiguous().transpose(1, 2), "gaps": F.pad(x, (0, 8))[..., :24]}[layout]
+    x = {
+        "whole": x,
+        "transposed": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "gaps": F.pad(x, (0, 8))[..., :24],
+    }[layout]
     return [y.to(dtype).requires_grad_() for y in (x, weight, bias)]
 
 
@@ -41,7 +56,9 @@ def test_product_equals_torchs(layout, monkeypatch):
     """Values and gradients are those of F.linear in float64, for any layout of input and gradient; what oneDNN gets has no gaps."""
     monkeypatch.setattr("cpu.SMALL", 0)
     real, taken = cpu._product, []
-    monkeypatch.setattr("cpu._product", lambda x, *more: (taken.append(x.flatten(0, -2)), real(x, *more))[1])
+    monkeypatch.setattr(
+        "cpu._product", lambda x, *more: (taken.append(x.flatten(0, -2)), real(x, *more))[1]
+    )
     results = []
     for dtype, call in ((torch.float64, F.linear), (torch.float32, linear)):
         x, weight, bias = given(layout, dtype)
@@ -61,7 +78,10 @@ def test_rows_do_not_see_each_other():
     g = generator(5)
     x, weight, bias = (torch.randn(s, generator=g) for s in ((2, 48, 192), (256, 192), (256,)))
     assert x.numel() * len(weight) >= cpu.SMALL
-    one, other = linear(x, weight, bias), linear(x.index_fill(1, torch.tensor([17]), 3.0), weight, bias)
+    one, other = (
+        linear(x, weight, bias),
+        linear(x.index_fill(1, torch.tensor([17]), 3.0), weight, bias),
+    )
     same = (one == other).all(-1)
     assert same.sum() == 2 * 47 and not same[:, 17].any()
 

@@ -1,4 +1,5 @@
 """The transformer is Wan's, and its additions (time, position and visibility per latent) are exact."""
+
 import json
 import math
 import re
@@ -12,43 +13,104 @@ from safetensors.torch import load_file, save_file
 from tiny import distance, randn, randomise, tiny_dit
 from torch.nn.attention import flex_attention as flex
 
-from dit import PRESETS, DiT, DiTConfig, Past, Rope, SelfAttention, Visible, attend, load_dit, rope, rotate, save_dit, sinusoid
+from dit import (
+    PRESETS,
+    DiT,
+    DiTConfig,
+    Past,
+    Rope,
+    SelfAttention,
+    Visible,
+    attend,
+    load_dit,
+    rope,
+    rotate,
+    save_dit,
+    sinusoid,
+)
 from kvcache import KVCache
 from lib.common import UserError
 
 CONFIGS = {
     "head_dim 12": {},
-    "head_dim 16": {"dim": 64, "ffn_dim": 80, "freq_dim": 64, "text_dim": 24, "in_dim": 6, "out_dim": 3},
-    "head_dim 10, 3 layers, text 16": {"dim": 20, "num_heads": 2, "num_layers": 3, "text_len": 16, "in_dim": 2, "out_dim": 2},
+    "head_dim 16": {
+        "dim": 64,
+        "ffn_dim": 80,
+        "freq_dim": 64,
+        "text_dim": 24,
+        "in_dim": 6,
+        "out_dim": 3,
+    },
+    "head_dim 10, 3 layers, text 16": {
+        "dim": 20,
+        "num_heads": 2,
+        "num_layers": 3,
+        "text_len": 16,
+        "in_dim": 2,
+        "out_dim": 2,
+    },
     "head_dim 128": {"dim": 128, "num_heads": 1, "num_layers": 1},
 }
 RAGGED = Visible(((0, 2, ((0, 2),)), (2, 3, ((0, 1), (2, 3))), (3, 6, ((1, 6),))))
-REPEATED = Visible(((0, 2, ((0, 2),)), (2, 5, ((0, 1), (2, 5), (6, 8)))), torch.tensor([0, 1, 2, 3, 4, 0, 1, 0]),
-                   torch.tensor([0, 1, 2, 3, 4, 9, -3, 12]))  # latent 0 stands at 0, 9 and 12, latent 1 at 1 and -3
+REPEATED = Visible(
+    ((0, 2, ((0, 2),)), (2, 5, ((0, 1), (2, 5), (6, 8)))),
+    torch.tensor([0, 1, 2, 3, 4, 0, 1, 0]),
+    torch.tensor([0, 1, 2, 3, 4, 9, -3, 12]),
+)  # latent 0 stands at 0, 9 and 12, latent 1 at 1 and -3
 
 
 def inputs(c: DiTConfig, T: int = 3, h: int = 4, w: int = 6, words: int = 5) -> tuple:
     """z, t (other for every sample and latent), text shorter than text_len, positions."""
-    return (randn(1, 2, T, c.in_dim, h, w), 1000 * randn(2, 2, T).sigmoid(), randn(3, 2, words, c.text_dim), torch.arange(T))
+    return (
+        randn(1, 2, T, c.in_dim, h, w),
+        1000 * randn(2, 2, T).sigmoid(),
+        randn(3, 2, words, c.text_dim),
+        torch.arange(T),
+    )
 
 
 def wan_sinusoid(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Wan's embedding of t, angles in float64. (diffusers rounds them to float32: 2e-5 off at t = 1000.)"""
-    return torch.tensor([[f(s * 10000 ** (-k / (dim // 2))) for f in (math.cos, math.sin) for k in range(dim // 2)] for s in t.tolist()])
+    return torch.tensor(
+        [
+            [
+                f(s * 10000 ** (-k / (dim // 2)))
+                for f in (math.cos, math.sin)
+                for k in range(dim // 2)
+            ]
+            for s in t.tolist()
+        ]
+    )
 
 
 def wan(c: DiTConfig):
     """diffusers' transformer of the same size, with random weights and Wan's exact angles."""
     from diffusers import WanTransformer3DModel
-    model = randomise(WanTransformer3DModel(
-        patch_size=c.patch_size, num_attention_heads=c.num_heads, attention_head_dim=c.dim // c.num_heads, in_channels=c.in_dim,
-        out_channels=c.out_dim, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim, num_layers=c.num_layers), seed=5)
+
+    model = randomise(
+        WanTransformer3DModel(
+            patch_size=c.patch_size,
+            num_attention_heads=c.num_heads,
+            attention_head_dim=c.dim // c.num_heads,
+            in_channels=c.in_dim,
+            out_channels=c.out_dim,
+            text_dim=c.text_dim,
+            freq_dim=c.freq_dim,
+            ffn_dim=c.ffn_dim,
+            num_layers=c.num_layers,
+        ),
+        seed=5,
+    )
     model.condition_embedder.timesteps_proj.forward = lambda t: wan_sinusoid(t, c.freq_dim)
     return model
 
 
-def run_wan(model, c: DiTConfig, z: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    padded = F.pad(text, (0, 0, 0, c.text_len - text.shape[1]))  # diffusers leaves this to its pipeline
+def run_wan(
+    model, c: DiTConfig, z: torch.Tensor, t: torch.Tensor, text: torch.Tensor
+) -> torch.Tensor:
+    padded = F.pad(
+        text, (0, 0, 0, c.text_len - text.shape[1])
+    )  # diffusers leaves this to its pipeline
     return model(z.transpose(1, 2), t, padded, return_dict=False)[0].transpose(1, 2)
 
 
@@ -76,7 +138,13 @@ def test_time_per_latent_equals_diffusers(sizes, tmp_path):
     ours = load_dit(tmp_path)
     z, t, text, pos = inputs(ours.config)
     got = ours(z, t, text, pos)
-    assert distance(got, run_wan(model, ours.config, z, t.repeat_interleave(ours.config.tokens(4, 6), 1), text)) <= 1e-5
+    assert (
+        distance(
+            got,
+            run_wan(model, ours.config, z, t.repeat_interleave(ours.config.tokens(4, 6), 1), text),
+        )
+        <= 1e-5
+    )
     assert distance(got, ours(z, t[:, :1].expand(-1, 3), text, pos)) > 0.01
 
 
@@ -84,10 +152,15 @@ def test_time_per_latent_equals_diffusers(sizes, tmp_path):
 def test_diffusers_loads_what_we_save(sizes, tmp_path, monkeypatch):
     """save_dit(to="diffusers") is a folder that WanTransformer3DModel.from_pretrained reads, with equal output."""
     from diffusers import WanTransformer3DModel
-    monkeypatch.setattr(WanTransformer3DModel, "_keep_in_fp32_modules", None)  # asks for accelerate; all is float32 here
+
+    monkeypatch.setattr(
+        WanTransformer3DModel, "_keep_in_fp32_modules", None
+    )  # asks for accelerate; all is float32 here
     ours = tiny_dit(**sizes)
     save_dit(ours, tmp_path / "transformer", to="diffusers")
-    model, report = WanTransformer3DModel.from_pretrained(tmp_path / "transformer", output_loading_info=True)
+    model, report = WanTransformer3DModel.from_pretrained(
+        tmp_path / "transformer", output_loading_info=True
+    )
     assert not any(report.values()), report
     z, t, text, pos = inputs(ours.config)
     t = t[:, :1].expand(-1, 3) / 10  # within float32's reach, see wan_sinusoid
@@ -98,12 +171,20 @@ def test_diffusers_loads_what_we_save(sizes, tmp_path, monkeypatch):
 
 def test_sinusoid_by_hand():
     """[cos | sin] of t, t/100 for width 4: cos 2, cos .02, sin 2, sin .02; at any t within 1e-6 of float64."""
-    assert distance(sinusoid(torch.tensor([2.]), 4), torch.tensor([[-0.41614684, 0.99980001, 0.90929743, 0.01999867]])) <= 1e-7
-    t = torch.tensor([0., 4.98, 833.3333, 937.5, 1000])
+    assert (
+        distance(
+            sinusoid(torch.tensor([2.0]), 4),
+            torch.tensor([[-0.41614684, 0.99980001, 0.90929743, 0.01999867]]),
+        )
+        <= 1e-7
+    )
+    t = torch.tensor([0.0, 4.98, 833.3333, 937.5, 1000])
     assert distance(sinusoid(t, 256), wan_sinusoid(t, 256)) <= 1e-6
 
 
-@pytest.mark.parametrize("name, parameters, tensors", [("wan1.3b", 1_418_996_800, 825), ("wan14b", 14_288_491_584, 1095)])
+@pytest.mark.parametrize(
+    "name, parameters, tensors", [("wan1.3b", 1_418_996_800, 825), ("wan14b", 14_288_491_584, 1095)]
+)
 def test_presets_are_wan(name, parameters, tensors):
     """The presets have exactly the tensors of Wan2.1's T2V checkpoints: names, shapes and counts."""
     c = PRESETS[name]
@@ -116,12 +197,23 @@ def test_presets_are_wan(name, parameters, tensors):
 
     def linear(name, out, into):
         return {f"{name}.weight": {(out, into)}, f"{name}.bias": {(out,)}}
-    expected = {"patch_embedding.weight": {(E, 16, 1, 2, 2)}, "patch_embedding.bias": {(E,)},
-                **linear("text_embedding.0", E, 4096), **linear("text_embedding.2", E, E),
-                **linear("time_embedding.0", E, 256), **linear("time_embedding.2", E, E), **linear("time_projection.1", 6 * E, E),
-                "head.modulation": {(1, 2, E)}, **linear("head.head", 64, E),
-                "blocks.N.modulation": {(1, 6, E)}, "blocks.N.norm3.weight": {(E,)}, "blocks.N.norm3.bias": {(E,)},
-                **linear("blocks.N.ffn.0", c.ffn_dim, E), **linear("blocks.N.ffn.2", E, c.ffn_dim)}
+
+    expected = {
+        "patch_embedding.weight": {(E, 16, 1, 2, 2)},
+        "patch_embedding.bias": {(E,)},
+        **linear("text_embedding.0", E, 4096),
+        **linear("text_embedding.2", E, E),
+        **linear("time_embedding.0", E, 256),
+        **linear("time_embedding.2", E, E),
+        **linear("time_projection.1", 6 * E, E),
+        "head.modulation": {(1, 2, E)},
+        **linear("head.head", 64, E),
+        "blocks.N.modulation": {(1, 6, E)},
+        "blocks.N.norm3.weight": {(E,)},
+        "blocks.N.norm3.bias": {(E,)},
+        **linear("blocks.N.ffn.0", c.ffn_dim, E),
+        **linear("blocks.N.ffn.2", E, c.ffn_dim),
+    }
     for attention in ("self_attn", "cross_attn"):
         for part in "qkvo":
             expected |= linear(f"blocks.N.{attention}.{part}", E, E)
@@ -155,41 +247,80 @@ def test_bfloat16_is_loaded_as_asked(tmp_path):
     half = load_dit(tmp_path / "a.safetensors", torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     exact, got = (m(*inputs(ours.config)) for m in (ours, half))
-    assert got.dtype == torch.float32 and 0 < (got - exact).square().mean().sqrt() < 0.02 * exact.square().mean().sqrt()
+    assert (
+        got.dtype == torch.float32
+        and 0 < (got - exact).square().mean().sqrt() < 0.02 * exact.square().mean().sqrt()
+    )
 
 
 def test_shards_with_an_index_load(tmp_path):
     """The 14B layout: two shards, an index and Wan's config.json; a missing shard is named."""
     ours = tiny_dit()
     state, c = ours.state_dict(), asdict(ours.config)
-    names = {k: f"diffusion_pytorch_model-0000{1 + n % 2}-of-00002.safetensors" for n, k in enumerate(state)}
+    names = {
+        k: f"diffusion_pytorch_model-0000{1 + n % 2}-of-00002.safetensors"
+        for n, k in enumerate(state)
+    }
     for shard in set(names.values()):
         save_file({k: v for k, v in state.items() if names[k] == shard}, tmp_path / shard)
-    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    published = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len")
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanModel", "model_type": "t2v", "text_dim": 32}
-                                                     | {k: c[k] for k in published}))
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": names})
+    )
+    published = (
+        "dim",
+        "eps",
+        "ffn_dim",
+        "freq_dim",
+        "in_dim",
+        "num_heads",
+        "num_layers",
+        "out_dim",
+        "text_len",
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"_class_name": "WanModel", "model_type": "t2v", "text_dim": 32}
+            | {k: c[k] for k in published}
+        )
+    )
     back = load_dit(tmp_path)
-    assert back.config == ours.config and all(torch.equal(x, back.state_dict()[k]) for k, x in state.items())
+    assert back.config == ours.config and all(
+        torch.equal(x, back.state_dict()[k]) for k, x in state.items()
+    )
     (tmp_path / shard).unlink()
     with pytest.raises(UserError, match=shard):
         load_dit(tmp_path)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "model._fsdp_wrapped_module.", "_fsdp_wrapped_module.model.", "_orig_mod.",
-                                    "model._orig_mod._checkpoint_wrapped_module."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "model.",
+        "model._fsdp_wrapped_module.",
+        "_fsdp_wrapped_module.model.",
+        "_orig_mod.",
+        "model._orig_mod._checkpoint_wrapped_module.",
+    ],
+)
 def test_self_forcing_checkpoints_load(prefix, tmp_path):
     """A .pt of Self-Forcing's kind: the EMA is preferred, wrappers' prefixes go, sizes are read off the tensors."""
     ours, ema = (tiny_dit(seed, dim=128, num_heads=1, text_len=512) for seed in (1, 2))
 
     def wrapped(model):
-        return {prefix + k.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module."): v
-                for k, v in model.state_dict().items()}
+        return {
+            prefix
+            + k.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module."): v
+            for k, v in model.state_dict().items()
+        }
+
     torch.save({"generator": wrapped(ours), "critic": {}}, tmp_path / "raw.pt")
     torch.save({"generator": wrapped(ours), "generator_ema": wrapped(ema)}, tmp_path / "both.pt")
     for file, expected in (("raw.pt", ours), ("both.pt", ema)):
         back = load_dit(tmp_path / file)
-        assert back.config == expected.config and all(torch.equal(x, back.state_dict()[k]) for k, x in expected.state_dict().items())
+        assert back.config == expected.config and all(
+            torch.equal(x, back.state_dict()[k]) for k, x in expected.state_dict().items()
+        )
 
 
 def test_every_misfit_is_named_at_once(tmp_path):
@@ -201,8 +332,11 @@ def test_every_misfit_is_named_at_once(tmp_path):
     state["blocks.0.extra"] = torch.zeros(1)
     state["head.head.bias"] = torch.zeros(7)
     save_file(state, tmp_path / "bad.safetensors", {"config": json.dumps(asdict(ours.config))})
-    with pytest.raises(UserError, match=r"missing 1 \(blocks.1.norm3.bias\); unexpected 1 \(blocks.0.extra\); "
-                                        r"wrong shape 1 \(head.head.bias is \(7,\) but should be \(16,\)\)"):
+    with pytest.raises(
+        UserError,
+        match=r"missing 1 \(blocks.1.norm3.bias\); unexpected 1 \(blocks.0.extra\); "
+        r"wrong shape 1 \(head.head.bias is \(7,\) but should be \(16,\)\)",
+    ):
         load_dit(tmp_path / "bad.safetensors")
 
 
@@ -215,9 +349,14 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     save_file({"unet.conv.weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
     torch.save({"generator": tiny_dit().state_dict()}, tmp_path / "cut.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:2000])
-    for name, says in (("cut.safetensors", "cut.safetensors is not a whole"), ("cut.pt", "cut.pt is not a checkpoint"),
-                       ("foreign.pt", "foreign.pt is not a Wan transformer.*'layer.weight'"), ("none.pt", "none.pt does not exist"),
-                       ("foreign.safetensors", "not a Wan transformer.*'unet.conv.weight'"), (".", "holds several students .cut.pt")):
+    for name, says in (
+        ("cut.safetensors", "cut.safetensors is not a whole"),
+        ("cut.pt", "cut.pt is not a checkpoint"),
+        ("foreign.pt", "foreign.pt is not a Wan transformer.*'layer.weight'"),
+        ("none.pt", "none.pt does not exist"),
+        ("foreign.safetensors", "not a Wan transformer.*'unet.conv.weight'"),
+        (".", "holds several students .cut.pt"),
+    ):
         with pytest.raises(UserError, match=says):
             load_dit(tmp_path / name)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "i2v", "dim": 48}))
@@ -246,7 +385,9 @@ def test_only_relative_position_matters(shift):
     ours = tiny_dit()
     z, t, text, pos = inputs(ours.config)
     assert distance(ours(z, t, text, pos + shift), ours(z, t, text, pos)) <= 1e-5
-    assert distance(ours(z, t, text, pos + torch.tensor([0, 0, shift])), ours(z, t, text, pos)) > 1e-3
+    assert (
+        distance(ours(z, t, text, pos + torch.tensor([0, 0, shift])), ours(z, t, text, pos)) > 1e-3
+    )
 
 
 @pytest.mark.parametrize("head_dim", [6, 12, 16, 128])
@@ -254,22 +395,38 @@ def test_angles_are_wans(head_dim):
     """Rotation equals Wan's own: complex float64 multiplication, d - 4(d//6), 2(d//6), 2(d//6) channels of t, h, w."""
     pos, h, w = torch.tensor([0, 20, -4, 5000]), 3, 2
     dims = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
-    grids = torch.meshgrid(pos.double(), torch.arange(h).double(), torch.arange(w).double(), indexing="ij")
-    angles = torch.cat([g.reshape(-1, 1) / torch.pow(10000, torch.arange(0, d, 2).double() / d) for g, d in zip(grids, dims)], 1)
+    grids = torch.meshgrid(
+        pos.double(), torch.arange(h).double(), torch.arange(w).double(), indexing="ij"
+    )
+    angles = torch.cat(
+        [
+            g.reshape(-1, 1) / torch.pow(10000, torch.arange(0, d, 2).double() / d)
+            for g, d in zip(grids, dims)
+        ],
+        1,
+    )
     x = randn(0, 2, len(pos) * h * w, 3, head_dim)
-    turned = torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    turned = (
+        torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+        * torch.polar(torch.ones_like(angles), angles)[:, None]
+    )
     table = rope(pos, h, w, head_dim)
     assert distance(rotate(x, table), torch.view_as_real(turned).flatten(-2)) <= 2e-6
     assert table.cos.dtype == table.sin.dtype == torch.float32 and [d // 2 for d in dims] == (
-        [22, 21, 21] if head_dim == 128 else [d // 2 for d in dims])
+        [22, 21, 21] if head_dim == 128 else [d // 2 for d in dims]
+    )
 
 
 def test_rotate_is_a_rotation():
     """By hand: a quarter turn sends (a, b) to (-b, a); head_dim 6 at position 2, row 1, column 3 turns by 2, 1, 3 radians."""
     quarter = Rope(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
-    assert rotate(torch.tensor([[[[3., 4.]]]]), quarter).flatten().tolist() == [-4, 3]
-    token = rotate(torch.tensor([1., 0, 0, 1, 1, 0]).expand(1, 8, 1, 6), rope(torch.tensor([2]), 2, 4, 6))[0, 7, 0]
-    by_hand = torch.tensor([-0.41614684, 0.90929743, -0.84147098, 0.54030231, -0.98999250, 0.14112001])  # cos 2, sin 2, -sin 1, ...
+    assert rotate(torch.tensor([[[[3.0, 4.0]]]]), quarter).flatten().tolist() == [-4, 3]
+    token = rotate(
+        torch.tensor([1.0, 0, 0, 1, 1, 0]).expand(1, 8, 1, 6), rope(torch.tensor([2]), 2, 4, 6)
+    )[0, 7, 0]
+    by_hand = torch.tensor(
+        [-0.41614684, 0.90929743, -0.84147098, 0.54030231, -0.98999250, 0.14112001]
+    )  # cos 2, sin 2, -sin 1, ...
     assert distance(token, by_hand) <= 1e-6
     x = randn(0, 1, 24, 2, 12)
     y = rotate(x, rope(torch.tensor([3, -900]), 4, 3, 12))
@@ -277,13 +434,18 @@ def test_rotate_is_a_rotation():
     assert rotate(x.bfloat16(), rope(torch.tensor([3, -900]), 4, 3, 12)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("visible", [RAGGED, Visible(((0, 6, ((0, 6),)),)), Visible(((0, 1, ((0, 6),)), (1, 6, ((5, 6),))))])
+@pytest.mark.parametrize(
+    "visible",
+    [RAGGED, Visible(((0, 6, ((0, 6),)),)), Visible(((0, 1, ((0, 6),)), (1, 6, ((5, 6),))))],
+)
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_spans_equal_a_dense_mask(visible, tokens):
     """Attention span by span is masked attention: values and all three gradients."""
     q, k, v = (randn(s, 2, 6 * tokens, 3, 8).requires_grad_() for s in range(3))
     out = attend(q, k, v, visible)
-    dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=visible.dense(tokens)).transpose(1, 2)
+    dense = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=visible.dense(tokens)
+    ).transpose(1, 2)
     weight = randn(9, *out.shape)
     assert distance(out, dense) <= 1e-5
     assert distance(*(torch.autograd.grad(y, (q, k, v), weight) for y in (out, dense))) <= 1e-5
@@ -291,10 +453,21 @@ def test_spans_equal_a_dense_mask(visible, tokens):
 
 def test_dense_by_hand():
     """The matrix of spans: rows are queries, True may attend."""
-    assert RAGGED.dense().int().tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0],
-                                             [0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]]
-    assert REPEATED.dense().int().tolist() == 2 * [[1, 1, 0, 0, 0, 0, 0, 0]] + 3 * [[1, 0, 1, 1, 1, 0, 1, 1]]
-    assert torch.equal(RAGGED.dense(2)[::2, 1::2], RAGGED.dense()) and RAGGED.dense(2).shape == (12, 12)
+    assert RAGGED.dense().int().tolist() == [
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0],
+        [0, 1, 1, 1, 1, 1],
+        [0, 1, 1, 1, 1, 1],
+        [0, 1, 1, 1, 1, 1],
+    ]
+    assert REPEATED.dense().int().tolist() == 2 * [[1, 1, 0, 0, 0, 0, 0, 0]] + 3 * [
+        [1, 0, 1, 1, 1, 0, 1, 1]
+    ]
+    assert torch.equal(RAGGED.dense(2)[::2, 1::2], RAGGED.dense()) and RAGGED.dense(2).shape == (
+        12,
+        12,
+    )
 
 
 def test_one_latent_may_be_several_keys():
@@ -302,12 +475,16 @@ def test_one_latent_may_be_several_keys():
     layer = randomise(SelfAttention(24, 2, 1e-6)).requires_grad_()
     h, w, pos = 1, 3, torch.arange(5)
     x = randn(0, 2, 15, 24).requires_grad_()
-    out, (k_own, _) = layer(x, rope(pos, h, w, 12), REPEATED, rope(REPEATED.key_pos, h, w, 12), None, x.shape[1])
+    out, (k_own, _) = layer(
+        x, rope(pos, h, w, 12), REPEATED, rope(REPEATED.key_pos, h, w, 12), None, x.shape[1]
+    )
     q, k, v = layer.norm_q(layer.q(x)), layer.norm_k(layer.k(x)), layer.v(x)
     rows = (REPEATED.key_slot[:, None] * 3 + torch.arange(3)).flatten()
     q, k, v = (y.view(2, -1, 2, 12) for y in (q, k[:, rows], v[:, rows]))
     q, k = rotate(q, rope(pos, h, w, 12)), rotate(k, rope(REPEATED.key_pos, h, w, 12))
-    dense = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), attn_mask=REPEATED.dense(3))
+    dense = F.scaled_dot_product_attention(
+        *(y.transpose(1, 2) for y in (q, k, v)), attn_mask=REPEATED.dense(3)
+    )
     dense = layer.o(dense.transpose(1, 2).flatten(2))
     wrt, weight = (x, *layer.parameters()), randn(9, *out.shape)
     assert distance(out, dense) <= 1e-5 and k_own.shape == (2, 15, 2, 12)
@@ -320,15 +497,27 @@ def test_the_block_mask_is_the_dense_mask(visible, monkeypatch):
     """What `prepare` hands to FlexAttention, built here on the CPU, is the dense mask, and flex with it equals the spans."""
     tokens, table, create = 37, visible.dense(), flex.create_block_mask
     monkeypatch.setattr(Visible, "dense", lambda self: SimpleNamespace(to=lambda device: table))
-    monkeypatch.setattr(flex, "create_block_mask", lambda *args, device: create(*args, device="cpu"))
+    monkeypatch.setattr(
+        flex, "create_block_mask", lambda *args, device: create(*args, device="cpu")
+    )
     mask = Visible(visible.spans).prepare(tokens, "cuda").block_mask
     L, K = (n * tokens for n in table.shape)
     expected = table.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
     assert torch.equal(flex.create_mask(mask.mask_mod, 1, 1, L, K, device="cpu")[0, 0], expected)
-    blocks = F.pad(expected, (0, -K % 128, 0, -L % 128)).unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).any(3).any(1)
-    assert torch.equal(mask.to_dense()[0, 0].bool(), blocks)  # no tile that holds a visible pair is skipped
+    blocks = (
+        F.pad(expected, (0, -K % 128, 0, -L % 128))
+        .unflatten(0, (-1, 128))
+        .unflatten(2, (-1, 128))
+        .any(3)
+        .any(1)
+    )
+    assert torch.equal(
+        mask.to_dense()[0, 0].bool(), blocks
+    )  # no tile that holds a visible pair is skipped
     q, k, v = randn(0, 1, L, 2, 16), randn(1, 1, K, 2, 16), randn(2, 1, K, 2, 16)
-    got = flex.flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+    got = flex.flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(
+        1, 2
+    )
     assert distance(got, attend(q, k, v, visible)) <= 1e-5
 
 
@@ -376,16 +565,26 @@ def test_checkpointing_changes_no_bit():
         assert all(g.abs().max() > 0 for g in plain)
 
 
-@pytest.mark.parametrize("shape, t_shape, T, says", [
-    ((2, 3, 5, 4, 6), (2, 3), 3, "5 channels"), ((2, 3, 4, 5, 6), (2, 3), 3, "5x6 cells"), ((2, 3, 4, 4, 7), (2, 3), 3, "4x7 cells"),
-    ((2, 3, 4, 4, 6), (2, 2), 3, r"t \(2, 2\)"), ((2, 3, 4, 4, 6), (2,), 3, r"t \(2,\)"), ((2, 3, 4, 4, 6), (2, 3), 4, r"pos \(4,\)")])
+@pytest.mark.parametrize(
+    "shape, t_shape, T, says",
+    [
+        ((2, 3, 5, 4, 6), (2, 3), 3, "5 channels"),
+        ((2, 3, 4, 5, 6), (2, 3), 3, "5x6 cells"),
+        ((2, 3, 4, 4, 7), (2, 3), 3, "4x7 cells"),
+        ((2, 3, 4, 4, 6), (2, 2), 3, r"t \(2, 2\)"),
+        ((2, 3, 4, 4, 6), (2,), 3, r"t \(2,\)"),
+        ((2, 3, 4, 4, 6), (2, 3), 4, r"pos \(4,\)"),
+    ],
+)
 def test_bad_shapes_are_named(shape, t_shape, T, says):
     """Latents, times or positions that do not fit end in a UserError with the offending sizes."""
     with pytest.raises(UserError, match=says):
         tiny_dit()(torch.zeros(shape), torch.zeros(t_shape), torch.zeros(2, 5, 32), torch.arange(T))
 
 
-@pytest.mark.parametrize("changes", [{"patch_size": (2, 2, 2)}, {"dim": 50}, {"dim": 60}, {"dim": 16}])
+@pytest.mark.parametrize(
+    "changes", [{"patch_size": (2, 2, 2)}, {"dim": 50}, {"dim": 60}, {"dim": 16}]
+)
 def test_impossible_sizes_are_refused(changes):
     """Patches over time, and widths that do not split into even heads of at least 6, are no DiT of this kind."""
     with pytest.raises(UserError, match="patch_size|num_heads"):
@@ -395,7 +594,11 @@ def test_impossible_sizes_are_refused(changes):
 def test_what_nobody_needs_is_not_computed():
     """need = k gives the last k velocities of a whole pass, need = 0 its keys and values alone, with a past or without."""
     dit, pos = tiny_dit(5), torch.arange(6)
-    z, text, t = randn(1, 2, 6, dit.config.in_dim, 4, 4), randn(2, 2, 3, dit.config.text_dim), randn(3, 2, 6).abs() * 100
+    z, text, t = (
+        randn(1, 2, 6, dit.config.in_dim, 4, 4),
+        randn(2, 2, 3, dit.config.text_dim),
+        randn(3, 2, 6).abs() * 100,
+    )
     cache = KVCache(dit.config, 2, 2, 4, 4)
     cache.write((0, 1), dit(z[:, :2], t[:, :2], text, pos[:2], need=0))
     for past in (None, cache.read(((0, 7), (1, 8)))):

@@ -1,4 +1,5 @@
 """Hostile input, a little of it each time; `make fuzz` does ten thousand."""
+
 import fuzz
 import pytest
 

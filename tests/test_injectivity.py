@@ -4,6 +4,7 @@ Latents of a clip as a Gaussian chain: variance 1, correlation rho^|i-j|, a bloc
 flow's ODE carries noise n to S^(1/2) n: each end point hangs on the noise of *all* latents. A student that sees only some
 of it can at best answer the conditional mean, which has too little variance: the rest is what it blurs, or jumps by.
 """
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Gaussian(nn.Module):
 
     def forward(self, x, t, prompt, pos, past=None):
         s, eye = t[0, 0].double() / 1000, torch.eye(len(self.S)).double()
-        gain = (s * eye - (1 - s) * self.S) @ torch.linalg.inv((1 - s) ** 2 * self.S + s ** 2 * eye)
+        gain = (s * eye - (1 - s) * self.S) @ torch.linalg.inv((1 - s) ** 2 * self.S + s**2 * eye)
         return ((x.flatten(1) - (1 - s) * self.mean) @ gain - self.mean).view_as(x)
 
 
@@ -44,7 +45,15 @@ def end_points(teacher: Gaussian, noise: Tensor, steps: int = 1000) -> Tensor:
     empty = torch.zeros(B, 1, 1)
     ends = []
     for n in (steps, 2 * steps):
-        (_, states), = integrate(teacher, anchors.forward(T, T), empty, empty, noise_from(noise.view(B, T, 1, 1, 1)), 1.0, keep=(n,))
+        ((_, states),) = integrate(
+            teacher,
+            anchors.forward(T, T),
+            empty,
+            empty,
+            noise_from(noise.view(B, T, 1, 1, 1)),
+            1.0,
+            keep=(n,),
+        )
         ends.append(states.view(B, T))
     return 2 * ends[1] - ends[0]
 
@@ -67,8 +76,12 @@ def test_a_causal_student_of_a_bidirectional_teacher_learns_a_mean():
     (1 - sqrt(1 - rho^2)) / 2, a fifth at rho = 0.8."""
     (a, b), _ = end_points(Gaussian(S[:2, :2]), torch.eye(2).double())
     lost = left_over(torch.stack([a, b]), torch.tensor([[1.0, 0.0]]).double())
-    assert lost == pytest.approx(b.item() ** 2, abs=1e-12) == pytest.approx((1 - (1 - RHO ** 2) ** 0.5) / 2, abs=1e-4)
-    assert a ** 2 + lost == pytest.approx(1, abs=1e-4)
+    assert (
+        lost
+        == pytest.approx(b.item() ** 2, abs=1e-12)
+        == pytest.approx((1 - (1 - RHO**2) ** 0.5) / 2, abs=1e-4)
+    )
+    assert a**2 + lost == pytest.approx(1, abs=1e-4)
 
 
 def test_a_causal_student_of_an_autoregressive_teacher_learns_the_flow():
@@ -77,10 +90,14 @@ def test_a_causal_student_of_an_autoregressive_teacher_learns_the_flow():
     first = end_points(Gaussian(S[:1, :1]), torch.eye(1).double())[0, 0]
     assert first == pytest.approx(1, abs=1e-4)
     for x1 in (-1.0, 0.5, 2.0):  # the teacher after clean context x1
-        after = Gaussian(torch.tensor([[1 - RHO ** 2]]).double(), RHO * x1)
+        after = Gaussian(torch.tensor([[1 - RHO**2]]).double(), RHO * x1)
         zero, one = end_points(after, torch.tensor([[0.0], [1.0]]).double()).flatten().tolist()
-        assert zero == pytest.approx(RHO * x1, abs=1e-4) and one - zero == pytest.approx((1 - RHO ** 2) ** 0.5, abs=1e-4)
-    M = torch.tensor([[1, 0], [RHO, (1 - RHO ** 2) ** 0.5]], dtype=torch.float64)  # rows: what the student answers, from n1 and n2
+        assert zero == pytest.approx(RHO * x1, abs=1e-4) and one - zero == pytest.approx(
+            (1 - RHO**2) ** 0.5, abs=1e-4
+        )
+    M = torch.tensor(
+        [[1, 0], [RHO, (1 - RHO**2) ** 0.5]], dtype=torch.float64
+    )  # rows: what the student answers, from n1 and n2
     assert (M @ M.T - S[:2, :2]).abs().max() <= 1e-12
 
 
@@ -96,11 +113,21 @@ def test_clean_context_helps_later_blocks_only():
     has no unseen future and loses nothing."""
     lost = [bidirectional_loss(i, range(i, i + 1), range(i)) for i in range(LENGTH)]
     blind = [bidirectional_loss(i, range(i, i + 1), range(0)) for i in range(LENGTH)]
-    assert all(a < b - 0.1 for a, b in zip(lost[1:], blind[1:])) and lost[0] == blind[0] > 0.15 and lost[-1] <= 1e-12
+    assert (
+        all(a < b - 0.1 for a, b in zip(lost[1:], blind[1:]))
+        and lost[0] == blind[0] > 0.15
+        and lost[-1] <= 1e-12
+    )
 
 
 def test_anchors_show_the_student_the_noise_it_misses():
     """Backward, the block at the end: each anchor before it shows the noise of one more latent, and the loss falls with P:
     anchors mend for the bidirectional teacher what an autoregressive teacher does not have to mend."""
-    lost = [bidirectional_loss(LENGTH - 1, range(LENGTH - 1 - P, LENGTH), range(0)) for P in range(4)]
-    assert lost[0] > 0.25 and all(later < 0.4 * earlier for earlier, later in zip(lost, lost[1:])) and lost[3] <= 1e-12
+    lost = [
+        bidirectional_loss(LENGTH - 1, range(LENGTH - 1 - P, LENGTH), range(0)) for P in range(4)
+    ]
+    assert (
+        lost[0] > 0.25
+        and all(later < 0.4 * earlier for earlier, later in zip(lost, lost[1:]))
+        and lost[3] <= 1e-12
+    )

@@ -1,4 +1,5 @@
 """The cache keeps what it was given, where it was told, and gives it back at any position."""
+
 import pytest
 import torch
 from tiny import distance, randn, tiny_dit
@@ -23,7 +24,12 @@ def holds(cache: KVCache, *latents: int) -> bool:
     """True if the cache holds exactly these latents, each with its own numbers in both layers (at position 0 keys are not turned)."""
     if sorted(cache.slot) != sorted(latents) or len(set(cache.slot.values())) < len(latents):
         return False
-    return all(torch.equal(a, b) for i in latents for got, put in zip(cache.read(((i, 0),)), coded(i)) for a, b in zip(got, put))
+    return all(
+        torch.equal(a, b)
+        for i in latents
+        for got, put in zip(cache.read(((i, 0),)), coded(i))
+        for a, b in zip(got, put)
+    )
 
 
 def test_latents_come_back_out_of_order():
@@ -53,7 +59,9 @@ def test_overflow_is_refused_and_writes_nothing():
     before = [x.clone() for pair in cache.layers for x in pair]
     with pytest.raises(ValueError, match="1 of 3 slots free but 2 latents"):
         cache.write((2, 3), coded(2, 3))
-    assert all(torch.equal(x, y) for x, y in zip(before, [x for pair in cache.layers for x in pair])) and holds(cache, 0, 1)
+    assert all(
+        torch.equal(x, y) for x, y in zip(before, [x for pair in cache.layers for x in pair])
+    ) and holds(cache, 0, 1)
     cache.write((None, 2), coded(9, 2))  # one still fits
     assert holds(cache, 0, 1, 2)
 
@@ -112,8 +120,10 @@ def test_one_latent_is_read_at_two_positions():
     for _ in range(2):
         for (k, v, _), (k0, v0) in zip(cache.read(((3, 18), (7, 2), (3, -1))), kv):
             for n, (first, position) in enumerate(((6, 18), (0, 2), (6, -1))):
-                turned = rotate(k0[:, first:first + 6], rope(torch.tensor([position]), 2, 3, 6))
-                assert torch.equal(k[:, 6 * n:6 * n + 6], turned) and torch.equal(v[:, 6 * n:6 * n + 6], v0[:, first:first + 6])
+                turned = rotate(k0[:, first : first + 6], rope(torch.tensor([position]), 2, 3, 6))
+                assert torch.equal(k[:, 6 * n : 6 * n + 6], turned) and torch.equal(
+                    v[:, 6 * n : 6 * n + 6], v0[:, first : first + 6]
+                )
             assert distance(k[:, :6], k[:, 12:]) > 0.1
 
 
@@ -151,14 +161,26 @@ def test_rotating_at_read_equals_rotating_at_write():
     cache, kept = KVCache(model.config, 2, 9, 4, 6), None
     z, text = randn(0, 2, 9, 4, 4, 6), model.text_kv(randn(1, 2, 5, 32))
     for start in (0, 3, 6):
-        here, t, pos = z[:, start:start + 3], torch.full((2, 3), 250.), torch.arange(start, start + 3)
-        ours, kv = model(here, t, text, pos, past=cache.read(tuple((i, i) for i in range(start))), return_kv=True)
+        here, t, pos = (
+            z[:, start : start + 3],
+            torch.full((2, 3), 250.0),
+            torch.arange(start, start + 3),
+        )
+        ours, kv = model(
+            here, t, text, pos, past=cache.read(tuple((i, i) for i in range(start))), return_kv=True
+        )
         theirs, new = model(here, t, text, pos, past=kept, return_kv=True)
         assert distance(ours, theirs) <= 1e-5
         cache.write(tuple(range(start, start + 3)), kv)
         turned = [Past(rotate(k, rope(pos, 2, 3, 12)), v, 18) for k, v in new]
-        kept = turned if kept is None else [Past(torch.cat((a.k, b.k), 1), torch.cat((a.v, b.v), 1), a.length + 18)
-                                            for a, b in zip(kept, turned)]
+        kept = (
+            turned
+            if kept is None
+            else [
+                Past(torch.cat((a.k, b.k), 1), torch.cat((a.v, b.v), 1), a.length + 18)
+                for a, b in zip(kept, turned)
+            ]
+        )
     assert distance(ours, model(here, t, text, pos)) > 0.01  # the past matters
 
 
@@ -167,16 +189,26 @@ def test_room_changes_nothing_but_speed():
     pass writes over the first; with gradient nothing is written."""
     model, text = tiny_dit(), randn(1, 2, 5, 32)
     cache = KVCache(model.config, 2, 3, 4, 6)
-    cache.write((0, 1, 2), model(randn(0, 2, 3, 4, 4, 6), torch.zeros(2, 3), text, torch.arange(3), need=0))
+    cache.write(
+        (0, 1, 2), model(randn(0, 2, 3, 4, 4, 6), torch.zeros(2, 3), text, torch.arange(3), need=0)
+    )
     reads = tuple((i, i) for i in range(3))
     tight, roomy = cache.read(reads), cache.read(reads, room=4)
     for seed, n in ((2, 4), (3, 2)):  # fewer than there is room for, too
         z, t, pos = randn(seed, 2, n, 4, 4, 6), torch.full((2, n), 500.0), torch.arange(3, 3 + n)
         with torch.no_grad():
-            assert distance(model(z, t, text, pos, past=roomy), model(z, t, text, pos, past=tight)) == 0
+            assert (
+                distance(model(z, t, text, pos, past=roomy), model(z, t, text, pos, past=tight))
+                == 0
+            )
         before = roomy[0].k.clone()
         with torch.enable_grad():
-            assert distance(model(z + 1, t, text, pos, past=roomy), model(z + 1, t, text, pos, past=tight)) == 0
+            assert (
+                distance(
+                    model(z + 1, t, text, pos, past=roomy), model(z + 1, t, text, pos, past=tight)
+                )
+                == 0
+            )
         assert torch.equal(roomy[0].k, before)
     assert roomy[0].k.shape[1] == 7 * 6 and tight[0].k.shape[1] == roomy[0].length == 18
 

@@ -1,4 +1,5 @@
 """Video files come and go whole; sheets show the frames they say."""
+
 import json
 import os
 import subprocess
@@ -17,11 +18,19 @@ def ramp(frames, height, width):
     """A smooth clip [3, F, H, W] in [-1, 1]: every frame, side and channel is another."""
     f, h, w = (torch.linspace(-0.9, 0.9, n) for n in (frames, height, width))
     shape = frames, height, width
-    return torch.stack([f.view(-1, 1, 1).expand(shape), h.view(1, -1, 1).expand(shape), w.view(1, 1, -1).expand(shape)])
+    return torch.stack(
+        [
+            f.view(-1, 1, 1).expand(shape),
+            h.view(1, -1, 1).expand(shape),
+            w.view(1, 1, -1).expand(shape),
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
-@pytest.mark.parametrize("frames, height, width", [(9, 32, 32), (5, 48, 80), (5, 24, 40), (1, 32, 32)])  # multiples of 8, not all of 16
+@pytest.mark.parametrize(
+    "frames, height, width", [(9, 32, 32), (5, 48, 80), (5, 24, 40), (1, 32, 32)]
+)  # multiples of 8, not all of 16
 def test_video_comes_back(tmp_path, name, frames, height, width):
     """Frame count, size and the order of frames, sides and channels are exact; pixels are in [-1, 1] and close."""
     clip = ramp(frames, height, width)
@@ -65,6 +74,7 @@ def test_writer_refuses_other_formats(tmp_path):
 def test_unreadable_clip_is_a_user_error(tmp_path):
     """Absent, empty, garbage files, and pictures without colour, are the user's mistakes."""
     import imageio.v3 as iio
+
     iio.imwrite(tmp_path / "gray.png", np.zeros((32, 32), np.uint8))
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "garbage.gif").write_bytes(bytes(range(256)))
@@ -81,14 +91,35 @@ def test_to_uint8_covers_the_range():
 
 # ---------------------------------------------------------------- the user's clips
 def ffmpeg(*words):
-    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, words)], check=True, timeout=60)
+    subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, words)],
+        check=True,
+        timeout=60,
+    )
 
 
 def clock(path, *words, fps=30, seconds=2.0, height=20, width=36):
     """A lossless clip whose frame n has the grey level 2n; words: more for ffmpeg."""
     raw = path.with_suffix(".raw")
-    np.concatenate([np.full((height, width, 3), 2 * n, np.uint8) for n in range(round(fps * seconds))]).tofile(raw)
-    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", fps, "-i", raw, *words, "-c:v", "ffv1", path)
+    np.concatenate(
+        [np.full((height, width, 3), 2 * n, np.uint8) for n in range(round(fps * seconds))]
+    ).tofile(raw)
+    ffmpeg(
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-s",
+        f"{width}x{height}",
+        "-r",
+        fps,
+        "-i",
+        raw,
+        *words,
+        "-c:v",
+        "ffv1",
+        path,
+    )
     raw.unlink()
     return path
 
@@ -101,14 +132,25 @@ def levels(video):
 
 def test_clips_are_resampled_by_their_timestamps(tmp_path):
     """At 30 frames a second and at a variable rate: the last frame up to half a frame later; a .gif goes by its durations."""
+
     def expected(there: list[int], frames: int) -> list[int]:
         return [2 * max(n for n in there if n / 30 < f / 16 + 1 / 32) for f in range(frames)]
+
     video, says = load_clip(clock(tmp_path / "a.mkv"), (16, 16))
     assert video.shape == (1, 3, 32, 16, 16) and levels(video) == expected(range(60), 32)
     assert says == "a.mkv: 20x36 to 16x16 (crop), 30 to 16 fps, 32 frames (2.00 s)"
-    uneven = clock(tmp_path / "b.mkv", "-vf", "select='lt(n,15)+not(mod(n,10))'", "-fps_mode", "vfr")
-    assert levels(load_clip(uneven, (16, 16))[0]) == expected([*range(15), 20, 30, 40, 50], 27)  # the file ends with frame 50
-    iio.imwrite(tmp_path / "c.gif", np.stack([np.full((16, 16, 3), v, np.uint8) for v in (0, 80, 160)]), duration=[500, 125, 250], loop=0)
+    uneven = clock(
+        tmp_path / "b.mkv", "-vf", "select='lt(n,15)+not(mod(n,10))'", "-fps_mode", "vfr"
+    )
+    assert levels(load_clip(uneven, (16, 16))[0]) == expected(
+        [*range(15), 20, 30, 40, 50], 27
+    )  # the file ends with frame 50
+    iio.imwrite(
+        tmp_path / "c.gif",
+        np.stack([np.full((16, 16, 3), v, np.uint8) for v in (0, 80, 160)]),
+        duration=[500, 125, 250],
+        loop=0,
+    )
     assert levels(load_clip(tmp_path / "c.gif", (16, 16))[0]) == [0] * 8 + [80] * 2 + [160] * 4
 
 
@@ -118,8 +160,17 @@ def test_clips_are_cut_at_either_end(tmp_path):
     assert levels(load_clip(path, (16, 16))[0]) == list(range(0, 64, 2))
     assert levels(load_clip(path, (16, 16), frames=5)[0]) == [0, 2, 4, 6, 8]
     last, says = load_clip(path, (16, 16), frames=5, last=True)
-    assert levels(last) == [54, 56, 58, 60, 62] and says == "a.mkv: 16x16, the last 5 frames (0.31 s)"
-    assert torch.equal(last, torch.tensor([54., 56, 58, 60, 62]).div(127.5).sub(1).view(1, 1, 5, 1, 1).expand(1, 3, 5, 16, 16))
+    assert (
+        levels(last) == [54, 56, 58, 60, 62] and says == "a.mkv: 16x16, the last 5 frames (0.31 s)"
+    )
+    assert torch.equal(
+        last,
+        torch.tensor([54.0, 56, 58, 60, 62])
+        .div(127.5)
+        .sub(1)
+        .view(1, 1, 5, 1, 1)
+        .expand(1, 3, 5, 16, 16),
+    )
 
 
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40), (33, 35), (7, 9), (16, 24)])
@@ -127,14 +178,18 @@ def test_clips_are_fitted(shape, tmp_path):
     """Cropped clips fill the frame, padded ones have black bars; proportions and the middle stay. Every value is one of 256."""
     height, width = shape
     y, x = np.mgrid[:height, :width]
-    inside = np.hypot(y - height / 2 + .5, x - width / 2 + .5) < min(shape) / 4
+    inside = np.hypot(y - height / 2 + 0.5, x - width / 2 + 0.5) < min(shape) / 4
     iio.imwrite(tmp_path / "a.png", np.stack([inside] * 3, -1).astype(np.uint8) * 255)
     for fit in ("crop", "pad"):
         video, _ = load_clip(tmp_path / "a.png", (16, 24), fit=fit)
-        assert video.shape == (1, 3, 1, 16, 24) and torch.equal(video, (((video + 1) * 127.5).round() / 127.5 - 1))
+        assert video.shape == (1, 3, 1, 16, 24) and torch.equal(
+            video, (((video + 1) * 127.5).round() / 127.5 - 1)
+        )
         scale = (max if fit == "crop" else min)(16 / height, 24 / width)
         disc = (video[0, 0, 0] > 0).nonzero().float()
-        assert (disc.mean(0) - torch.tensor([7.5, 11.5])).abs().max() < 0.6  # a round disc in the middle, as large as it should be
+        assert (
+            disc.mean(0) - torch.tensor([7.5, 11.5])
+        ).abs().max() < 0.6  # a round disc in the middle, as large as it should be
         assert abs(len(disc) - np.pi * (scale * min(shape) / 4) ** 2) < 0.25 * len(disc) + 4
     with pytest.raises(UserError, match="--fit 'squash' must be crop or pad"):
         load_clip(tmp_path / "a.png", (16, 24), fit="squash")
@@ -144,18 +199,36 @@ def test_clips_that_cannot_be_used(tmp_path):
     """Sound without picture, broken, empty and foreign files, and too little video: one sentence with what is needed and there."""
     ffmpeg("-f", "lavfi", "-i", "sine=duration=1", tmp_path / "sound.mp4")
     clock(tmp_path / "whole.mkv")
-    ffmpeg("-i", tmp_path / "whole.mkv", "-c:v", "libx264", "-g", "5", "-pix_fmt", "yuv420p", tmp_path / "whole.mp4")
+    ffmpeg(
+        "-i",
+        tmp_path / "whole.mkv",
+        "-c:v",
+        "libx264",
+        "-g",
+        "5",
+        "-pix_fmt",
+        "yuv420p",
+        tmp_path / "whole.mp4",
+    )
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:1000])
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "words.txt").write_text("no video")
     clock(tmp_path / "one.mkv", seconds=1 / 30)
-    iio.imwrite(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8))
+    iio.imwrite(
+        tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8)
+    )
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
-    for name, frames, says in (("sound.mp4", None, "sound but no picture"), ("cut.mp4", None, "cannot be read"),
-                               ("empty.mp4", None, "cannot be read"), ("words.txt", None, "cannot be read"),
-                               ("cut.png", None, "cannot be read"), ("none.mp4", None, "does not exist"),
-                               ("one.mkv", 9, r"has 1 frame \(0.06 s\) at 16 fps, but 9 \(0.56 s\) are needed"),
-                               ("a.png", 13, "has 1 frame"), ("whole.mkv", 33, r"has 32 frames \(2.00 s\) at 16 fps, but 33")):
+    for name, frames, says in (
+        ("sound.mp4", None, "sound but no picture"),
+        ("cut.mp4", None, "cannot be read"),
+        ("empty.mp4", None, "cannot be read"),
+        ("words.txt", None, "cannot be read"),
+        ("cut.png", None, "cannot be read"),
+        ("none.mp4", None, "does not exist"),
+        ("one.mkv", 9, r"has 1 frame \(0.06 s\) at 16 fps, but 9 \(0.56 s\) are needed"),
+        ("a.png", 13, "has 1 frame"),
+        ("whole.mkv", 33, r"has 32 frames \(2.00 s\) at 16 fps, but 33"),
+    ):
         for last in (False, True):
             with pytest.raises(UserError, match=says) as error:
                 load_clip(tmp_path / name, (16, 16), frames=frames, last=last)
@@ -164,40 +237,66 @@ def test_clips_that_cannot_be_used(tmp_path):
 
 def test_damaged_clips_end_where_the_damage_is(tmp_path):
     """No guessed pictures: what comes before the damage can be used, and the sentence says that the file promised more."""
-    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=16:duration=4", "-g", "8", "-pix_fmt", "yuv420p", tmp_path / "a.mp4")
+    ffmpeg(
+        "-f",
+        "lavfi",
+        "-i",
+        "testsrc2=size=64x48:rate=16:duration=4",
+        "-g",
+        "8",
+        "-pix_fmt",
+        "yuv420p",
+        tmp_path / "a.mp4",
+    )
     data = bytearray((tmp_path / "a.mp4").read_bytes())
     half = len(data) // 2
-    data[half:half + 2000] = bytes(b ^ 0x5a for b in data[half:half + 2000])
+    data[half : half + 2000] = bytes(b ^ 0x5A for b in data[half : half + 2000])
     (tmp_path / "b.mp4").write_bytes(data)
     video, says = load_clip(tmp_path / "b.mp4", (48, 64))
     whole, _ = load_clip(tmp_path / "a.mp4", (48, 64))
-    assert 9 <= video.shape[2] < 60 and torch.equal(video, whole[:, :, :video.shape[2]])
+    assert 9 <= video.shape[2] < 60 and torch.equal(video, whole[:, :, : video.shape[2]])
     assert "although the file promises 4.0 s: it is damaged" in says
     assert "damaged" not in load_clip(tmp_path / "b.mp4", (48, 64), frames=9)[1]
 
 
-@pytest.mark.parametrize("clips, frames, height, width, size", [
-    (2, 9, 32, 48, (192, 5 * 144)),   # enlarged three times
-    (1, 9, 128, 96, (128, 5 * 96)),
-    (3, 2, 96, 64, (288, 2 * 64))])   # fewer frames than columns
+@pytest.mark.parametrize(
+    "clips, frames, height, width, size",
+    [
+        (2, 9, 32, 48, (192, 5 * 144)),  # enlarged three times
+        (1, 9, 128, 96, (128, 5 * 96)),
+        (3, 2, 96, 64, (288, 2 * 64)),
+    ],
+)  # fewer frames than columns
 def test_sheet_has_a_row_per_clip(tmp_path, clips, frames, height, width, size):
     """The PNG shows the first, the last and evenly spaced frames of each clip, side by side."""
     import imageio.v3 as iio
-    batch = torch.stack([ramp(frames, height, width).flip(1) if b else ramp(frames, height, width) for b in range(clips)])
+
+    batch = torch.stack(
+        [
+            ramp(frames, height, width).flip(1) if b else ramp(frames, height, width)
+            for b in range(clips)
+        ]
+    )
     write_sheet(tmp_path / "s.png", batch, columns=5)
     sheet = iio.imread(tmp_path / "s.png")
     assert sheet.shape == (*size, 3) and os.listdir(tmp_path) == ["s.png"]
-    red = sheet[0, ::size[1] // min(frames, 5), 0].tolist()
+    red = sheet[0, :: size[1] // min(frames, 5), 0].tolist()
     assert red == sorted(set(red)) and red[0] == 13 and red[-1] == 242  # the ramp over time
 
 
 def test_curves_show_every_number(tmp_path):
     """One strip per logged number, named; a rising curve goes from the lower left to the upper right."""
-    (tmp_path / "log").write_text("".join(json.dumps({"step": i, "loss": float(i), "other": 1.0}) + "\n" for i in range(20)))
+    (tmp_path / "log").write_text(
+        "".join(json.dumps({"step": i, "loss": float(i), "other": 1.0}) + "\n" for i in range(20))
+    )
     write_curves(tmp_path / "c.png", tmp_path / "log")
     image = iio.imread(tmp_path / "c.png")
     assert image.shape == (120, 730, 3)
     written = (image == 60).all(2)[:, :130]
-    assert written[:60].sum() > 100 < written[60:].sum() and (written[20:40] != written[80:100]).any()  # loss, other
+    assert (
+        written[:60].sum() > 100 < written[60:].sum() and (written[20:40] != written[80:100]).any()
+    )  # loss, other
     dark = (image[:60, 130:] == (40, 90, 160)).all(2)
-    assert dark[-10:, 0].any() and dark[:10, -1].any() and not dark[:10, 0].any() and dark.any(0).all()
+    assert (
+        dark[-10:, 0].any() and dark[:10, -1].any() and not dark[:10, 0].any() and dark.any(0).all()
+    )

@@ -2,6 +2,7 @@
 
 Left out: what needs files that are not here (Wan's weights, trained students of the tables) or a GPU (64 pixels); those
 commands are parsed by test_docs.py, and their scripts run on small random weights in the other tests. `make` is CI's."""
+
 import re
 import shlex
 import shutil
@@ -15,16 +16,42 @@ from tiny import ROOT
 
 from lib import common
 
-FEWER = {"pairs": 2, "shard": 2, "steps": 2, "batch": 2, "clips": 2, "sheet_every": 0, "vae": "toy/weights/vae.safetensors"}
-NOT_HERE = ("Wan2.1", "--preset", "64", "out/dmd ", "toy.tables", "--seeds", "prompts.safetensors", "student.pt", "pip install")
+FEWER = {
+    "pairs": 2,
+    "shard": 2,
+    "steps": 2,
+    "batch": 2,
+    "clips": 2,
+    "sheet_every": 0,
+    "vae": "toy/weights/vae.safetensors",
+}
+NOT_HERE = (
+    "Wan2.1",
+    "--preset",
+    "64",
+    "out/dmd ",
+    "toy.tables",
+    "--seeds",
+    "prompts.safetensors",
+    "student.pt",
+    "pip install",
+)
 IN_PLACE = {"train_dmd.py": {"vae": ""}, "train_ar.py": {"vae": ""}}
 
 
 def commands() -> list[str]:
     """The lines of the README's blocks that are commands and run here."""
-    lines = [line.split("  #")[0].strip() for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()]
+    lines = [
+        line.split("  #")[0].strip()
+        for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
+        for line in block.splitlines()
+    ]
     lines = [line for line in lines if line.startswith((".venv/bin/", "cp "))]
-    return [line for line in lines if not any(word in line.replace("--clips 64", "") for word in NOT_HERE)]
+    return [
+        line
+        for line in lines
+        if not any(word in line.replace("--clips 64", "") for word in NOT_HERE)
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """Executing a plan: cached == full for every order, no leak, no stray gradient, and a command line that cannot surprise."""
+
 import contextlib
 import gc
 
@@ -12,9 +13,18 @@ from tiny import PLANS, distance, randn, randomise, script, side_by_side, tiny_d
 import anchors
 import sampler
 from anchors import HORIZON, Plan, Step, layout
+from film import decode_in_order
 from kvcache import KVCache
 from lib.common import UserError
-from sampler import decode_in_order, generate, noise_from, noise_seeded, ode_sigmas, rollout, shift_sigma, student_sigmas
+from sampler import (
+    generate,
+    noise_from,
+    noise_seeded,
+    ode_sigmas,
+    rollout,
+    shift_sigma,
+    student_sigmas,
+)
 from vae import VAE, VAEConfig
 
 SIGMAS, H, W = student_sigmas(), 4, 2  # 2 tokens a latent
@@ -26,16 +36,27 @@ def test_schedule_numbers():
     """Wan's shift of 5 makes 1000, 750, 500, 250 into 1000, 937.5, 833.333, 625."""
     assert [1000 * s for s in SIGMAS] == pytest.approx([1000, 937.5, 2500 / 3, 625], abs=1e-9)
     five = [1000, 952.381, 882.353, 769.231, 555.556]
-    assert [1000 * s for s in student_sigmas((1000, 800, 600, 400, 200))] == pytest.approx(five, abs=1e-3)
-    assert student_sigmas(shift=1) == [1, .75, .5, .25] and shift_sigma(0.001) == pytest.approx(0.00498, abs=1e-6) and shift_sigma(0.0) == 0
-    assert distance(shift_sigma(torch.tensor([1., .75, .5, .25])), torch.tensor(SIGMAS)) <= 1e-7
+    assert [1000 * s for s in student_sigmas((1000, 800, 600, 400, 200))] == pytest.approx(
+        five, abs=1e-3
+    )
+    assert (
+        student_sigmas(shift=1) == [1, 0.75, 0.5, 0.25]
+        and shift_sigma(0.001) == pytest.approx(0.00498, abs=1e-6)
+        and shift_sigma(0.0) == 0
+    )
+    assert distance(shift_sigma(torch.tensor([1.0, 0.75, 0.5, 0.25])), torch.tensor(SIGMAS)) <= 1e-7
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
 def test_every_twelfth_ode_level_is_the_students(shift):
     """48 solver steps pass through the student's levels exactly, fall strictly, and end at 0."""
     levels = ode_sigmas(48, shift)
-    assert len(levels) == 49 and levels[0] == 1 and levels[-1] == 0 and levels == sorted(set(levels), reverse=True)
+    assert (
+        len(levels) == 49
+        and levels[0] == 1
+        and levels[-1] == 0
+        and levels == sorted(set(levels), reverse=True)
+    )
     assert levels[:48:12] == student_sigmas(shift=shift)
 
 
@@ -52,10 +73,23 @@ def test_noise_is_a_function_of_numbers():
     both = noise_seeded([(0, 0, 0), (7, 3, 1)], shape)
     assert both(0, (4, 1, -2)).shape == (2, 3, *shape)
     alone = noise_seeded([(7, 3, 1)], shape)
-    assert torch.equal(alone(0, (1,))[0, 0], both(0, (4, 1, -2))[1, 1]) and torch.equal(alone(0, (1,)), alone(0, (1,)))
-    draws = [noise_seeded([seed], shape)(k, (i,)) for seed, k, i in (
-        ((7, 3, 1), 0, 1), ((8, 3, 1), 0, 1), ((7, 4, 1), 0, 1), ((7, 3, 2), 0, 1), ((7, 3, 1), 1, 1), ((7, 3, 1), 0, 2),
-        ((7, 3, 1), 0, -2), ((3, 7, 1), 0, 1), ((7, 3, 1), 1, 0))]
+    assert torch.equal(alone(0, (1,))[0, 0], both(0, (4, 1, -2))[1, 1]) and torch.equal(
+        alone(0, (1,)), alone(0, (1,))
+    )
+    draws = [
+        noise_seeded([seed], shape)(k, (i,))
+        for seed, k, i in (
+            ((7, 3, 1), 0, 1),
+            ((8, 3, 1), 0, 1),
+            ((7, 4, 1), 0, 1),
+            ((7, 3, 2), 0, 1),
+            ((7, 3, 1), 1, 1),
+            ((7, 3, 1), 0, 2),
+            ((7, 3, 1), 0, -2),
+            ((3, 7, 1), 0, 1),
+            ((7, 3, 1), 1, 0),
+        )
+    ]
     assert all((a - b).abs().min() > 0 for n, a in enumerate(draws) for b in draws[:n])
     many = noise_seeded([(0, 0, 0)], (1000,))(2, tuple(range(20)))
     assert abs(many.mean()) < 0.03 and abs(many.std() - 1) < 0.03
@@ -63,10 +97,15 @@ def test_noise_is_a_function_of_numbers():
 
 def test_noise_from_tensors():
     """Row i is latent i, dummies ~i stand behind the video; renoise k-1 is for step k; its absence is an error."""
-    noise, renoise = torch.arange(6.).view(1, 6, 1, 1, 1), torch.arange(100., 112).view(2, 1, 6, 1, 1, 1)
+    noise, renoise = (
+        torch.arange(6.0).view(1, 6, 1, 1, 1),
+        torch.arange(100.0, 112).view(2, 1, 6, 1, 1, 1),
+    )
     rows = noise_from(noise, renoise, length=4)
     assert rows(0, (3, 0, -1, -2)).flatten().tolist() == [3, 0, 4, 5]
-    assert rows(1, (1, -1)).flatten().tolist() == [101, 104] and rows(2, (1,)).flatten().tolist() == [107]
+    assert rows(1, (1, -1)).flatten().tolist() == [101, 104] and rows(
+        2, (1,)
+    ).flatten().tolist() == [107]
     with pytest.raises(ValueError, match="renoise"):
         noise_from(noise)(1, (0,))
 
@@ -81,8 +120,18 @@ def random_plans(draw) -> Plan:
     origin, steps, finished = draw(st.integers(-30, 30)), [], []
     for a, b in zip([0, *cuts], [*cuts, length]):
         targets = tuple(order[a:b])
-        imagined = tuple(draw(st.lists(st.sampled_from([i for i in range(-2, length + 2) if i not in targets]), max_size=3, unique=True)))
-        read = draw(st.lists(st.sampled_from(finished), max_size=6)) if finished else []  # a latent may come twice
+        imagined = tuple(
+            draw(
+                st.lists(
+                    st.sampled_from([i for i in range(-2, length + 2) if i not in targets]),
+                    max_size=3,
+                    unique=True,
+                )
+            )
+        )
+        read = (
+            draw(st.lists(st.sampled_from(finished), max_size=6)) if finished else []
+        )  # a latent may come twice
         places = [origin + p for p in draw(st.permutations(range(HORIZON)))]
         own = len(imagined) + len(targets)
         steps.append(Step(targets, tuple(places[:own]), imagined, tuple(zip(read, places[own:]))))
@@ -93,7 +142,10 @@ def random_plans(draw) -> Plan:
 def slots_of(plan: Plan) -> list[list[int]]:
     """For each step, the layout's slots of its own latents, in the step's order."""
     lay = layout(plan)
-    where = {(n, i, target): s for s, (n, i, target) in enumerate(zip(lay.step, lay.latent, lay.is_target))}
+    where = {
+        (n, i, target): s
+        for s, (n, i, target) in enumerate(zip(lay.step, lay.latent, lay.is_target))
+    }
     return [[where[n, i, i in step.targets] for i in step.own] for n, step in enumerate(plan.steps)]
 
 
@@ -109,16 +161,28 @@ def check_cached_equals_full(plan: Plan) -> None:
     lay, z, t = inputs(plan)
     text = model.text_kv(randn(2, 2, 5, 32))
     full = model(z, t, text, torch.tensor(lay.pos), lay.visible)
-    cache = KVCache(model.config, 2, plan.capacity, H, W)  # exactly the slots the plan says it needs
+    cache = KVCache(
+        model.config, 2, plan.capacity, H, W
+    )  # exactly the slots the plan says it needs
     for n, (step, own) in enumerate(zip(plan.steps, slots_of(plan))):
         past = cache.read(step.reads)
-        out, kv = model(z[:, own], t[:, own], text, torch.tensor(step.pos), past=past, return_kv=True)
+        out, kv = model(
+            z[:, own], t[:, own], text, torch.tensor(step.pos), past=past, return_kv=True
+        )
         assert distance(out, full[:, own]) <= 1e-5, (n, step)
         cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
-        cache.write(tuple(i if i in step.targets and plan.last_read.get(i, -1) > n else None for i in step.own), kv)
+        cache.write(
+            tuple(
+                i if i in step.targets and plan.last_read.get(i, -1) > n else None for i in step.own
+            ),
+            kv,
+        )
     owner, pos, visible = side_by_side(plan.steps)
     own = sum(slots_of(plan), [])
-    assert distance(model(z[:, own], t[:, own], text, torch.tensor(pos), visible), full[:, own]) <= 1e-5
+    assert (
+        distance(model(z[:, own], t[:, own], text, torch.tensor(pos), visible), full[:, own])
+        <= 1e-5
+    )
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -147,12 +211,24 @@ def check_no_leak(plan: Plan) -> None:
     for n, step in enumerate(plan.steps):
         needs.append({n}.union(*(needs[maker[i]] for i, _ in step.reads)))
         foreign = torch.tensor([owner not in needs[n] for owner in lay.step])
-        changed = model(torch.where(foreign.view(1, -1, 1, 1, 1), other, z), torch.where(foreign, 1000 - t, t), text, pos, lay.visible)
+        changed = model(
+            torch.where(foreign.view(1, -1, 1, 1, 1), other, z),
+            torch.where(foreign, 1000 - t, t),
+            text,
+            pos,
+            lay.visible,
+        )
         assert torch.equal(changed[:, slots[n]], full[:, slots[n]]), (n, step)
-        for s in {slots[n][0], slots[n][-1], *(home[i] for i, _ in step.reads[:1] + step.reads[-1:])}:
+        for s in {
+            slots[n][0],
+            slots[n][-1],
+            *(home[i] for i, _ in step.reads[:1] + step.reads[-1:]),
+        }:
             moved = z.clone()
             moved[:, s] = other[:, s]
-            assert not torch.equal(model(moved, t, text, pos, lay.visible)[:, slots[n]], full[:, slots[n]]), (n, step, s)
+            assert not torch.equal(
+                model(moved, t, text, pos, lay.visible)[:, slots[n]], full[:, slots[n]]
+            ), (n, step, s)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -181,24 +257,55 @@ def test_anchors_are_seen_by_their_own_step_only():
 
 
 # ---------------------------------------------------------------- rollouts
-ROLLOUTS = {k: PLANS[k] for k in ("forward", "forward, ragged window", "backward P=0", "backward P=2", "backward P=3", "backward, dummy",
-                                  "inbetween", "inbetween, given", "loop", "long forward, both sink", "long backward, both sink",
-                                  "timeline, held latents", "timeline, one shot", "timeline, long", "forward, held latent")}
+ROLLOUTS = {
+    k: PLANS[k]
+    for k in (
+        "forward",
+        "forward, ragged window",
+        "backward P=0",
+        "backward P=2",
+        "backward P=3",
+        "backward, dummy",
+        "inbetween",
+        "inbetween, given",
+        "loop",
+        "long forward, both sink",
+        "long backward, both sink",
+        "timeline, held latents",
+        "timeline, one shot",
+        "timeline, long",
+        "forward, held latent",
+    )
+}
 
 
 def drawn(plan: Plan, B: int = 2, seed: int = 10) -> tuple:
     """noise, renoise and the user's own latents for every latent and dummy of a plan."""
     rows = plan.length + 3
-    return randn(seed, B, rows, 4, H, W), randn(seed + 1, 3, B, rows, 4, H, W), randn(seed + 2, B, rows, 4, H, W)
+    return (
+        randn(seed, B, rows, 4, H, W),
+        randn(seed + 1, 3, B, rows, 4, H, W),
+        randn(seed + 2, B, rows, 4, H, W),
+    )
 
 
-def obvious_rollout(model, plan: Plan, text, noise, renoise, own_latents, sigmas, commit_anchors, first=None, warm=0
-                    ) -> torch.Tensor:
+def obvious_rollout(
+    model, plan: Plan, text, noise, renoise, own_latents, sigmas, commit_anchors, first=None, warm=0
+) -> torch.Tensor:
     """No cache: for each denoising step of each block, everything before it runs again, clean, in one masked sequence."""
-    row = {-1: plan.length, -2: plan.length + 1, -3: plan.length + 2} | {i: i for i in range(plan.length)}
-    steps, clean, made, imagined = [], [], {}, {}  # finished steps as they are seen later, and their clean latents
+    row = {-1: plan.length, -2: plan.length + 1, -3: plan.length + 2} | {
+        i: i for i in range(plan.length)
+    }
+    steps, clean, made, imagined = (
+        [],
+        [],
+        {},
+        {},
+    )  # finished steps as they are seen later, and their clean latents
     for step in plan.steps:
-        seen = Step(step.targets, step.pos[len(step.anchors):], (), step.reads)  # without anchors, as it is committed
+        seen = Step(
+            step.targets, step.pos[len(step.anchors) :], (), step.reads
+        )  # without anchors, as it is committed
         held = torch.tensor([i in step.given for i in step.own])
         mine = (noise if own_latents is None else own_latents)[:, [max(i, 0) for i in step.own]]
         if held.all():
@@ -208,24 +315,30 @@ def obvious_rollout(model, plan: Plan, text, noise, renoise, own_latents, sigmas
             start = warm if set(step.targets) == set(imagined) else 0
             for k in range(start, len(levels)):
                 sigma, A = levels[k], len(step.anchors)
-                fresh = torch.stack([(noise if k == 0 else renoise[k - 1])[:, row[i]] for i in step.own], 1)
+                fresh = torch.stack(
+                    [(noise if k == 0 else renoise[k - 1])[:, row[i]] for i in step.own], 1
+                )
                 level = torch.full((len(step.own),), sigma)
                 if k == start and start:  # the neighbour's anchors, noised; this step's own begin
                     x = torch.stack([noise[:, row[i]] for i in step.own], 1)
-                    x[:, A:] = (1 - sigma) * torch.stack([imagined[i] for i in step.targets], 1) + sigma * fresh[:, A:]
+                    x[:, A:] = (1 - sigma) * torch.stack(
+                        [imagined[i] for i in step.targets], 1
+                    ) + sigma * fresh[:, A:]
                     level[:A] = levels[0]
                 else:
                     x = fresh if k == 0 else (1 - sigma) * x0 + sigma * fresh
                 z = torch.cat([*clean, torch.where(held.view(-1, 1, 1, 1), mine, x)], 1)
                 owner, pos, visible = side_by_side([*steps, step])
                 t = torch.zeros(len(owner))
-                t[-len(step.own):] = 1000 * level * ~held
-                v = model(z, t.expand(len(z), -1), text, torch.tensor(pos), visible)[:, -len(step.own):]
+                t[-len(step.own) :] = 1000 * level * ~held
+                v = model(z, t.expand(len(z), -1), text, torch.tensor(pos), visible)[
+                    :, -len(step.own) :
+                ]
                 x0 = torch.where(held.view(-1, 1, 1, 1), mine, x - sigma * v)
         imagined = dict(zip(step.anchors, x0.unbind(1)))
-        made.update(zip(step.targets, x0[:, len(step.anchors):].unbind(1)))
+        made.update(zip(step.targets, x0[:, len(step.anchors) :].unbind(1)))
         steps.append(step if commit_anchors else seen)
-        clean.append(x0 if commit_anchors else x0[:, len(step.anchors):])
+        clean.append(x0 if commit_anchors else x0[:, len(step.anchors) :])
     return torch.stack([made[i] for i in range(plan.length)], 1)
 
 
@@ -237,27 +350,54 @@ def test_rollout_equals_a_slow_obvious_one(plan, commit_anchors):
     noise, renoise, own_latents = drawn(plan)
     given = {i: own_latents[:, i] for i in range(plan.length)}
     texts = [text] * plan.prompts()
-    got = generate(model, plan, texts, noise_from(noise, renoise, plan.length), given=given, commit_anchors=commit_anchors)
-    expected = obvious_rollout(model, plan, text, noise, renoise, own_latents, SIGMAS, commit_anchors)
+    got = generate(
+        model,
+        plan,
+        texts,
+        noise_from(noise, renoise, plan.length),
+        given=given,
+        commit_anchors=commit_anchors,
+    )
+    expected = obvious_rollout(
+        model, plan, text, noise, renoise, own_latents, SIGMAS, commit_anchors
+    )
     assert 0.1 < expected.std() < 10 and distance(got, expected) <= 1e-5
     mine = sorted(i for step in plan.steps for i in step.given if i in step.targets)
     assert torch.equal(got[:, mine], own_latents[:, mine])
 
 
 @pytest.mark.parametrize("warm", [1, 2, 3])
-@pytest.mark.parametrize("name", ["forward", "backward P=2", "backward P=3", "long backward, both sink", "timeline, long"])
+@pytest.mark.parametrize(
+    "name",
+    ["forward", "backward P=2", "backward P=3", "long backward, both sink", "timeline, long"],
+)
 def test_warm_start_equals_a_slow_obvious_one(name, warm):
     """Blocks begin from their neighbour's anchors where these are all there (P = 3), with fewer steps, and nowhere else."""
     model, text, plan = tiny_dit(), randn(5, 2, 5, 32), PLANS[name]
     noise, renoise, own_latents = drawn(plan)
-    given, texts, calls = {i: own_latents[:, i] for i in range(plan.length)}, [text] * plan.prompts(), []
+    given, texts, calls = (
+        {i: own_latents[:, i] for i in range(plan.length)},
+        [text] * plan.prompts(),
+        [],
+    )
     hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
-    got, cold = (generate(model, plan, texts, noise_from(noise, renoise, plan.length), given=given, warm=w) for w in (warm, 0))
+    got, cold = (
+        generate(model, plan, texts, noise_from(noise, renoise, plan.length), given=given, warm=w)
+        for w in (warm, 0)
+    )
     hook.remove()
     warmed = sum(set(a.anchors) == set(b.targets) for a, b in zip(plan.steps, plan.steps[1:]))
     assert len(calls) == 2 * evaluations(plan) - warm * warmed
     assert (warmed > 0) == (distance(got, cold) > 1e-3) == ("P=3" in name or "long" in name)
-    assert distance(got, obvious_rollout(model, plan, text, noise, renoise, own_latents, SIGMAS, False, warm=warm)) <= 1e-5
+    assert (
+        distance(
+            got,
+            obvious_rollout(
+                model, plan, text, noise, renoise, own_latents, SIGMAS, False, warm=warm
+            ),
+        )
+        <= 1e-5
+    )
 
 
 def test_committing_anchors_is_a_choice():
@@ -265,7 +405,11 @@ def test_committing_anchors_is_a_choice():
     model, text, plan = tiny_dit(), randn(5, 2, 5, 32), anchors.backward(9)
     noise = noise_from(*drawn(plan)[:2])
     a, b = (generate(model, plan, [text], noise, commit_anchors=c) for c in (False, True))
-    assert torch.equal(a[:, 6:], b[:, 6:]) and distance(a[:, :3], b[:, :3]) > 1e-3 and distance(a[:, 3:6], b[:, 3:6]) > 1e-3
+    assert (
+        torch.equal(a[:, 6:], b[:, 6:])
+        and distance(a[:, :3], b[:, :3]) > 1e-3
+        and distance(a[:, 3:6], b[:, 3:6]) > 1e-3
+    )
 
 
 @pytest.mark.parametrize("exit_at", range(4))
@@ -275,7 +419,13 @@ def test_exit_stops_every_block_there(name, exit_at):
     model, text, plan = tiny_dit(), randn(5, 2, 5, 32), PLANS[name]
     noise, renoise, _ = drawn(plan)
     got = generate(model, plan, [text], noise_from(noise, renoise), exit_at=exit_at)
-    assert distance(got, obvious_rollout(model, plan, text, noise, renoise, None, SIGMAS[:exit_at + 1], False)) <= 1e-5
+    assert (
+        distance(
+            got,
+            obvious_rollout(model, plan, text, noise, renoise, None, SIGMAS[: exit_at + 1], False),
+        )
+        <= 1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["forward", "backward P=3"])
@@ -285,7 +435,13 @@ def test_first_block_may_take_more_steps(name):
     noise, renoise, _ = drawn(plan)
     for levels, first in ((SIGMAS, (SIGMAS, None)), (SIGMAS[:2], (SIGMAS, 1))):
         got = generate(model, plan, [text], noise_from(noise, renoise), SIGMAS[:1], first=first)
-        assert distance(got, obvious_rollout(model, plan, text, noise, renoise, None, SIGMAS[:1], False, levels)) <= 1e-5
+        assert (
+            distance(
+                got,
+                obvious_rollout(model, plan, text, noise, renoise, None, SIGMAS[:1], False, levels),
+            )
+            <= 1e-5
+        )
 
 
 def leaves(B: int = 1):
@@ -295,11 +451,14 @@ def leaves(B: int = 1):
     def noise(k: int, latents: tuple[int, ...]) -> torch.Tensor:
         made[latents, k] = randn(len(made), B, len(latents), 4, H, W).requires_grad_()
         return made[latents, k]
+
     return noise, made
 
 
 @pytest.mark.parametrize("exit_at", [0, 1, 3])
-@pytest.mark.parametrize("name", ["forward", "backward P=3", "backward, dummy", "loop", "long backward, both sink"])
+@pytest.mark.parametrize(
+    "name", ["forward", "backward P=3", "backward, dummy", "loop", "long backward, both sink"]
+)
 def test_gradients_stay_in_their_block_and_step(name, exit_at):
     """d block / d noise is zero for every other block and every step but the last; anchors get gradient through their targets."""
     model, plan = tiny_dit().requires_grad_(), PLANS[name]
@@ -308,25 +467,36 @@ def test_gradients_stay_in_their_block_and_step(name, exit_at):
     model.register_forward_pre_hook(lambda *_: with_grad.append(torch.is_grad_enabled()))
     cache = KVCache(model.config, 1, plan.capacity, H, W)
     blocks = dict(rollout(model, plan, [randn(5, 1, 5, 32)], noise, SIGMAS, cache, exit_at=exit_at))
-    kept = [any(plan.last_read.get(i, -1) > n for i in step.targets) for n, step in enumerate(plan.steps)]
-    assert with_grad == sum([[k == exit_at for k in range(exit_at + 1)] + [False] * keeps for keeps in kept], [])
+    kept = [
+        any(plan.last_read.get(i, -1) > n for i in step.targets)
+        for n, step in enumerate(plan.steps)
+    ]
+    assert with_grad == sum(
+        [[k == exit_at for k in range(exit_at + 1)] + [False] * keeps for keeps in kept], []
+    )
     assert not any(x.requires_grad for pair in cache.layers for x in pair)
     for n, step in enumerate(plan.steps):
         assert blocks[n].shape[1] == len(step.targets)
-        grads = torch.autograd.grad(blocks[n].square().sum(), list(made.values()), retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            blocks[n].square().sum(), list(made.values()), retain_graph=True, allow_unused=True
+        )
         for (latents, k), g in zip(made, grads):
             if latents == step.own and k == exit_at:
                 assert (g.flatten(2).abs().amax(2) > 0).all()  # targets, and anchors through them
             else:
                 assert g is None or g.abs().max() == 0, (step, latents, k)
-        wrt = torch.autograd.grad(blocks[n].square().sum(), list(model.parameters()), retain_graph=True)
+        wrt = torch.autograd.grad(
+            blocks[n].square().sum(), list(model.parameters()), retain_graph=True
+        )
         assert all(g.abs().max() > 0 for g in wrt)
 
 
 def test_without_exit_nothing_is_differentiated():
     """A rollout for inference builds no graph, even where the caller has gradients enabled."""
     model, plan = tiny_dit().requires_grad_(), anchors.forward(6)
-    assert not generate(model, plan, [randn(5, 2, 5, 32)], noise_from(*drawn(plan)[:2])).requires_grad
+    assert not generate(
+        model, plan, [randn(5, 2, 5, 32)], noise_from(*drawn(plan)[:2])
+    ).requires_grad
 
 
 @pytest.mark.parametrize("name", ["forward", "backward P=3", "long forward, both sink"])
@@ -335,9 +505,15 @@ def test_a_batch_equals_its_samples(name):
     model, plan, text = tiny_dit(), PLANS[name], randn(5, 2, 5, 32)
 
     def go(rows: slice) -> torch.Tensor:
-        return generate(model, plan, [text[rows]], noise_seeded([(3, 1, 0), (3, 2, 4)][rows], (4, H, W)))
+        return generate(
+            model, plan, [text[rows]], noise_seeded([(3, 1, 0), (3, 2, 4)][rows], (4, H, W))
+        )
+
     both = go(slice(0, 2))
-    assert distance(both, torch.cat([go(slice(0, 1)), go(slice(1, 2))])) <= 1e-5 and distance(both[:1], both[1:]) > 0.1
+    assert (
+        distance(both, torch.cat([go(slice(0, 1)), go(slice(1, 2))])) <= 1e-5
+        and distance(both[:1], both[1:]) > 0.1
+    )
     assert torch.equal(both, go(slice(0, 2)))
 
 
@@ -346,21 +522,27 @@ def test_each_scene_follows_its_own_prompt():
     model, plan = tiny_dit(), anchors.transition(3, 3, 3)
     noise, (a, b, c) = noise_seeded([(0, 0, 0)], (4, H, W)), randn(5, 3, 1, 5, 32)
     one, two = generate(model, plan, [a, b], noise), generate(model, plan, [a, c], noise)
-    assert torch.equal(one[:, :3], two[:, :3]) and all(distance(one[:, i], two[:, i]) > 1e-3 for i in range(3, 9))
+    assert torch.equal(one[:, :3], two[:, :3]) and all(
+        distance(one[:, i], two[:, i]) > 1e-3 for i in range(3, 9)
+    )
     assert torch.equal(one, generate(model, plan, [model.text_kv(a), model.text_kv(b)], noise))
 
 
 # ---------------------------------------------------------------- decoding
 @pytest.mark.parametrize("chunk", [1, 2])
-@pytest.mark.parametrize("name", ["forward", "backward P=3", "backward, dummy", "inbetween", "transition"])
+@pytest.mark.parametrize(
+    "name", ["forward", "backward P=3", "backward, dummy", "inbetween", "transition"]
+)
 def test_decoding_in_order_equals_decoding_whole(name, chunk):
     """Whatever the order of generation, the stream of pieces is the decoded video: dummies are not shown, nothing is lost."""
     vae, plan = randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))), PLANS[name]
     z = 0.5 * randn(0, 1, plan.length + 3, 4, H, W)  # dummies stand at -1, -2, -3
-    whole = vae.decode(z[:, :plan.length])
+    whole = vae.decode(z[:, : plan.length])
     finished = [(n, z[:, list(step.targets)]) for n, step in enumerate(plan.steps)]
     pieces = list(decode_in_order(vae, plan, finished, chunk))
-    assert (whole.abs() < 1).float().mean() > 0.3 and whole.shape[2] == vae.config.frames(plan.length)
+    assert (whole.abs() < 1).float().mean() > 0.3 and whole.shape[2] == vae.config.frames(
+        plan.length
+    )
     assert distance(torch.cat(pieces, 2), whole) <= 1e-5
 
 
@@ -374,6 +556,7 @@ def test_forward_decodes_early():
             for n, step in enumerate(plan.steps):
                 yield n, torch.zeros(1, len(step.targets), 4, H, W)
                 frames.append(0)
+
         for piece in decode_in_order(vae, plan, finished()):
             frames[-1] += piece.shape[2]
         assert frames[:3] == expected
@@ -400,7 +583,11 @@ class Side:
 def test_decoding_aside(name, monkeypatch):
     """On a stream of its own: the same pieces. Each is decoded there, after that stream has waited for the block, and from latents whose
     memory it holds; it is handed on when the next block has been asked for, the first one at once; few are kept."""
-    vae, plan, side = randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))), PLANS.get(name) or anchors.long(60, "backward"), Side()
+    vae, plan, side = (
+        randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))),
+        PLANS.get(name) or anchors.long(60, "backward"),
+        Side(),
+    )
     z = 0.5 * randn(0, 1, plan.length, 4, H, W)
     monkeypatch.setattr(torch.cuda, "stream", side.entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
@@ -418,6 +605,7 @@ def test_decoding_aside(name, monkeypatch):
         for n, step in enumerate(plan.steps):
             side.log.append("asked")
             yield n, z[:, list(step.targets)]
+
     monkeypatch.setattr(vae, "decode_chunk", decode_chunk)
     pieces = []
     for piece in decode_in_order(vae, plan, finished(), chunk=1):
@@ -429,30 +617,66 @@ def test_decoding_aside(name, monkeypatch):
     assert distance(torch.cat(pieces, 2), vae.decode(z)) <= 1e-5 and len(pieces) == plan.length
     assert most <= max(len(step.targets) for step in plan.steps)
     if name == "forward":  # three blocks of three latents
-        assert side.log == (["asked", "wait", "decode", "handed", "decode", "decode", "asked", "handed", "handed", "wait"]
-                            + ["decode"] * 3 + ["asked"] + ["handed"] * 3 + ["wait"] + ["decode"] * 3 + ["handed"] * 3)
+        assert side.log == (
+            [
+                "asked",
+                "wait",
+                "decode",
+                "handed",
+                "decode",
+                "decode",
+                "asked",
+                "handed",
+                "handed",
+                "wait",
+            ]
+            + ["decode"] * 3
+            + ["asked"]
+            + ["handed"] * 3
+            + ["wait"]
+            + ["decode"] * 3
+            + ["handed"] * 3
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @torch.no_grad()
 def test_decoding_aside_on_a_gpu():
     """The same video as decoded whole afterwards, from a real rollout."""
-    vae, model, plan, made = randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))).cuda(), tiny_dit().cuda(), PLANS["forward"], []
+    vae, model, plan, made = (
+        randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))).cuda(),
+        tiny_dit().cuda(),
+        PLANS["forward"],
+        [],
+    )
     cache = KVCache(model.config, 1, plan.capacity, H, W, device="cuda")
-    blocks = rollout(model, plan, [randn(5, 1, 5, 32).cuda()], noise_seeded([(0, 0, 0)], (4, H, W), "cuda"), SIGMAS, cache)
+    blocks = rollout(
+        model,
+        plan,
+        [randn(5, 1, 5, 32).cuda()],
+        noise_seeded([(0, 0, 0)], (4, H, W), "cuda"),
+        SIGMAS,
+        cache,
+    )
     pieces = list(decode_in_order(vae, plan, ((n, made.append(x0) or x0) for n, x0 in blocks), 1))
     assert distance(torch.cat(pieces, 2), vae.decode(torch.cat(made, 1)).cpu()) <= 1e-5
 
 
 def live_bytes() -> int:
     """Bytes of all tensors that are alive."""
-    storages = {x.data_ptr(): x.nbytes() for x in (o.untyped_storage() for o in gc.get_objects() if type(o) is torch.Tensor)}
+    storages = {
+        x.data_ptr(): x.nbytes()
+        for x in (o.untyped_storage() for o in gc.get_objects() if type(o) is torch.Tensor)
+    }
     return sum(storages.values())
 
 
 def evaluations(plan: Plan) -> int:
     """How often the transformer runs: four denoising steps a block, and once to commit it if a later one reads it."""
-    return sum(4 * (not step.commits) + any(plan.last_read.get(i, -1) > n for i in step.targets) for n, step in enumerate(plan.steps))
+    return sum(
+        4 * (not step.commits) + any(plan.last_read.get(i, -1) > n for i in step.targets)
+        for n, step in enumerate(plan.steps)
+    )
 
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
@@ -466,7 +690,9 @@ def test_long_videos_take_constant_memory(way):
         plan, calls, peak = anchors.long(length, way), [], 0
         hook = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         cache = KVCache(model.config, 1, plan.capacity, H, W)
-        made = rollout(model, plan, [randn(5, 1, 5, 32)], noise_seeded([(0, 0, 0)], (4, H, W)), SIGMAS, cache)
+        made = rollout(
+            model, plan, [randn(5, 1, 5, 32)], noise_seeded([(0, 0, 0)], (4, H, W)), SIGMAS, cache
+        )
         for n, _ in enumerate(decode_in_order(vae, plan, made)):
             peak = max(peak, live_bytes()) if n % 6 < 2 else peak
         hook.remove()
@@ -480,43 +706,92 @@ def test_long_videos_take_constant_memory(way):
 def clip(tmp_path, name: str, *flags: str):
     """Run sampler.py with random weights; returns what it printed and the path."""
     out = tmp_path / name
-    done = script("sampler.py", "--weights", "random", "--prompt", PROMPT, "--out", str(out), *flags)
+    done = script("film.py", "--weights", "random", "--prompt", PROMPT, "--out", str(out), *flags)
     assert done.returncode == 0, done.stderr
     return done.stdout, out
 
 
-@pytest.mark.parametrize("order, frames", [("forward", 33), ("backward", 33), ("inbetween", 33), ("loop", 33), ("transition", 45),
-                                           ("story", 81), ("forward", 93), ("backward", 93)])
+@pytest.mark.parametrize(
+    "order, frames",
+    [
+        ("forward", 33),
+        ("backward", 33),
+        ("inbetween", 33),
+        ("loop", 33),
+        ("transition", 45),
+        ("story", 81),
+        ("forward", 93),
+        ("backward", 93),
+    ],
+)
 def test_every_order_writes_its_clip(order, frames, tmp_path):
     """Each order, beyond the horizon too, writes a clip with exactly the asked and printed number of frames, 32 x 32."""
     printed, out = clip(tmp_path, "clip.mp4", "--order", order, "--frames", str(frames))
-    assert f"= {frames} frames = " in printed and printed.startswith("latent ") and f"wrote {out}" in printed
-    assert iio.imread(out).shape == (frames, 32, 32, 3) and [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+    assert (
+        f"= {frames} frames = " in printed
+        and printed.startswith("latent ")
+        and f"wrote {out}" in printed
+    )
+    assert iio.imread(out).shape == (frames, 32, 32, 3) and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["clip.mp4"]
 
 
 def test_same_seed_same_clip(tmp_path):
     """The same seed gives the same file, byte for byte; another seed another one. A sheet and a .gif can be had."""
-    a, b = (clip(tmp_path, n, "--frames", "9", "--seed", "5", "--size", "16", "48")[1].read_bytes() for n in ("a.mp4", "b.mp4"))
-    assert a == b != clip(tmp_path, "c.mp4", "--frames", "9", "--seed", "6", "--size", "16", "48")[1].read_bytes()
-    clip(tmp_path, "d.gif", "--frames", "9", "--sheet", str(tmp_path / "sheet.png"), "--size", "16", "48")
-    assert iio.imread(tmp_path / "d.gif").shape[:3] == (9, 16, 48) and iio.imread(tmp_path / "sheet.png").ndim == 3
+    a, b = (
+        clip(tmp_path, n, "--frames", "9", "--seed", "5", "--size", "16", "48")[1].read_bytes()
+        for n in ("a.mp4", "b.mp4")
+    )
+    assert (
+        a
+        == b
+        != clip(tmp_path, "c.mp4", "--frames", "9", "--seed", "6", "--size", "16", "48")[
+            1
+        ].read_bytes()
+    )
+    clip(
+        tmp_path,
+        "d.gif",
+        "--frames",
+        "9",
+        "--sheet",
+        str(tmp_path / "sheet.png"),
+        "--size",
+        "16",
+        "48",
+    )
+    assert (
+        iio.imread(tmp_path / "d.gif").shape[:3] == (9, 16, 48)
+        and iio.imread(tmp_path / "sheet.png").ndim == 3
+    )
 
 
 BAD = {
-    "no prompt": ([], "missing --prompt"), "empty prompt": (["--prompt", " "], "--prompt is empty"),
+    "no prompt": ([], "missing --prompt"),
+    "empty prompt": (["--prompt", " "], "--prompt is empty"),
     "unknown order": (["--order", "sideways"], "unknown order 'sideways'; use forward"),
-    "unknown flag": (["--anchor", "3"], "did you mean --anchors?"), "not a number": (["--seed", "x"], "--seed needs a whole number"),
-    "frames 80": (["--frames", "80"], "--frames 80 is not 1 + 4k"), "frames 77": (["--frames", "77"], "use 69 or 81"),
-    "too short": (["--order", "transition", "--frames", "33"], "makes 12 latents, but --frames 33 is 9"),
+    "unknown flag": (["--anchor", "3"], "did you mean --anchors?"),
+    "not a number": (["--seed", "x"], "--seed needs a whole number"),
+    "frames 80": (["--frames", "80"], "--frames 80 is not 1 + 4k"),
+    "frames 77": (["--frames", "77"], "use 69 or 81"),
+    "too short": (
+        ["--order", "transition", "--frames", "33"],
+        "makes 12 latents, but --frames 33 is 9",
+    ),
     "anchors 4": (["--order", "backward", "--anchors", "4"], "4 anchors do not fit the block 3"),
     "window": (["--window", "30", "--frames", "177"], "over the horizon of 21"),
     "negative window": (["--window", "-3", "--frames", "177"], "window -3"),
-    "size": (["--size", "40", "40"], "--size 40 40 must be a height and a width divisible by 16 and 16"),
+    "size": (
+        ["--size", "40", "40"],
+        "--size 40 40 must be a height and a width divisible by 16 and 16",
+    ),
     "unknown word": (["--prompt", "a purple square"], "does not know the word 'purple'"),
     "avi": (["--out", "clip.avi"], "clip.avi must end in .mp4, .gif or .mkv"),
     "no folder": (["--weights", "nowhere"], "--weights nowhere is not a folder"),
     "empty folder": (["--weights", "empty"], "empty holds no transformer"),
-    "vae_dtype": (["--vae_dtype", "half"], "--vae_dtype 'half' must be float32"), "warm": (["--warm", "4"], "--warm 4 must be from 0 to 3"),
+    "vae_dtype": (["--vae_dtype", "half"], "--vae_dtype 'half' must be float32"),
+    "warm": (["--warm", "4"], "--warm 4 must be from 0 to 3"),
     "two prompts": (["--prompt", PROMPT, PROMPT], "2 prompts for a plan with 1"),
 }
 
@@ -525,37 +800,73 @@ BAD = {
 def test_bad_input_is_one_sentence(flags, says, tmp_path):
     """A user's mistake ends with exit code 2, one line that names it, no traceback and no file, not even a half one."""
     (tmp_path / "empty").mkdir()
-    defaults = {"--weights": ["random"], "--out": ["clip.mp4"]} | ({"--prompt": [PROMPT]} if flags else {})
-    words = flags + [w for name, values in defaults.items() if name not in flags for w in (name, *values)]
-    done = script("sampler.py", *words, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr, done.stderr
+    defaults = {"--weights": ["random"], "--out": ["clip.mp4"]} | (
+        {"--prompt": [PROMPT]} if flags else {}
+    )
+    words = flags + [
+        w for name, values in defaults.items() if name not in flags for w in (name, *values)
+    ]
+    done = script("film.py", *words, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr, (
+        done.stderr
+    )
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["empty"] and not list((tmp_path / "empty").iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"] and not list(
+        (tmp_path / "empty").iterdir()
+    )
 
 
 def test_prompts_switch_with_the_blocks():
     """--switch: the next prompt from the first block that begins at that time on; one that no block follows is refused."""
     plan = sampler.prompted(anchors.forward(21), ["a", "b", "c"], [1.0, 3.1])
-    assert [step.prompt for step in plan.steps] == [0, 0, 1, 1, 1, 2, 2]  # latents 0, 3, 6 ...; frames 16 and 49.6 lie in 4 and 13
-    assert [step.prompt for step in sampler.prompted(anchors.backward(9), ["a", "b"], [1.0]).steps] == [1, 0, 0]
-    assert {step.prompt for step in sampler.prompted(anchors.transition(3, 3, 3), ["a"]).steps} == {0}
-    for prompts, seconds, says in ((["a"], [1.0], "2 prompts, got 1"), (["a", "b", "c"], [2.0, 1.0], "rising times"),
-                                   (["a", "b"], [0.0], "rising"), (["a", "b"], [9.0], "prompt 2 is never followed"),
-                                   (["a", "b", "c"], [1.0, 1.1], "prompt 2 is never followed"), (["a", " "], [1.0], "empty")):
+    assert [step.prompt for step in plan.steps] == [
+        0,
+        0,
+        1,
+        1,
+        1,
+        2,
+        2,
+    ]  # latents 0, 3, 6 ...; frames 16 and 49.6 lie in 4 and 13
+    assert [
+        step.prompt for step in sampler.prompted(anchors.backward(9), ["a", "b"], [1.0]).steps
+    ] == [1, 0, 0]
+    assert {step.prompt for step in sampler.prompted(anchors.transition(3, 3, 3), ["a"]).steps} == {
+        0
+    }
+    for prompts, seconds, says in (
+        (["a"], [1.0], "2 prompts, got 1"),
+        (["a", "b", "c"], [2.0, 1.0], "rising times"),
+        (["a", "b"], [0.0], "rising"),
+        (["a", "b"], [9.0], "prompt 2 is never followed"),
+        (["a", "b", "c"], [1.0, 1.1], "prompt 2 is never followed"),
+        (["a", " "], [1.0], "empty"),
+    ):
         with pytest.raises(UserError, match=says):
             sampler.prompted(anchors.forward(21), prompts, seconds)
 
 
 def test_plans_of_the_command_line():
     """--order, --seconds and --frames make the paper's plans: 5 seconds is 21 latents, more is a long plan of window 6."""
+
     def plan(**changes) -> Plan:
         return sampler.make_plan(sampler.Config((PROMPT,), **changes))
-    assert plan().steps == anchors.forward(21).steps and plan(order="backward").steps == anchors.backward(21).steps
+
+    assert (
+        plan().steps == anchors.forward(21).steps
+        and plan(order="backward").steps == anchors.backward(21).steps
+    )
     assert plan(order="backward", anchors=1).steps == anchors.backward(21, anchors=1).steps
     assert plan(seconds=10).steps == anchors.long(42).steps
     assert plan(frames=93, order="backward").steps == anchors.long(24, "backward").steps
-    assert plan(frames=81, window=3, sink="past").steps == anchors.long(21, window=3, sink="past").steps
-    assert plan(order="inbetween").steps == anchors.inbetween(3, 15, 3).steps and plan(order="loop").steps == anchors.loop(21).steps
+    assert (
+        plan(frames=81, window=3, sink="past").steps
+        == anchors.long(21, window=3, sink="past").steps
+    )
+    assert (
+        plan(order="inbetween").steps == anchors.inbetween(3, 15, 3).steps
+        and plan(order="loop").steps == anchors.loop(21).steps
+    )
     assert plan(order="loop", frames=69).steps == anchors.loop(18).steps
     assert plan(order="transition", frames=93).steps == anchors.transition(9, 6, 9).steps
     assert plan(order="story", frames=153).steps == anchors.story((9, 9, 9), 6).steps
@@ -574,7 +885,13 @@ def test_compiled_blocks_make_the_same_clip_and_are_compiled_once():
     texts, graphs = [slow.text_kv(randn(2, 1, 3, slow.config.text_dim))], []
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for plan in (anchors.forward(21), anchors.forward(21), anchors.backward(21), anchors.backward(21), anchors.long(42)):
+    for plan in (
+        anchors.forward(21),
+        anchors.forward(21),
+        anchors.backward(21),
+        anchors.backward(21),
+        anchors.long(42),
+    ):
         noise = randn(3, 4, 1, plan.length, slow.config.in_dim, 4, 4)
         a, b = (generate(dit, plan, texts, noise_from(noise[0], noise[1:])) for dit in (slow, fast))
         assert distance(a, b) <= 1e-5

@@ -1,4 +1,5 @@
 """The shipped toy weights are what their README says: whole, sharp, obedient in both directions, and worth training from."""
+
 import hashlib
 
 import pytest
@@ -7,9 +8,9 @@ from tiny import ROOT, rows
 
 import train_ode
 from evaluate import PLANS, held_out, make
+from film import load_models
 from lib.text import HELD_OUT
 from metrics import flickering_ratio, measure, round_trip
-from sampler import load_models
 from toy import frames, world
 from toy.train_vae import clips
 
@@ -30,10 +31,17 @@ def made(models):
 
 def test_hashes_and_size():
     """Every weight file is named in SHA256SUMS with its hash; together they stay below 24 MB."""
-    named = dict(reversed(line.split()) for line in (WEIGHTS / "SHA256SUMS").read_text().splitlines())
+    named = dict(
+        reversed(line.split()) for line in (WEIGHTS / "SHA256SUMS").read_text().splitlines()
+    )
     files = sorted(WEIGHTS.glob("*.safetensors"))
     assert named == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    assert sorted(named) == ["ode.safetensors", "student.safetensors", "teacher.safetensors", "vae.safetensors"]
+    assert sorted(named) == [
+        "ode.safetensors",
+        "student.safetensors",
+        "teacher.safetensors",
+        "vae.safetensors",
+    ]
     assert sum(f.stat().st_size for f in files) < 24e6
 
 
@@ -64,22 +72,37 @@ def test_student_follows_its_prompt(way, made):
     found = measure(made[way][1], PLANS[way], captions)
     assert min(found[k].mean for k in ("colour", "ground", "direction")) >= 15 / 16
     drawn = [n for n, caption in enumerate(captions) if "cross" not in caption]
-    assert measure(made[way][1][drawn], PLANS[way], [captions[n] for n in drawn])["shape"].mean >= 0.9
+    assert (
+        measure(made[way][1][drawn], PLANS[way], [captions[n] for n in drawn])["shape"].mean >= 0.9
+    )
     assert 0.03 < found["motion"].mean < 0.07  # of real clips: 0.050
 
 
 @torch.no_grad()
 def test_anchors_are_worth_dropping(models, made):
     """Latents that were imagined do not come back as well, when decoded and encoded, as finished ones do."""
-    trips = {name: round_trip(models[1], z[:6], PLANS[name]).mean().item() for name, (z, _) in made.items()}
-    assert trips["forward"] < 1.15 and trips["backward"] < 1.2 < trips["backward, anchors as output"], trips
+    trips = {
+        name: round_trip(models[1], z[:6], PLANS[name]).mean().item()
+        for name, (z, _) in made.items()
+    }
+    assert (
+        trips["forward"] < 1.15 and trips["backward"] < 1.2 < trips["backward, anchors as output"]
+    ), trips
     assert trips["backward, anchors as output"] > 1.2 * trips["backward"], trips
 
 
 def test_stage_1_from_the_shipped_teacher(tmp_path):
     """Forty steps on eight pairs of the shipped teacher bring both losses down by a third."""
-    flags = {"data": str(tmp_path / "pairs"), "pairs": 8, "shard": 8, "batch": 4, "out": str(tmp_path / "ode"), "lr": 5e-4, "warmup": 5,
-             "steps": 40}
+    flags = {
+        "data": str(tmp_path / "pairs"),
+        "pairs": 8,
+        "shard": 8,
+        "batch": 4,
+        "out": str(tmp_path / "ode"),
+        "lr": 5e-4,
+        "warmup": 5,
+        "steps": 40,
+    }
     train_ode.main(train_ode.Config(**flags, generate=True))
     train_ode.main(train_ode.Config(**flags))
     log = rows(tmp_path / "ode")
@@ -94,7 +117,13 @@ def test_shapes_of_single_frames(capsys):
     video = world.render(captions, list(range(len(captions))))
     assert {s.mean for s in frames.shapes(video, captions).values()} == {1}
     video[:, :, 4] = 0
-    assert {k: s.mean for k, s in frames.shapes(video, captions).items()} == {f"frame {f}": float(f != 4) for f in frames.FRAMES}
+    assert {k: s.mean for k, s in frames.shapes(video, captions).items()} == {
+        f"frame {f}": float(f != 4) for f in frames.FRAMES
+    }
     frames.main(frames.Config(clips=2))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and lines[2] == "| real clips, decoded | " + " | ".join(["1.000 ± 0.000"] * len(frames.FRAMES)) + " |"
+    assert (
+        len(lines) == 6
+        and lines[2]
+        == "| real clips, decoded | " + " | ".join(["1.000 ± 0.000"] * len(frames.FRAMES)) + " |"
+    )

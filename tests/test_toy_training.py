@@ -1,4 +1,5 @@
 """The toy's VAE and teacher: they learn, go on exactly after an interruption, and write weights that load."""
+
 import hashlib
 from contextlib import suppress
 from functools import partial
@@ -26,14 +27,20 @@ def small_world(monkeypatch):
     monkeypatch.setitem(train_vae.PRESETS, "small", SMALL)
     monkeypatch.setitem(train_teacher.PRESETS, "small", DiTConfig(**WORDED))
     monkeypatch.setattr(train_teacher, "FRAMES", 9)
-    monkeypatch.setattr(train_vae, "clips", lambda seeds, size, frames: clips(seeds, size, min(frames, 9)))
+    monkeypatch.setattr(
+        train_vae, "clips", lambda seeds, size, frames: clips(seeds, size, min(frames, 9))
+    )
     monkeypatch.setattr(train_teacher, "report", partial(train_teacher.report, n=2))
 
 
 def train(out, script=train_vae, **changes):
     """Train in this process; the folder it wrote."""
     usual = {"steps": 4, "size": 16, "preset": "small"}
-    usual |= {"frames": (1, 5), "batch": (2, 2), "share": (0.5, 0.5)} if script is train_vae else {"clips": 6, "batch": 2}
+    usual |= (
+        {"frames": (1, 5), "batch": (2, 2), "share": (0.5, 0.5)}
+        if script is train_vae
+        else {"clips": 6, "batch": 2}
+    )
     with suppress(SystemExit):  # stopped by a signal
         script.main(script.Config(**usual | {"out": str(out)} | changes))
     return out
@@ -43,7 +50,11 @@ def train(out, script=train_vae, **changes):
 def test_clips_follow_from_their_number():
     """Clip n is the same whoever asks, alone or in a batch; its caption says what it shows, held-out ones are others."""
     (both, captions), (one, (caption,)) = clips([3, 8], 16, 9), clips([8], 16, 9)
-    assert both.shape == (2, 3, 9, 16, 16) and torch.equal(both[1], one[0]) and captions[1] == caption == text.toy_caption(8)
+    assert (
+        both.shape == (2, 3, 9, 16, 16)
+        and torch.equal(both[1], one[0])
+        and captions[1] == caption == text.toy_caption(8)
+    )
     assert not torch.equal(clips([HELD_OUT + 8], 16, 9)[0], one)
 
 
@@ -57,9 +68,13 @@ def test_vae_loss_is_the_sum_of_its_terms():
     made = vae.decoder(vae.conv2(mu + logvar.exp().sqrt() * noise), None)
     l1, mse = (made - video).abs().mean(), ((made - video) ** 2).mean()
     diff = ((made[:, :, 1:] - made[:, :, :-1]) - (video[:, :, 1:] - video[:, :, :-1])).abs().mean()
-    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mu, logvar.exp().sqrt()), torch.distributions.Normal(0., 1.)).mean()
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mu, logvar.exp().sqrt()), torch.distributions.Normal(0.0, 1.0)
+    ).mean()
     assert loss.item() == pytest.approx((l1 + 2 * mse + 0.7 * diff + 0.3 * kl).item(), rel=1e-5)
-    assert terms == pytest.approx({"l1": l1.item(), "mse": mse.item(), "diff": diff.item(), "kl": kl.item()}, rel=1e-4)
+    assert terms == pytest.approx(
+        {"l1": l1.item(), "mse": mse.item(), "diff": diff.item(), "kl": kl.item()}, rel=1e-4
+    )
 
 
 def test_vae_starts_with_little_posterior_noise():
@@ -83,7 +98,10 @@ def test_decoder_alone(tmp_path):
     with pytest.raises(MemoryError), pytest.MonkeyPatch.context() as patch:
         at_call(patch, train_vae, "vae_loss", 2, crash)
         train(tmp_path / "halves", **flags, save_every=1)
-    assert same(read_tensors(train(tmp_path / "halves", **flags, save_every=1) / "vae.safetensors")[0], after.state_dict())
+    assert same(
+        read_tensors(train(tmp_path / "halves", **flags, save_every=1) / "vae.safetensors")[0],
+        after.state_dict(),
+    )
 
 
 def test_picture_has_no_frame_differences():
@@ -97,7 +115,11 @@ def test_picture_has_no_frame_differences():
 def test_stages_follow_their_shares(tmp_path, monkeypatch):
     """Shares .25, .25 and .5 of 8 steps: two steps of 3 pictures, two of 2 clips of 5 frames, four of 1 clip of 9."""
     shapes = []
-    monkeypatch.setattr(train_vae, "vae_loss", lambda vae, video, *a: shapes.append(video.shape[::2][:2]) or vae_loss(vae, video, *a))
+    monkeypatch.setattr(
+        train_vae,
+        "vae_loss",
+        lambda vae, video, *a: shapes.append(video.shape[::2][:2]) or vae_loss(vae, video, *a),
+    )
     train(tmp_path, steps=8, frames=(1, 5, 9), batch=(3, 2, 1), share=(0.25, 0.25, 0.5))
     assert shapes == [(3, 1)] * 2 + [(2, 5)] * 2 + [(1, 9)] * 4
     with pytest.raises(UserError, match="one number a stage"):
@@ -106,19 +128,31 @@ def test_stages_follow_their_shares(tmp_path, monkeypatch):
 
 def test_vae_learns(tmp_path):
     """On the world's clips the error falls by a third in 120 small steps."""
-    steps = rows(train(tmp_path, steps=121, lr=3e-3, frames=(5,), batch=(2,), share=(1.0,)), "vae.log.jsonl")
+    steps = rows(
+        train(tmp_path, steps=121, lr=3e-3, frames=(5,), batch=(2,), share=(1.0,)), "vae.log.jsonl"
+    )
     assert steps[-2]["step"] == 120 and steps[-2]["l1"] < steps[0]["l1"] * 2 / 3, steps
 
 
 def test_vae_weights_load_with_measured_statistics(tmp_path, capsys):
     """The written VAE loads; with its mean and std, latents of the held-out clips are centred and of unit size; PSNR is told."""
     vae = load_vae(train(tmp_path) / "vae.safetensors")
-    z = torch.cat([vae.encode(clips([HELD_OUT + i], 16, 9)[0]) for i in range(64)]).transpose(1, 2).transpose(0, 1).flatten(1)
+    z = (
+        torch.cat([vae.encode(clips([HELD_OUT + i], 16, 9)[0]) for i in range(64)])
+        .transpose(1, 2)
+        .transpose(0, 1)
+        .flatten(1)
+    )
     assert vae.config.z_dim == 2 and z.shape[0] == 2
     assert z.mean(1).abs().max() < 1e-2 and (z.std(1) - 1).abs().max() < 1e-2
     *steps, last = rows(tmp_path, "vae.log.jsonl")
-    assert last.keys() == {"step", "psnr"} and f"PSNR {last['psnr']:.2f} dB" in capsys.readouterr().out
-    assert all(r.keys() == {"step", "l1", "mse", "diff", "kl", "norm"} for r in steps) and not (tmp_path / "vae.state.pt").exists()
+    assert (
+        last.keys() == {"step", "psnr"} and f"PSNR {last['psnr']:.2f} dB" in capsys.readouterr().out
+    )
+    assert (
+        all(r.keys() == {"step", "l1", "mse", "diff", "kl", "norm"} for r in steps)
+        and not (tmp_path / "vae.state.pt").exists()
+    )
 
 
 def test_psnr_is_that_of_the_written_vae(tmp_path):
@@ -136,7 +170,9 @@ def both(tmp_path):
     """Folder a with a VAE, and a copy of it, b: for either script to train in."""
     train(tmp_path / "a")
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "vae.safetensors").write_bytes((tmp_path / "a" / "vae.safetensors").read_bytes())
+    (tmp_path / "b" / "vae.safetensors").write_bytes(
+        (tmp_path / "a" / "vae.safetensors").read_bytes()
+    )
     return tmp_path / "a", tmp_path / "b"
 
 
@@ -187,11 +223,17 @@ class Known(torch.nn.Module):
 
 def test_teacher_loss_by_hand():
     """x0 = 2, noise = 4, so v = 2: answering 3 errs by 1, answering 0 by 4. u = .5 is sigma .75 under shift 3, one level a clip."""
-    x0, noise, prompts = (torch.full((2, 3, 1, 1, 1), n) for n in (2., 4., 1.))
+    x0, noise, prompts = (torch.full((2, 3, 1, 1, 1), n) for n in (2.0, 4.0, 1.0))
     dit = Known()
-    prompts = torch.tensor([1., 0.]).view(2, 1, 1)
-    assert teacher_loss(dit, x0, prompts, torch.tensor([0.5, 1.0]), noise, 3.0).tolist() == [1.0, 4.0]
-    assert dit.t.tolist() == [[750] * 3, [1000] * 3] and dit.x.flatten().tolist() == [3.5] * 3 + [4.0] * 3
+    prompts = torch.tensor([1.0, 0.0]).view(2, 1, 1)
+    assert teacher_loss(dit, x0, prompts, torch.tensor([0.5, 1.0]), noise, 3.0).tolist() == [
+        1.0,
+        4.0,
+    ]
+    assert (
+        dit.t.tolist() == [[750] * 3, [1000] * 3]
+        and dit.x.flatten().tolist() == [3.5] * 3 + [4.0] * 3
+    )
 
 
 def test_teacher_learns_and_writes_its_average(both, monkeypatch):
@@ -203,7 +245,9 @@ def test_teacher_learns_and_writes_its_average(both, monkeypatch):
     assert {"all", "colour", "shape", "direction", "motion"} <= scores.keys()
     assert (a / "teacher.png").read_bytes()[:4] == b"\x89PNG"
     assert load_dit(a / "teacher.safetensors").config == DiTConfig(**WORDED)
-    train(b, train_teacher, ema=0.5, save_every=2)  # warm-up is slow: the average differs from the weights all the same
+    train(
+        b, train_teacher, ema=0.5, save_every=2
+    )  # warm-up is slow: the average differs from the weights all the same
     state, weights = saved(b, "teacher.state.pt"), read_tensors(b / "teacher.safetensors")[0]
     assert all(torch.equal(w, state[f"ema/{k}"]) for k, w in weights.items())
     assert any(not torch.equal(w, state[f"dit/{k}"]) for k, w in weights.items())
@@ -216,7 +260,10 @@ def test_clips_are_encoded_once(both, capsys):
     kept = a / "latents" / "latents-000000.safetensors"
     before, vae = kept.stat().st_mtime_ns, load_vae(a / "vae.safetensors")
     latents = read_tensors(kept)[0]["latents"]
-    assert latents.shape == (6, 3, 2, 2, 2) and distance(latents[4].float(), vae.encode(clips([4], 16, 9)[0])[0]) <= 5e-3
+    assert (
+        latents.shape == (6, 3, 2, 2, 2)
+        and distance(latents[4].float(), vae.encode(clips([4], 16, 9)[0])[0]) <= 5e-3
+    )
     for clips_flag in (6, 7):
         (a / "teacher.state.pt").unlink(missing_ok=True)
         train(a, train_teacher, steps=1, clips=clips_flag)
@@ -228,14 +275,20 @@ def test_clips_are_encoded_once(both, capsys):
 def test_unknown_preset_is_named(script, both, monkeypatch, capsys):
     """A preset that does not exist is a user's mistake, told with those that do."""
     clips_flag = {"clips": 6} if script is train_teacher else {}
-    code, error = command_line(monkeypatch, capsys, script, out=both[0], preset="big", size=16, **clips_flag)
+    code, error = command_line(
+        monkeypatch, capsys, script, out=both[0], preset="big", size=16, **clips_flag
+    )
     assert code == 2 and "big" in error and "toy" in error
 
 
 def test_prompts_are_dropped_at_the_stated_rate(both, monkeypatch):
     """One prompt in ten is the empty one (all zeros), the same ones in every run; dropout 0 drops none."""
     seen = []
-    monkeypatch.setattr(train_teacher, "teacher_loss", lambda dit, x0, p, *a: seen.append(p) or teacher_loss(dit, x0, p, *a))
+    monkeypatch.setattr(
+        train_teacher,
+        "teacher_loss",
+        lambda dit, x0, p, *a: seen.append(p) or teacher_loss(dit, x0, p, *a),
+    )
     train(both[0], train_teacher, steps=20, batch=20)
     dropped = torch.cat(seen).abs().sum((1, 2)) == 0
     assert 0.05 < dropped.float().mean() < 0.15
@@ -250,11 +303,22 @@ def test_packed_models_load_and_compute_the_same_but_for_rounding(both, tmp_path
     trained = train(both[0], train_teacher)
     for name in ("ode", "student"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "student.safetensors").write_bytes((trained / "teacher.safetensors").read_bytes())
+        (tmp_path / name / "student.safetensors").write_bytes(
+            (trained / "teacher.safetensors").read_bytes()
+        )
         (tmp_path / name / "log.jsonl").write_text('{"step": 0}\n')
     out = tmp_path / "packed"
-    pack.main(pack.Config(*map(str, (trained, trained, tmp_path / "ode", tmp_path / "student", out))))
-    whole, half, eighth = (load_dit(p) for p in (trained / "teacher.safetensors", out / "student.safetensors", out / "ode.safetensors"))
+    pack.main(
+        pack.Config(*map(str, (trained, trained, tmp_path / "ode", tmp_path / "student", out)))
+    )
+    whole, half, eighth = (
+        load_dit(p)
+        for p in (
+            trained / "teacher.safetensors",
+            out / "student.safetensors",
+            out / "ode.safetensors",
+        )
+    )
     inputs = randn(0, 1, 3, 2, 2, 2), torch.full((1, 3), 500.0), randn(1, 1, 9, 64), torch.arange(3)
     want = whole(*inputs)
     near, far = ((model(*inputs) - want).norm() / want.norm() for model in (half, eighth))

@@ -1,4 +1,5 @@
 """Stage 2: the gradient is the paper's and moves samples to the teacher's; processes, batches, interruptions change nothing."""
+
 import os
 import signal
 import subprocess
@@ -41,8 +42,20 @@ LATENT = (6, 4, 4)
 def files(tmp_path_factory):
     """The flags of a tiny run: 4 iterations, of which the first and the third update the student; no sheets."""
     paths = tiny_checkpoints(tmp_path_factory.mktemp("dmd"))
-    return {**paths, "critic": paths["teacher"], "latent": LATENT, "steps": 4, "ratio": 2, "batch": 4, "lr": 1e-3, "lr_critic": 2e-3,
-            "ema_start": 2, "ema": 0.5, "sheet_every": 0, "dtype": "float32"}
+    return {
+        **paths,
+        "critic": paths["teacher"],
+        "latent": LATENT,
+        "steps": 4,
+        "ratio": 2,
+        "batch": 4,
+        "lr": 1e-3,
+        "lr_critic": 2e-3,
+        "ema_start": 2,
+        "ema": 0.5,
+        "sheet_every": 0,
+        "dtype": "float32",
+    }
 
 
 def train(files, out, **changes):
@@ -81,7 +94,9 @@ def test_noise_levels_by_hand():
     assert sigma.flatten().tolist() == pytest.approx([0.02, 5 / 6, 0.98])
     assert t.tolist() == [pytest.approx([s] * 2, rel=1e-6) for s in (20, 2500 / 3, 980)]
     assert xt.flatten().tolist() == pytest.approx([1.2, 1.2, 1 + 25 / 3, 1 + 25 / 3, 10.8, 10.8])
-    assert noised(x, torch.tensor([0.0, 0.5, 1.0]), noise, 1.0)[1].flatten().tolist() == pytest.approx([0.02, 0.5, 0.98])
+    assert noised(x, torch.tensor([0.0, 0.5, 1.0]), noise, 1.0)[
+        1
+    ].flatten().tolist() == pytest.approx([0.02, 0.5, 0.98])
 
 
 def test_dmd_gradient_by_hand():
@@ -90,19 +105,47 @@ def test_dmd_gradient_by_hand():
     Sample 0: x = 2, 4, noise 2, xt = 2, 3, x_real = 2.5, 3.5: mean |x - x_real| = .5, gradient 2.
     Sample 1: x = 12, 14, noise 20, xt = 16, 17, x_real = 16.5, 17.5: mean 4, gradient .25."""
     teacher, critic = Known(1.0, 3.0), Known(-3.0, 1000.0)
-    x, noise = video([2., 4.], [12., 14.]), video([2., 2.], [20., 20.])
-    g = dmd_gradient(teacher, critic, x, torch.full((2,), 0.5), noise, PROMPT, torch.zeros(1, 1, 1), 2.0, shift=1.0)
-    assert g.flatten().tolist() == pytest.approx([2, 2, 0.25, 0.25], abs=1e-5) and not g.requires_grad
-    (xt, t, _, pos), = critic.calls
-    assert xt.flatten().tolist() == [2, 3, 16, 17] and t.tolist() == [[500], [500]] and pos.tolist() == [0]
-    assert torch.equal(teacher.calls[0][0], torch.cat([xt, xt]))  # one noisy video for all three passes
+    x, noise = video([2.0, 4.0], [12.0, 14.0]), video([2.0, 2.0], [20.0, 20.0])
+    g = dmd_gradient(
+        teacher,
+        critic,
+        x,
+        torch.full((2,), 0.5),
+        noise,
+        PROMPT,
+        torch.zeros(1, 1, 1),
+        2.0,
+        shift=1.0,
+    )
+    assert (
+        g.flatten().tolist() == pytest.approx([2, 2, 0.25, 0.25], abs=1e-5) and not g.requires_grad
+    )
+    ((xt, t, _, pos),) = critic.calls
+    assert (
+        xt.flatten().tolist() == [2, 3, 16, 17]
+        and t.tolist() == [[500], [500]]
+        and pos.tolist() == [0]
+    )
+    assert torch.equal(
+        teacher.calls[0][0], torch.cat([xt, xt])
+    )  # one noisy video for all three passes
 
 
 def test_guidance_of_one_is_none():
     """w = 1 is the conditional velocity, w = 0 the unconditional: x_real = xt - .5 v."""
     for w, v in ((1.0, 1.0), (0.0, 3.0)):
-        x = video([2., 4.], [2., 4.])
-        g = dmd_gradient(Known(1.0, 3.0), Known(-3.0), x, torch.full((2,), .5), x, PROMPT, torch.zeros(1, 1, 1), w, 1.0)
+        x = video([2.0, 4.0], [2.0, 4.0])
+        g = dmd_gradient(
+            Known(1.0, 3.0),
+            Known(-3.0),
+            x,
+            torch.full((2,), 0.5),
+            x,
+            PROMPT,
+            torch.zeros(1, 1, 1),
+            w,
+            1.0,
+        )
         assert g.flatten().tolist() == pytest.approx([(1.5 + 0.5 * v) / (0.5 * v)] * 4)
 
 
@@ -117,8 +160,17 @@ def test_gradient_of_the_loss_is_the_dmd_gradient():
 def test_critic_loss_by_hand():
     """x = 2, 4 and noise 2: the velocities are 0, -2; answering 1 errs by 1 and 9, mean 5. It sees the prompt and xt = 2, 3."""
     critic = Known(1.0)
-    assert critic_loss(critic, video([2., 4.], [4., 2.]), torch.full((2,), .5), video([2., 2.], [2., 2.]), PROMPT, 1.0).tolist() == [5, 5]
-    assert critic.calls[0][0].flatten().tolist() == [2, 3, 3, 2] and critic.calls[0][1].tolist() == [[500], [500]]
+    assert critic_loss(
+        critic,
+        video([2.0, 4.0], [4.0, 2.0]),
+        torch.full((2,), 0.5),
+        video([2.0, 2.0], [2.0, 2.0]),
+        PROMPT,
+        1.0,
+    ).tolist() == [5, 5]
+    assert critic.calls[0][0].flatten().tolist() == [2, 3, 3, 2] and critic.calls[0][
+        1
+    ].tolist() == [[500], [500]]
 
 
 # ---------------------------------------------------------------- the gradient's way
@@ -129,34 +181,67 @@ def test_gradient_reaches_anchors_only_through_their_block(exit_at):
     plan, dit, made = anchors.backward(6, 3, 3), tiny_dit().requires_grad_(), {}
 
     def noise(k, latents):
-        return made.setdefault((latents, k), randn(len(made), 1, len(latents), 4, 4, 2).requires_grad_())
+        return made.setdefault(
+            (latents, k), randn(len(made), 1, len(latents), 4, 4, 2).requires_grad_()
+        )
+
     x = generate(dit, plan, [randn(5, 1, 5, 32)], noise, student_sigmas(), exit_at=exit_at)
     made = {key: n for key, n in made.items() if len(key[0]) > 1}  # (0,) only asks for the shape
     for targets, own in (((3, 4, 5), (0, 1, 2, 3, 4, 5)), ((0, 1, 2), (0, 1, 2))):
-        loss = dmd_loss(x, randn(9, *x.shape) * torch.tensor([float(i in targets) for i in range(6)]).view(1, 6, 1, 1, 1)).sum()
-        grads = dict(zip(made, torch.autograd.grad(loss, list(made.values()), retain_graph=True, allow_unused=True)))
+        loss = dmd_loss(
+            x,
+            randn(9, *x.shape)
+            * torch.tensor([float(i in targets) for i in range(6)]).view(1, 6, 1, 1, 1),
+        ).sum()
+        grads = dict(
+            zip(
+                made,
+                torch.autograd.grad(
+                    loss, list(made.values()), retain_graph=True, allow_unused=True
+                ),
+            )
+        )
         reached = {key for key, g in grads.items() if g is not None and g.abs().max() > 0}
         assert reached == {(own, exit_at)}
-        assert (grads[own, exit_at].flatten(2).abs().amax(2) > 0).all()  # every latent of it, anchors included
+        assert (
+            grads[own, exit_at].flatten(2).abs().amax(2) > 0
+        ).all()  # every latent of it, anchors included
 
 
 def test_updates_move_samples_to_the_teachers():
     """With scores that are exact (the teacher's videos are all `goal`, the critic knows the student's) 80 updates through the real
     rollouts of both directions bring the student's samples five times nearer to the goal."""
+
     class Point(nn.Module):
         def forward(self, x, t, prompt, pos):
-            return (x - self.at.repeat(len(x) // len(self.at), 1, 1, 1, 1)) / (t / 1000)[..., None, None, None]
+            return (x - self.at.repeat(len(x) // len(self.at), 1, 1, 1, 1)) / (t / 1000)[
+                ..., None, None, None
+            ]
+
     teacher, critic, dit = Point(), Point(), tiny_dit().requires_grad_()
     goal = torch.tensor([1.0, -0.5, 0.2, 0.0]).view(1, 1, 4, 1, 1).expand(2, 6, 4, 4, 2)
     teacher.at, far = goal, []
-    optimiser, prompt, u = torch.optim.Adam(dit.parameters(), 1e-2, (0.0, 0.999)), randn(5, 2, 5, 32), torch.full((2,), 0.5)
+    optimiser, prompt, u = (
+        torch.optim.Adam(dit.parameters(), 1e-2, (0.0, 0.999)),
+        randn(5, 2, 5, 32),
+        torch.full((2,), 0.5),
+    )
     for step in range(80):
         optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / 80)
         for n, plan in enumerate((anchors.forward(6), anchors.backward(6, 3, 3))):
             noise = randn(100 + 2 * step + n, 4, 2, 6, 4, 4, 2)
-            x = generate(dit, plan, [prompt], noise_from(noise[0], noise[1:]), student_sigmas(), exit_at=step % 4)
+            x = generate(
+                dit,
+                plan,
+                [prompt],
+                noise_from(noise[0], noise[1:]),
+                student_sigmas(),
+                exit_at=step % 4,
+            )
             critic.at = x.detach()
-            g = dmd_gradient(teacher, critic, x.detach(), u, noise[0], prompt, torch.zeros(1, 5, 32), 2.0, 5.0)
+            g = dmd_gradient(
+                teacher, critic, x.detach(), u, noise[0], prompt, torch.zeros(1, 5, 32), 2.0, 5.0
+            )
             dmd_loss(x, g).mean().backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -168,7 +253,18 @@ def test_updates_move_samples_to_the_teachers():
 def test_critic_learns_one_prompt(files, tmp_path):
     """With a still student the critic's loss falls, in both directions, to less than half of where it began."""
     (tmp_path / "prompts.txt").write_text("a red square moves left over a green wave\n")
-    log = rows(train(files, tmp_path / "run", prompts=str(tmp_path / "prompts.txt"), steps=60, ratio=60, lr=0.0, lr_critic=1e-2, batch=2))
+    log = rows(
+        train(
+            files,
+            tmp_path / "run",
+            prompts=str(tmp_path / "prompts.txt"),
+            steps=60,
+            ratio=60,
+            lr=0.0,
+            lr_critic=1e-2,
+            batch=2,
+        )
+    )
     for name in ("critic_forward", "critic_backward"):
         first, last = (sum(r[name] for r in part) / len(part) for part in (log[:5], log[-20:]))
         assert last < first / 2, (name, first, last)
@@ -180,8 +276,18 @@ def test_log_curves_and_sheets(files, tmp_path):
     critic = {"step", "critic_forward", "critic_backward", "norm_critic"}
     student = {"dmd_forward", "dmd_backward", "norm_student", "motion_forward", "motion_backward"}
     log = rows(tmp_path)
-    assert [r["step"] for r in log] == [0, 1, 2, 3] and [r.keys() - critic for r in log] == [student, set(), student, set()]
-    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["curves.png", "sheet-00000.png", "sheet-00002.png", "sheet-00004.png"]
+    assert [r["step"] for r in log] == [0, 1, 2, 3] and [r.keys() - critic for r in log] == [
+        student,
+        set(),
+        student,
+        set(),
+    ]
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == [
+        "curves.png",
+        "sheet-00000.png",
+        "sheet-00002.png",
+        "sheet-00004.png",
+    ]
     assert all(p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for p in tmp_path.glob("*.png"))
     assert load_dit(tmp_path).config == load_dit(files["teacher"]).config
 
@@ -189,8 +295,14 @@ def test_log_curves_and_sheets(files, tmp_path):
 def test_each_iteration_draws_anew(files, tmp_path):
     """With still networks, losses and DMD gradients differ from step to step and from seed to seed, and only so."""
     still = files | {"lr": 0.0, "lr_critic": 0.0, "ratio": 1, "steps": 2}
-    a, b, c = (rows(train(still, tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
-    assert a == b and all(len({r[k] for r in a + c}) == 4 for k in ("critic_forward", "critic_backward", "dmd_forward", "dmd_backward"))
+    a, b, c = (
+        rows(train(still, tmp_path / name, seed=seed))
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert a == b and all(
+        len({r[k] for r in a + c}) == 4
+        for k in ("critic_forward", "critic_backward", "dmd_forward", "dmd_backward")
+    )
 
 
 def test_student_is_the_average_from_ema_start_on(files, tmp_path):
@@ -208,15 +320,29 @@ def test_student_is_the_average_from_ema_start_on(files, tmp_path):
 def test_two_processes_equal_one(files, tmp_path):
     """2 processes, ddp or fsdp, have the weights of 1 to 1e-5; a signal to one of them stops both, and what they saved goes on."""
     flags = files | {"steps": 3}
-    two_processes(tmp_path, ("train_dmd", flags | {"out": str(tmp_path / "ddp")}),
-                  ("train_dmd", flags | {"out": str(tmp_path / "fsdp"), "parallel": "fsdp", "sheet_every": 9}),
-                  ("train_dmd", flags | {"out": str(tmp_path / "stopped"), "sigterm_in_step_0": True}), timeout=60)
+    two_processes(
+        tmp_path,
+        ("train_dmd", flags | {"out": str(tmp_path / "ddp")}),
+        (
+            "train_dmd",
+            flags | {"out": str(tmp_path / "fsdp"), "parallel": "fsdp", "sheet_every": 9},
+        ),
+        ("train_dmd", flags | {"out": str(tmp_path / "stopped"), "sigterm_in_step_0": True}),
+        timeout=60,
+    )
     one = train(flags, tmp_path / "one")
     for name in ("ddp", "fsdp"):
         assert apart(one, tmp_path / name) <= 1e-5
         a, b = saved(one), saved(tmp_path / name)
-        assert a.keys() == b.keys() and max(distance(a[k], b[k]) for k in a if k.startswith(("student", "critic", "ema"))
-                                            and "optimiser" not in k) <= 1e-5
+        assert (
+            a.keys() == b.keys()
+            and max(
+                distance(a[k], b[k])
+                for k in a
+                if k.startswith(("student", "critic", "ema")) and "optimiser" not in k
+            )
+            <= 1e-5
+        )
     assert saved(tmp_path / "stopped")["step"] == 1
     assert apart(one, train(flags, tmp_path / "stopped")) <= 1e-5
 
@@ -234,7 +360,14 @@ def test_resume_is_exact(files, tmp_path):
     a, b = train(files, tmp_path / "a"), train(files, tmp_path / "b", steps=2)
     train(files, b)
     assert same(saved(a), saved(b)) and apart(a, b) == 0 and rows(a) == rows(b)
-    assert {k.split("/")[0] for k in saved(a)} == {"step", "ema0", "student0", "student0.optimiser", "critic0", "critic0.optimiser"}
+    assert {k.split("/")[0] for k in saved(a)} == {
+        "step",
+        "ema0",
+        "student0",
+        "student0.optimiser",
+        "critic0",
+        "critic0.optimiser",
+    }
 
 
 def test_resume_under_fsdp(files, tmp_path):
@@ -243,7 +376,17 @@ def test_resume_under_fsdp(files, tmp_path):
     assert apart(a, train(files, b, parallel="fsdp")) <= 1e-6
 
 
-@pytest.mark.parametrize("setting", [{"lr": 1e-4}, {"anchors": 2}, {"guidance": 7.0}, {"seed": 5}, {"batch": 2}, {"commit_anchors": True}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"lr": 1e-4},
+        {"anchors": 2},
+        {"guidance": 7.0},
+        {"seed": 5},
+        {"batch": 2},
+        {"commit_anchors": True},
+    ],
+)
 def test_resume_with_other_settings_is_refused(setting, files, tmp_path):
     """A state of another run is not continued; the sentence names the setting."""
     train(files, tmp_path, steps=1)
@@ -265,16 +408,31 @@ def test_sigterm_in_a_step(files, tmp_path, monkeypatch):
 def test_sigterm_as_a_user_sends_it(files, tmp_path):
     """kill: the process saves and exits with 0; resumed for two more steps it is bit-equal to a run that was never stopped."""
     out = tmp_path / "b"
-    words = [str(w) for k, v in (files | {"out": out, "steps": 5000}).items() for w in (f"--{k}", *(v if isinstance(v, tuple) else (v,)))]
-    with subprocess.Popen([sys.executable, str(ROOT / "train_dmd.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+    words = [
+        str(w)
+        for k, v in (files | {"out": out, "steps": 5000}).items()
+        for w in (f"--{k}", *(v if isinstance(v, tuple) else (v,)))
+    ]
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train_dmd.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
         deadline = time.time() + 60
-        while not (out / "log.jsonl").exists() and process.poll() is None and time.time() < deadline:
+        while (
+            not (out / "log.jsonl").exists() and process.poll() is None and time.time() < deadline
+        ):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=60)[0]
     done = saved(out)["step"]
-    assert process.returncode == 0 and f"stopped at step {done}; run the same command to go on" in said and (out / "curves.png").exists()
+    assert (
+        process.returncode == 0
+        and f"stopped at step {done}; run the same command to go on" in said
+        and (out / "curves.png").exists()
+    )
     a = train(files, tmp_path / "a", steps=done + 2)
     train(files, out, steps=done + 2)
     assert same(saved(a), saved(out)) and rows(a) == rows(out)
@@ -289,9 +447,20 @@ def test_a_killed_run_logs_each_step_once(files, tmp_path, monkeypatch):
     assert [r["step"] for r in rows(train(files, tmp_path, save_every=2))] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("changes", [{"anchors": 0}, {"latent": (9, 4, 4), "block": 6, "anchors": 0, "head": 3}, {"commit_anchors": True},
-                                     {"shared_critic": False}, {"anchors": 1}, {"denoising": (1000.0, 500.0)}, {"block": 1, "anchors": 1},
-                                     {"denoising": (1000.0,), "first_denoising": (1000.0, 750.0, 500.0, 250.0)}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"anchors": 0},
+        {"latent": (9, 4, 4), "block": 6, "anchors": 0, "head": 3},
+        {"commit_anchors": True},
+        {"shared_critic": False},
+        {"anchors": 1},
+        {"denoising": (1000.0, 500.0)},
+        {"block": 1, "anchors": 1},
+        {"denoising": (1000.0,), "first_denoising": (1000.0, 750.0, 500.0, 250.0)},
+    ],
+    ids=str,
+)
 def test_ablations_run_and_change_the_result(changes, files, tmp_path):
     """Every ablation trains, and is no dead flag. (9 latents: in a rollout of two blocks nobody reads committed anchors' traces.)"""
     usual = {"latent": (9, 4, 4), "steps": 3}
@@ -305,8 +474,14 @@ def test_two_students_are_two_files(files, tmp_path):
     train(files, tmp_path / "b", shared_student=False, steps=2)
     b = train(files, tmp_path / "b", shared_student=False)
     a = train(files, tmp_path / "a", shared_student=False)
-    assert sorted(p.name for p in a.glob("*.safetensors")) == ["backward.safetensors", "forward.safetensors"] and same(saved(a), saved(b))
-    x, y, start = (load_dit(p) for p in (a / "forward.safetensors", a / "backward.safetensors", files["student"]))
+    assert sorted(p.name for p in a.glob("*.safetensors")) == [
+        "backward.safetensors",
+        "forward.safetensors",
+    ] and same(saved(a), saved(b))
+    x, y, start = (
+        load_dit(p)
+        for p in (a / "forward.safetensors", a / "backward.safetensors", files["student"])
+    )
     for one, other in ((x, y), (x, start), (y, start)):
         assert distance(one.state_dict().values(), other.state_dict().values()) > 0
 
@@ -314,10 +489,18 @@ def test_two_students_are_two_files(files, tmp_path):
 def test_bfloat16_takes_the_same_steps(files, tmp_path):
     """Autocast reuses no cast made without gradient: every weight moves, on the whole as in float32, and resume stays exact."""
     start = read_tensors(files["student"])[0]
-    runs = [read_tensors(train(files, tmp_path / kind, dtype=kind, steps=1) / "student.safetensors")[0] for kind in ("float32", "bfloat16")]
+    runs = [
+        read_tensors(train(files, tmp_path / kind, dtype=kind, steps=1) / "student.safetensors")[0]
+        for kind in ("float32", "bfloat16")
+    ]
     steps = [{k: run[k] - start[k] for k in start} for run in runs]
     assert [k for k in start if steps[0][k].abs().max() and not steps[1][k].abs().max()] == []
-    assert torch.nn.functional.cosine_similarity(*(torch.cat([v.flatten() for v in x.values()]) for x in steps), dim=0) > 0.9
+    assert (
+        torch.nn.functional.cosine_similarity(
+            *(torch.cat([v.flatten() for v in x.values()]) for x in steps), dim=0
+        )
+        > 0.9
+    )
     halves = train(files, tmp_path / "halves", dtype="bfloat16", steps=1)
     train(files, halves, dtype="bfloat16", steps=2)
     assert same(saved(halves), saved(train(files, tmp_path / "whole", dtype="bfloat16", steps=2)))
@@ -325,7 +508,10 @@ def test_bfloat16_takes_the_same_steps(files, tmp_path):
 
 def test_recomputing_activations_changes_nothing(files, tmp_path):
     """--checkpointing costs time and saves memory, no more."""
-    assert apart(train(files, tmp_path / "a"), train(files, tmp_path / "b", checkpointing=True)) <= 1e-6
+    assert (
+        apart(train(files, tmp_path / "a"), train(files, tmp_path / "b", checkpointing=True))
+        <= 1e-6
+    )
 
 
 @pytest.mark.parametrize("how", [{}, {"parallel": "fsdp", "checkpointing": True}])
@@ -336,18 +522,30 @@ def test_compiling_changes_nothing(how, files, tmp_path, monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     slow, fast = (train(flags, tmp_path / str(c), compile=c, steps=1) for c in (False, True))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 4 and not torch._dynamo.utils.counters["graph_break"]
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] > 4
+        and not torch._dynamo.utils.counters["graph_break"]
+    )
     assert apart(slow, fast) <= 1e-6
-    assert apart(train(flags, slow, compile=True, steps=2), train(flags, fast, compile=False, steps=2)) <= 1e-6
+    assert (
+        apart(train(flags, slow, compile=True, steps=2), train(flags, fast, compile=False, steps=2))
+        <= 1e-6
+    )
 
 
 @pytest.mark.parametrize("micro", [1, 2])
 def test_accumulated_rounds_equal_one_batch(micro, files, tmp_path):
     """--micro is a matter of memory: a batch in rounds gives the weights of a batch at once."""
-    flags = files | {"steps": 3, "lr": 1e-4, "lr_critic": 1e-4}  # small: Adam turns rounding into steps of up to lr
+    flags = files | {
+        "steps": 3,
+        "lr": 1e-4,
+        "lr_critic": 1e-4,
+    }  # small: Adam turns rounding into steps of up to lr
     a, b = train(flags, tmp_path / "a"), train(flags, tmp_path / "b", micro=micro)
     assert apart(a, b) <= 1e-6
-    for x, y in zip(rows(a), rows(b), strict=True):  # Adam forgives a wrong scale; the logged gradient norms do not
+    for x, y in zip(
+        rows(a), rows(b), strict=True
+    ):  # Adam forgives a wrong scale; the logged gradient norms do not
         assert x == pytest.approx(y, rel=1e-4)
 
 
@@ -364,15 +562,24 @@ def poisoned(path, to):
 def test_nan_in_weights_stops_training(name, files, tmp_path, monkeypatch, capsys):
     """One NaN in any network: exit code 1, and one line with the step and the term. No state is written of it."""
     bad = poisoned(files[name], tmp_path / "bad.safetensors")
-    code, error = command_line(monkeypatch, capsys, train_dmd, **files | {"out": tmp_path / "run", name: bad})
+    code, error = command_line(
+        monkeypatch, capsys, train_dmd, **files | {"out": tmp_path / "run", name: bad}
+    )
     assert code == 1 and error.startswith("error: step 0: the DMD gradient is [nan, nan]")
     assert not (tmp_path / "run" / "state.pt").exists()
 
 
-@pytest.mark.parametrize("term, call, says", [("dmd_gradient", 3, "step 2: the DMD gradient is [nan, "),
-                                              ("critic_loss", 6, r"step 2: the critic's loss is ["),
-                                              ("dmd_loss", 3, "step 2, student: the gradient has norm nan")])
-def test_nan_later_leaves_the_saved_state_good(term, call, says, files, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "term, call, says",
+    [
+        ("dmd_gradient", 3, "step 2: the DMD gradient is [nan, "),
+        ("critic_loss", 6, r"step 2: the critic's loss is ["),
+        ("dmd_loss", 3, "step 2, student: the gradient has norm nan"),
+    ],
+)
+def test_nan_later_leaves_the_saved_state_good(
+    term, call, says, files, tmp_path, monkeypatch, capsys
+):
     """A NaN in step 2 names the term; the state of step 2 is what it was, and the run can go on from it to the usual end."""
     real, calls = getattr(train_dmd, term), []
 
@@ -381,19 +588,32 @@ def test_nan_later_leaves_the_saved_state_good(term, call, says, files, tmp_path
         x, factor = real(*args), torch.ones(4)
         factor[2] = float("nan") if len(calls) == call else 1.0
         return x * factor.view(-1, *[1] * (x.ndim - 1))
+
     with monkeypatch.context() as patch:
         patch.setattr(train_dmd, term, broken)
-        code, error = command_line(patch, capsys, train_dmd, **files | {"out": tmp_path / "b", "save_every": 2})
+        code, error = command_line(
+            patch, capsys, train_dmd, **files | {"out": tmp_path / "b", "save_every": 2}
+        )
     assert code == 1 and says in error and saved(tmp_path / "b")["step"] == 2
     assert ("through sample 2;" in error) == (term != "dmd_loss")
     a, b = train(files, tmp_path / "a"), train(files, tmp_path / "b")
     assert same(saved(a), saved(b))
 
 
-@pytest.mark.parametrize("flags, says", [({"parallel": "ddq"}, "--parallel 'ddq' must be"), ({"micro": 3}, "--batch 4 is not a"),
-                                         ({"latent": (6, 4)}, "must be three numbers"), ({"block": 4}, "6 latents"),
-                                         ({"anchors": 4}, "4 anchors do not fit"), ({"teacher": "nowhere.safetensors"}, "does not exist")])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ({"parallel": "ddq"}, "--parallel 'ddq' must be"),
+        ({"micro": 3}, "--batch 4 is not a"),
+        ({"latent": (6, 4)}, "must be three numbers"),
+        ({"block": 4}, "6 latents"),
+        ({"anchors": 4}, "4 anchors do not fit"),
+        ({"teacher": "nowhere.safetensors"}, "does not exist"),
+    ],
+)
 def test_impossible_settings_are_refused(flags, says, files, tmp_path, monkeypatch, capsys):
     """A mistake is named before anything is written, with exit code 2."""
-    code, error = command_line(monkeypatch, capsys, train_dmd, **files | {"out": tmp_path / "run"} | flags)
+    code, error = command_line(
+        monkeypatch, capsys, train_dmd, **files | {"out": tmp_path / "run"} | flags
+    )
     assert code == 2 and says in error and not (tmp_path / "run").exists()

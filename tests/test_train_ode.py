@@ -1,4 +1,5 @@
 """Stage 1: pairs are exact and checked, the loss is the paper's, and neither processes, batches nor interruptions change the result."""
+
 import hashlib
 import json
 import shutil
@@ -45,8 +46,16 @@ def files(tmp_path_factory):
     """Tiny checkpoints and six pairs in three shards."""
     folder = tmp_path_factory.mktemp("ode")
     paths = tiny_checkpoints(folder)
-    made = {"teacher": paths["teacher"], "weights": paths["student"], "data": str(folder / "pairs"), "latent": LATENT,
-            "pairs": 6, "shard": 2, "dtype": "float32", "decay": 0.0}
+    made = {
+        "teacher": paths["teacher"],
+        "weights": paths["student"],
+        "data": str(folder / "pairs"),
+        "latent": LATENT,
+        "pairs": 6,
+        "shard": 2,
+        "dtype": "float32",
+        "decay": 0.0,
+    }
     main(Config(**made, generate=True))
     return made
 
@@ -54,7 +63,19 @@ def files(tmp_path_factory):
 def train(files, out, **changes):
     """Train in this process; the folder it wrote."""
     with suppress(SystemExit):  # stopped by a signal
-        main(Config(**{**files, "out": str(out), "steps": 3, "batch": 4, "warmup": 2, "lr": 1e-3, **changes}))
+        main(
+            Config(
+                **{
+                    **files,
+                    "out": str(out),
+                    "steps": 3,
+                    "batch": 4,
+                    "warmup": 2,
+                    "lr": 1e-3,
+                    **changes,
+                }
+            )
+        )
     return out
 
 
@@ -72,17 +93,25 @@ class Constant(nn.Module):
 
 
 # one channel of 1 x 2 cells; latent i is 20 + i at sigma 1, 10 + i at sigma .5 and i at the end, so v = 20 is exact
-STATES = (torch.tensor([20., 10., 0.])[:, None] + torch.arange(6.)).view(1, 3, 6, 1, 1, 1).expand(1, 3, 6, 1, 1, 2)
+STATES = (
+    (torch.tensor([20.0, 10.0, 0.0])[:, None] + torch.arange(6.0))
+    .view(1, 3, 6, 1, 1, 1)
+    .expand(1, 3, 6, 1, 1, 2)
+)
 LEVELS = torch.tensor([1.0, 0.5, 0.0])
 
 
-def by_hand(plan, *levels, v=(18., 20.), **options):
+def by_hand(plan, *levels, v=(18.0, 20.0), **options):
     """ode_loss of a network that answers v, for each list of levels one sample. v = 18 errs by 2 sigma in one of two cells, so a
     slot's mean square is 2 at sigma 1 and .5 at sigma .5."""
     dit = Constant(torch.tensor(v))
     lay = layout(plan)
-    states = STATES[:, :, [i if i >= 0 else ~i for i in lay.latent]].expand(len(levels), -1, -1, -1, -1, -1)
-    return ode_loss(dit, lay, states, torch.tensor(levels), LEVELS, torch.zeros(1), **options).tolist(), dit
+    states = STATES[:, :, [i if i >= 0 else ~i for i in lay.latent]].expand(
+        len(levels), -1, -1, -1, -1, -1
+    )
+    return ode_loss(
+        dit, lay, states, torch.tensor(levels), LEVELS, torch.zeros(1), **options
+    ).tolist(), dit
 
 
 def test_loss_by_hand():
@@ -107,17 +136,24 @@ def test_anchors_are_scored_only_when_asked():
 @pytest.mark.parametrize("scored", [False, True])
 def test_dummy_is_never_scored(scored):
     """The dummy has no truth: a network wrong by 1000 on its slots alone has the same loss. It is fed the latents it stands at."""
-    v = torch.tensor([18., 20.]).repeat(9, 1)
+    v = torch.tensor([18.0, 20.0]).repeat(9, 1)
     v[:3] = 1000
-    loss, dit = by_hand(anchors.backward(6, 3, 0, dummy=True), [1, 0, 1], v=v.view(9, 1, 1, 2).tolist(), loss_on_anchors=scored)
+    loss, dit = by_hand(
+        anchors.backward(6, 3, 0, dummy=True),
+        [1, 0, 1],
+        v=v.view(9, 1, 1, 2).tolist(),
+        loss_on_anchors=scored,
+    )
     assert loss == [1.25] and dit.x[0, :3, 0, 0, 0].tolist() == [10, 11, 12]
 
 
 def test_clean_steps_are_not_scored():
     """A step at t = 0 shows the end point, and only the others count; a sample with nothing to score has loss 0."""
-    loss, dit = by_hand(anchors.backward(6, 3, 3), [0, 2], [2, 1], [2, 2], v=(18., 18.))
+    loss, dit = by_hand(anchors.backward(6, 3, 3), [0, 2], [2, 1], [2, 2], v=(18.0, 18.0))
     assert loss == [4.0, 1.0, 0.0]
-    assert dit.t[0].tolist() == [1000] * 3 + [0] * 3 + [1000] * 3 and dit.x[0, 3:6, 0, 0, 0].tolist() == [0, 1, 2]
+    assert dit.t[0].tolist() == [1000] * 3 + [0] * 3 + [1000] * 3 and dit.x[
+        0, 3:6, 0, 0, 0
+    ].tolist() == [0, 1, 2]
 
 
 def test_student_is_trained_on_the_levels_it_samples_with():
@@ -145,7 +181,16 @@ class Towards(nn.Module):
 def test_trajectory_of_a_known_flow(shift):
     """Euler is exact on straight lines: the states are mean + sigma (noise - mean), where guidance 3 makes the mean 1 + 3 (2 - 1)."""
     noise, prompt = randn(0, 2, 3, 1, 2, 2).double(), torch.full((2, 1, 1), 2.0).double()
-    (_, states), = integrate(Towards(), anchors.forward(3), prompt, torch.ones_like(prompt), noise_from(noise), 3.0, shift, keep=KEEP)
+    ((_, states),) = integrate(
+        Towards(),
+        anchors.forward(3),
+        prompt,
+        torch.ones_like(prompt),
+        noise_from(noise),
+        3.0,
+        shift,
+        keep=KEEP,
+    )
     sigmas = torch.tensor([ode_sigmas(48, shift)[k] for k in (0, 12, 24, 36, 48)]).double()
     want = 4 + sigmas.view(1, 5, 1, 1, 1, 1) * (noise[:, None] - 4)
     assert distance(states, want) <= 1e-5 and torch.equal(states[:, 0], noise)
@@ -156,10 +201,17 @@ def test_pairs_are_the_teachers_trajectories(files):
     teacher, source = load_dit(files["teacher"]), Prompts("toy", 64, 12)
     tensors, made = read_tensors(f"{files['data']}/pairs-000004.safetensors")
     noise = noise_from(pair_noise(Config(**files), 2, 5)[None])
-    (_, states), = integrate(teacher, anchors.forward(6, 6), source([5]), source.embed([""]), noise, 2.0, keep=KEEP)
-    assert tensors["states"].shape == (2, 5, 6, 2, 4, 4) and tensors["states"].dtype == torch.float16
+    ((_, states),) = integrate(
+        teacher, anchors.forward(6, 6), source([5]), source.embed([""]), noise, 2.0, keep=KEEP
+    )
+    assert (
+        tensors["states"].shape == (2, 5, 6, 2, 4, 4) and tensors["states"].dtype == torch.float16
+    )
     assert distance(tensors["states"][1].float(), states[0]) <= 4e-3
-    assert tensors["sigmas"].tolist() == pytest.approx([1, .9375, 5 / 6, .625, 0]) and made["guidance"] == 2.0
+    assert (
+        tensors["sigmas"].tolist() == pytest.approx([1, 0.9375, 5 / 6, 0.625, 0])
+        and made["guidance"] == 2.0
+    )
 
 
 def digest(path):
@@ -185,7 +237,9 @@ def test_interrupted_generation_goes_on(files, tmp_path, monkeypatch, capsys):
     made = files | {"data": str(tmp_path)}
     at_call(monkeypatch, pairs, "make_pairs", 2, terminate)
     main(Config(**made, generate=True))
-    assert [p.name for p in tmp_path.iterdir()] == ["pairs-000000.safetensors"] and "stopped" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == [
+        "pairs-000000.safetensors"
+    ] and "stopped" in capsys.readouterr().out
     main(Config(**made, generate=True))
     assert (tmp_path / "index.json").read_text() == Path(files["data"], "index.json").read_text()
 
@@ -198,7 +252,9 @@ def rewrite(data, change):
     change(tensors["states"])
     write_safetensors(path, tensors, made)
     index = json.loads((data / "index.json").read_text())
-    (data / "index.json").write_text(json.dumps(index | {"shards": index["shards"] | {path.name: digest(path)}}))
+    (data / "index.json").write_text(
+        json.dumps(index | {"shards": index["shards"] | {path.name: digest(path)}})
+    )
 
 
 def flip_byte(data):
@@ -210,15 +266,38 @@ def flip_byte(data):
 
 DAMAGES = {
     "flipped byte": (flip_byte, {}, "pairs-000002.safetensors is not the file the index names"),
-    "NaN": (lambda data: rewrite(data, lambda x: x[1, 2].fill_(float("nan"))), {}, "pairs-000000.safetensors holds NaN"),
+    "NaN": (
+        lambda data: rewrite(data, lambda x: x[1, 2].fill_(float("nan"))),
+        {},
+        "pairs-000000.safetensors holds NaN",
+    ),
     "another seed": (lambda data: None, {"seed": 1}, "does not start from the noise of seed 1"),
     "another shift": (lambda data: None, {"shift": 8}, "but shift 8.0 needs"),
-    "another size": (lambda data: None, {"latent": (9, 4, 4)}, "with --latent 6 4 4, but --latent is 9 4 4"),
-    "start noise as end": (lambda data: rewrite(data, lambda x: x[:, 4].copy_(x[:, 0])), {}, "do not fall from noise to a clean end"),
-    "fresh noise as end": (lambda data: rewrite(data, lambda x: x[:, 4].copy_(randn(9, *x[:, 4].shape))), {},
-                           "do not fall from noise to a clean end"),
-    "missing index": (lambda data: (data / "index.json").unlink(), {}, "index.json does not exist: make pairs first"),
-    "missing shard": (lambda data: (data / "pairs-000002.safetensors").unlink(), {}, "pairs-000002.safetensors does not exist"),
+    "another size": (
+        lambda data: None,
+        {"latent": (9, 4, 4)},
+        "with --latent 6 4 4, but --latent is 9 4 4",
+    ),
+    "start noise as end": (
+        lambda data: rewrite(data, lambda x: x[:, 4].copy_(x[:, 0])),
+        {},
+        "do not fall from noise to a clean end",
+    ),
+    "fresh noise as end": (
+        lambda data: rewrite(data, lambda x: x[:, 4].copy_(randn(9, *x[:, 4].shape))),
+        {},
+        "do not fall from noise to a clean end",
+    ),
+    "missing index": (
+        lambda data: (data / "index.json").unlink(),
+        {},
+        "index.json does not exist: make pairs first",
+    ),
+    "missing shard": (
+        lambda data: (data / "pairs-000002.safetensors").unlink(),
+        {},
+        "pairs-000002.safetensors does not exist",
+    ),
 }
 
 
@@ -272,7 +351,9 @@ def test_one_pair_is_learned(files, tmp_path):
     """Memorising one pair, the loss falls tenfold within 150 iterations, in both directions."""
     data = tmp_path / "pairs"
     main(Config(**files | {"data": str(data), "pairs": 1}, generate=True))
-    log = rows(train(files, tmp_path / "run", data=str(data), steps=150, batch=2, warmup=10, lr=1e-2))
+    log = rows(
+        train(files, tmp_path / "run", data=str(data), steps=150, batch=2, warmup=10, lr=1e-2)
+    )
     for direction in ("forward", "backward"):
         first, last = (sum(r[direction] for r in part) / 10 for part in (log[:10], log[-10:]))
         assert last < first / 10, (direction, first, last)
@@ -281,13 +362,20 @@ def test_one_pair_is_learned(files, tmp_path):
 def test_log_has_a_row_each_step(files, tmp_path):
     """Each row: step, the loss of both directions, and the gradient's norm before clipping."""
     log = rows(train(files, tmp_path))
-    assert [r["step"] for r in log] == [0, 1, 2] and all(r.keys() == {"step", "forward", "backward", "norm"} for r in log)
-    assert load_dit(tmp_path).config == tiny_dit(**WORDED).config  # the student is a checkpoint as any other
+    assert [r["step"] for r in log] == [0, 1, 2] and all(
+        r.keys() == {"step", "forward", "backward", "norm"} for r in log
+    )
+    assert (
+        load_dit(tmp_path).config == tiny_dit(**WORDED).config
+    )  # the student is a checkpoint as any other
 
 
 def test_each_iteration_draws_anew(files, tmp_path):
     """With a still student the losses differ from step to step and from seed to seed, and only so."""
-    a, b, c = (rows(train(files, tmp_path / name, lr=0.0, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    a, b, c = (
+        rows(train(files, tmp_path / name, lr=0.0, seed=seed))
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert a == b and len({r["forward"] for r in a + c}) == 6
 
 
@@ -295,19 +383,34 @@ def test_each_iteration_draws_anew(files, tmp_path):
 def test_two_processes_equal_one(files, tmp_path):
     """Generating and training, by ddp and by fsdp, on 2 processes and on 1: the same shards to the byte, the same weights to 1e-5."""
     common_flags = {**files, "steps": 3, "batch": 4, "warmup": 2, "lr": 1e-3}
-    said = two_processes(tmp_path, ("train_ode", common_flags | {"data": str(tmp_path / "pairs"), "generate": True}),
-                         ("train_ode", common_flags | {"out": str(tmp_path / "ddp")}),
-                         ("train_ode", common_flags | {"out": str(tmp_path / "fsdp"), "parallel": "fsdp", "micro": 1, "save_every": 2}))
-    assert "2 processes x 1 accumulated x 2 = 4 samples" in said and "2 to make here" in said and "1 to make here" in said
+    said = two_processes(
+        tmp_path,
+        ("train_ode", common_flags | {"data": str(tmp_path / "pairs"), "generate": True}),
+        ("train_ode", common_flags | {"out": str(tmp_path / "ddp")}),
+        (
+            "train_ode",
+            common_flags
+            | {"out": str(tmp_path / "fsdp"), "parallel": "fsdp", "micro": 1, "save_every": 2},
+        ),
+    )
+    assert (
+        "2 processes x 1 accumulated x 2 = 4 samples" in said
+        and "2 to make here" in said
+        and "1 to make here" in said
+    )
     one = train(files, tmp_path / "one")
     for name in ("ddp", "fsdp"):
         assert apart(one, tmp_path / name) <= 1e-5
-        assert [r["forward"] for r in rows(tmp_path / name)] == pytest.approx([r["forward"] for r in rows(one)], abs=1e-5)
+        assert [r["forward"] for r in rows(tmp_path / name)] == pytest.approx(
+            [r["forward"] for r in rows(one)], abs=1e-5
+        )
     names = sorted(p.name for p in (tmp_path / "pairs").iterdir())
     for name in names:
         assert (tmp_path / "pairs" / name).read_bytes() == Path(files["data"], name).read_bytes()
     assert len(names) == 4
-    four = train(files, tmp_path / "four", steps=4)  # and a state written by two processes is good for one
+    four = train(
+        files, tmp_path / "four", steps=4
+    )  # and a state written by two processes is good for one
     assert apart(four, train(files, tmp_path / "fsdp", steps=4)) <= 1e-5
 
 
@@ -322,11 +425,16 @@ def test_resume_is_exact(files, tmp_path):
 def test_resume_under_fsdp(files, tmp_path):
     """A run may go on under another --parallel: 2 steps plain and 2 sharded are 4 plain ones."""
     train(files, tmp_path / "b", steps=2)
-    a, b = train(files, tmp_path / "a", steps=4), train(files, tmp_path / "b", steps=4, parallel="fsdp")
+    a, b = (
+        train(files, tmp_path / "a", steps=4),
+        train(files, tmp_path / "b", steps=4, parallel="fsdp"),
+    )
     assert apart(a, b) <= 1e-6
 
 
-@pytest.mark.parametrize("setting", [{"lr": 1e-4}, {"anchors": 2}, {"guidance": 7.0}, {"seed": 5}, {"batch": 2}])
+@pytest.mark.parametrize(
+    "setting", [{"lr": 1e-4}, {"anchors": 2}, {"guidance": 7.0}, {"seed": 5}, {"batch": 2}]
+)
 def test_resume_with_other_settings_is_refused(setting, files, tmp_path):
     """A state of another run is not continued; the sentence names the setting and its old value."""
     train(files, tmp_path, steps=1)
@@ -339,7 +447,9 @@ def test_sigterm_saves_and_the_run_goes_on(files, tmp_path, monkeypatch, capsys)
     """SIGTERM in step 1: the step is finished and saved; the same command ends as if nothing had happened."""
     at_call(monkeypatch, train_ode, "ode_loss", 3, terminate)  # two calls a step
     train(files, tmp_path / "b")
-    assert saved(tmp_path / "b")["step"] == 2 and not (tmp_path / "b" / "student.safetensors").exists()
+    assert (
+        saved(tmp_path / "b")["step"] == 2 and not (tmp_path / "b" / "student.safetensors").exists()
+    )
     assert "stopped at step 2" in capsys.readouterr().out
     a, b = train(files, tmp_path / "a"), train(files, tmp_path / "b")
     assert same(saved(a), saved(b)) and rows(a) == rows(b)
@@ -357,12 +467,28 @@ def test_a_killed_run_logs_each_step_once(files, tmp_path, monkeypatch):
 @pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_a_signal_to_one_process_stops_both(files, tmp_path):
     """Processes get a signal at different times; they still stop at the same step, and save it."""
-    two_processes(tmp_path, ("train_ode", {**files, "out": str(tmp_path), "batch": 4, "steps": 50, "sigterm_in_step_0": True}), timeout=25)
+    two_processes(
+        tmp_path,
+        (
+            "train_ode",
+            {**files, "out": str(tmp_path), "batch": 4, "steps": 50, "sigterm_in_step_0": True},
+        ),
+        timeout=25,
+    )
     assert saved(tmp_path)["step"] in (1, 2)
 
 
-@pytest.mark.parametrize("changes", [{"anchors": 0}, {"latent": (9, 4, 4), "block": 6, "anchors": 0, "head": 3}, {"loss_on_anchors": True},
-                                     {"clean": 0.5}, {"anchors": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"anchors": 0},
+        {"latent": (9, 4, 4), "block": 6, "anchors": 0, "head": 3},
+        {"loss_on_anchors": True},
+        {"clean": 0.5},
+        {"anchors": 1},
+    ],
+    ids=str,
+)
 def test_ablations_run_and_change_the_result(changes, files, tmp_path):
     """Every ablation trains, and is no dead flag."""
     if "latent" in changes:
@@ -371,36 +497,56 @@ def test_ablations_run_and_change_the_result(changes, files, tmp_path):
         usual = {"latent": changes["latent"]}
     else:
         usual = {}
-    a, b = train(files, tmp_path / "a", steps=1, **usual), train(files, tmp_path / "b", steps=1, **changes)
+    a, b = (
+        train(files, tmp_path / "a", steps=1, **usual),
+        train(files, tmp_path / "b", steps=1, **changes),
+    )
     assert 0 < apart(a, b) < 1
 
 
 def test_rate_rises_and_falls(files, tmp_path, monkeypatch):
     """Warm-up over 2 of 8 steps, decay over the last half: lr * (1/2, 1, 1, 1, 1, 3/4, 2/4, 1/4)."""
     rates, real = [], train_ode.clip_gradients
-    monkeypatch.setattr(train_ode, "clip_gradients", lambda *args: rates.append(optimisers[0].param_groups[0]["lr"]) or real(*args))
+    monkeypatch.setattr(
+        train_ode,
+        "clip_gradients",
+        lambda *args: rates.append(optimisers[0].param_groups[0]["lr"]) or real(*args),
+    )
     optimisers, made = [], torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: optimisers.append(made(*a, **k)) or optimisers[0])
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda *a, **k: optimisers.append(made(*a, **k)) or optimisers[0]
+    )
     train(files, tmp_path / "a", steps=8, lr=4e-4, decay=0.5)
     assert rates == pytest.approx([2e-4, 4e-4, 4e-4, 4e-4, 4e-4, 3e-4, 2e-4, 1e-4])
 
 
 def test_bfloat16_takes_the_same_steps(files, tmp_path):
     start = read_tensors(files["weights"])[0]
-    runs = [read_tensors(train(files, tmp_path / kind, dtype=kind, steps=2) / "student.safetensors")[0] for kind in ("float32", "bfloat16")]
+    runs = [
+        read_tensors(train(files, tmp_path / kind, dtype=kind, steps=2) / "student.safetensors")[0]
+        for kind in ("float32", "bfloat16")
+    ]
     steps = [torch.cat([(run[k] - start[k]).flatten() for k in start]) for run in runs]
     assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.9
     assert distance(*steps) > 0  # it is indeed another arithmetic
 
 
-def test_only_speed_and_memory_depend_on_checkpointing_compiling_and_micro(files, tmp_path, monkeypatch):
+def test_only_speed_and_memory_depend_on_checkpointing_compiling_and_micro(
+    files, tmp_path, monkeypatch
+):
     """Recomputing activations, tracing the blocks, or accumulating samples one by one or two by two, gives the same weights."""
     monkeypatch.setattr(DiT.compile_blocks, "__defaults__", ("eager",))
-    one = train(files, tmp_path / "one", lr=1e-4)  # Adam turns rounding into steps of up to lr where a gradient is next to zero
-    for n, changes in enumerate(({"checkpointing": True}, {"compile": True}, {"micro": 1}, {"micro": 2})):
+    one = train(
+        files, tmp_path / "one", lr=1e-4
+    )  # Adam turns rounding into steps of up to lr where a gradient is next to zero
+    for n, changes in enumerate(
+        ({"checkpointing": True}, {"compile": True}, {"micro": 1}, {"micro": 2})
+    ):
         other = train(files, tmp_path / str(n), lr=1e-4, **changes)
         assert apart(one, other) <= 1e-6, changes
-        for a, b in zip(rows(one), rows(other), strict=True):  # Adam forgives a wrong scale; the logged gradient norm does not
+        for a, b in zip(
+            rows(one), rows(other), strict=True
+        ):  # Adam forgives a wrong scale; the logged gradient norm does not
             assert a == pytest.approx(b, rel=1e-4), changes
 
 
@@ -419,8 +565,12 @@ def test_nan_in_a_pair_stops_training(files, tmp_path, monkeypatch, capsys):
         tensors, made = read_tensors(path)
         tensors["states"][:, 4, 3] = float("nan")
         write_safetensors(path, tensors, made)
-    code, error = command_line(monkeypatch, capsys, train_ode, **files | {
-        "data": data, "out": tmp_path, "steps": 4, "batch": 4, "warmup": 2, "lr": 1e-3})
+    code, error = command_line(
+        monkeypatch,
+        capsys,
+        train_ode,
+        **files | {"data": data, "out": tmp_path, "steps": 4, "batch": 4, "warmup": 2, "lr": 1e-3},
+    )
     assert code == 1 and "step 2: the loss is [nan, nan] (forward, backward)" in error
     assert (tmp_path / "state.pt").read_bytes() == before
 
@@ -431,9 +581,17 @@ def test_nan_names_its_sample(files, tmp_path, monkeypatch, capsys):
 
     def broken(*args):
         calls.append(1)
-        return real(*args) * torch.tensor([1.0, float("nan") if len(calls) == 7 else 1.0])  # step 1, second round, forward
+        return real(*args) * torch.tensor(
+            [1.0, float("nan") if len(calls) == 7 else 1.0]
+        )  # step 1, second round, forward
+
     monkeypatch.setattr(train_ode, "ode_loss", broken)
-    code, error = command_line(monkeypatch, capsys, train_ode, **files | {"out": tmp_path, "steps": 4, "batch": 4, "micro": 2})
+    code, error = command_line(
+        monkeypatch,
+        capsys,
+        train_ode,
+        **files | {"out": tmp_path, "steps": 4, "batch": 4, "micro": 2},
+    )
     assert code == 1 and "step 1: the loss is [nan, " in error and "through sample 3;" in error
 
 

@@ -1,4 +1,5 @@
 """The VAE is Wan2.1's, causal, streams exactly and in constant memory, and says what is wrong with its input."""
+
 import json
 import math
 import os
@@ -13,14 +14,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchors
+from film import decode_in_order
 from lib.common import UserError, generator
 from lib.media import VideoWriter, read_frames
 from lib.weights import write_safetensors
-from sampler import decode_in_order
 from vae import PRESETS, VAE, WAN_MEAN, WAN_STD, VAEConfig, load_vae, save_vae
 
 REPO = pathlib.Path(__file__).parent.parent
-TINY = VAEConfig(dim=4, z_dim=4, num_res_blocks=1, mean=(0.1, -0.2, 0.3, -0.4), std=(0.8, 1.1, 1.3, 0.9))
+TINY = VAEConfig(
+    dim=4, z_dim=4, num_res_blocks=1, mean=(0.1, -0.2, 0.3, -0.4), std=(0.8, 1.1, 1.3, 0.9)
+)
 
 
 @torch.no_grad()
@@ -43,7 +46,10 @@ def vae():
 
 
 def video(latents=4, batch=1, height=16, width=24, seed=1, time=4):
-    return torch.rand(batch, 3, 1 + time * (latents - 1), height, width, generator=generator(seed)) * 2 - 1
+    return (
+        torch.rand(batch, 3, 1 + time * (latents - 1), height, width, generator=generator(seed)) * 2
+        - 1
+    )
 
 
 def latents(count=4, batch=1, height=2, width=3, seed=2, channels=4):
@@ -70,17 +76,37 @@ def close(a, b, atol=1e-5):
 
 
 # ---------------------------------------------------------------- it is Wan's VAE
-@pytest.mark.parametrize("config, batch, height, width", [
-    (dict(base_dim=8, z_dim=4), 1, 16, 24),
-    (dict(base_dim=8, z_dim=4), 2, 32, 16),
-    (dict(base_dim=4, z_dim=6, num_res_blocks=1, temperal_downsample=[True, False, True]), 1, 24, 32),
-    (dict(base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True]), 2, 12, 20)])
+@pytest.mark.parametrize(
+    "config, batch, height, width",
+    [
+        (dict(base_dim=8, z_dim=4), 1, 16, 24),
+        (dict(base_dim=8, z_dim=4), 2, 32, 16),
+        (
+            dict(base_dim=4, z_dim=6, num_res_blocks=1, temperal_downsample=[True, False, True]),
+            1,
+            24,
+            32,
+        ),
+        (
+            dict(
+                base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True]
+            ),
+            2,
+            12,
+            20,
+        ),
+    ],
+)
 def test_equals_diffusers(tmp_path, config, batch, height, width):
     """A diffusers folder loads, and encoding and decoding agree with diffusers to 1e-5, normalisation included."""
     from diffusers import AutoencoderKLWan
+
     n = config["z_dim"]
     mean, std = torch.linspace(-1, 1.5, n), torch.linspace(0.6, 1.7, n)
-    theirs = randomise(AutoencoderKLWan(**config, latents_mean=mean.tolist(), latents_std=std.tolist()), seed=n + height)
+    theirs = randomise(
+        AutoencoderKLWan(**config, latents_mean=mean.tolist(), latents_std=std.tolist()),
+        seed=n + height,
+    )
     theirs.save_pretrained(tmp_path)
     ours = load_vae(tmp_path)
     mean, std = mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
@@ -92,7 +118,9 @@ def test_equals_diffusers(tmp_path, config, batch, height, width):
 
     noise = torch.randn(z.shape, generator=generator(3))
     y = theirs.decode(noise.transpose(1, 2) * std + mean).sample
-    assert y.shape == x.shape and y.std() > 0.1 and (y.abs() == 1).float().mean() < 0.01  # not saturated by the clamp
+    assert (
+        y.shape == x.shape and y.std() > 0.1 and (y.abs() == 1).float().mean() < 0.01
+    )  # not saturated by the clamp
     close(ours.decode(noise), y)
 
 
@@ -106,17 +134,36 @@ def test_default_is_wan21():
     assert (vae.config.space, vae.config.time, vae.config.frames(21)) == (8, 4, 81)
 
     def holds(part, places):  # the places of `stages` that have this part
-        return {int(k.split(".")[2]) for k in names if k.startswith(part.split("*")[0]) and part.split("*")[1] in k} == set(places)
+        return {
+            int(k.split(".")[2])
+            for k in names
+            if k.startswith(part.split("*")[0]) and part.split("*")[1] in k
+        } == set(places)
+
     assert holds("encoder.downsamples.*.residual.6.weight", [0, 1, 3, 4, 6, 7, 9, 10])
     assert holds("encoder.downsamples.*.shortcut.bias", [3, 6])
-    assert holds("encoder.downsamples.*.resample.1.weight", [2, 5, 8]) and holds("encoder.downsamples.*.time_conv.weight", [5, 8])
+    assert holds("encoder.downsamples.*.resample.1.weight", [2, 5, 8]) and holds(
+        "encoder.downsamples.*.time_conv.weight", [5, 8]
+    )
     assert holds("decoder.upsamples.*.residual.3.gamma", [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14])
     assert holds("decoder.upsamples.*.shortcut.weight", [4])
-    assert holds("decoder.upsamples.*.resample.1.bias", [3, 7, 11]) and holds("decoder.upsamples.*.time_conv.bias", [3, 7])
+    assert holds("decoder.upsamples.*.resample.1.bias", [3, 7, 11]) and holds(
+        "decoder.upsamples.*.time_conv.bias", [3, 7]
+    )
     for coder in ("encoder", "decoder"):
-        assert {f"{coder}.{k}" for k in (
-            "conv1.weight", "middle.0.residual.0.gamma", "middle.2.residual.2.bias", "middle.1.norm.gamma", "middle.1.to_qkv.weight",
-            "middle.1.proj.bias", "head.0.gamma", "head.2.weight")} <= names
+        assert {
+            f"{coder}.{k}"
+            for k in (
+                "conv1.weight",
+                "middle.0.residual.0.gamma",
+                "middle.2.residual.2.bias",
+                "middle.1.norm.gamma",
+                "middle.1.to_qkv.weight",
+                "middle.1.proj.bias",
+                "head.0.gamma",
+                "head.2.weight",
+            )
+        } <= names
     assert {"conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias"} <= names
 
 
@@ -124,8 +171,12 @@ def test_wan_pth_loads_beside_a_transformer_config(tmp_path):
     """`Wan2.1_VAE.pth` loads by its native names at full size; the config.json beside it is not its own."""
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in VAE().state_dict().items()}
-    torch.save({k: torch.full((), 0.25).expand(s) for k, s in shapes.items()}, tmp_path / "Wan2.1_VAE.pth")  # one number each
-    (tmp_path / "config.json").write_text(json.dumps({"dim": 1536, "model_type": "t2v", "num_layers": 30}))
+    torch.save(
+        {k: torch.full((), 0.25).expand(s) for k, s in shapes.items()}, tmp_path / "Wan2.1_VAE.pth"
+    )  # one number each
+    (tmp_path / "config.json").write_text(
+        json.dumps({"dim": 1536, "model_type": "t2v", "num_layers": 30})
+    )
     for path in (tmp_path, tmp_path / "Wan2.1_VAE.pth"):
         loaded = load_vae(path)
         assert loaded.config == VAEConfig()
@@ -140,7 +191,9 @@ def test_streaming_equals_whole(vae, sizes):
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (TINY.mean, TINY.std))
     whole_z = (vae.moments(x)[0].transpose(1, 2) - mean) / std  # no state at all
     whole_x = vae.decoder(vae.conv2((z * std + mean).transpose(1, 2)), None).clamp(-1, 1)
-    assert whole_z.std() > 0.2 and whole_x.std() > 0.1 and (whole_x.abs() == 1).float().mean() < 0.01
+    assert (
+        whole_z.std() > 0.2 and whole_x.std() > 0.1 and (whole_x.abs() == 1).float().mean() < 0.01
+    )
     close(torch.cat(stream(vae.encode_chunk, frame_parts(x, sizes))[0], dim=1), whole_z)
     close(torch.cat(stream(vae.decode_chunk, z.split(sizes, dim=1))[0], dim=2), whole_x)
     close(vae.encode(x, chunk=sizes[0]), whole_z)
@@ -155,6 +208,7 @@ def test_channels_stay_innermost(vae, monkeypatch):
         y = real(x, **how)
         laid.extend([x.shape] if how and y.data_ptr() != x.data_ptr() else [])
         return y
+
     monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
     x, z = video(9), latents(9)
     for chunk in (1, 3):
@@ -169,22 +223,39 @@ def test_large_frames_pass_one_by_one(vae, monkeypatch):
     plain = vae.encode(x), vae.decode(z)
     seen, real = [], sys.modules["vae"].conv3d
     monkeypatch.setattr("vae.LARGE", 0)
-    monkeypatch.setattr("vae.conv3d", lambda y, *args, **kwargs: (seen.append(y.shape[2:]), real(y, *args, **kwargs))[1])
+    monkeypatch.setattr(
+        "vae.conv3d",
+        lambda y, *args, **kwargs: (seen.append(y.shape[2:]), real(y, *args, **kwargs))[1],
+    )
     assert vae.at_once(2, 3) == 1
     close(vae.encode(x, chunk=2), plain[0])
     close(vae.decode(z, chunk=2), plain[1])
-    assert {s[0] for s in seen if s[1:] == (16, 24)} == {1, 3} and max(s[0] for s in seen) > 4  # one frame, or with two of the past
+    assert {s[0] for s in seen if s[1:] == (16, 24)} == {1, 3} and max(
+        s[0] for s in seen
+    ) > 4  # one frame, or with two of the past
     for step, (a, b, _), _ in both(vae):
         _, state = step(a)
         out, after = step(b, dict(state))
         used, then = step(b, state, use_up=True)
-        assert then is state and torch.equal(used, out) and all(torch.equal(then[k], v) for k, v in after.items())
+        assert (
+            then is state
+            and torch.equal(used, out)
+            and all(torch.equal(then[k], v) for k, v in after.items())
+        )
 
 
 def both(vae):
     """(step, parts of a stream, parts of another stream) for decoding and encoding."""
-    yield vae.decode_chunk, latents(5).split((2, 1, 2), dim=1), latents(5, seed=7).split((1, 2, 2), dim=1)
-    yield vae.encode_chunk, frame_parts(video(5), (2, 1, 2)), frame_parts(video(5, seed=7), (1, 2, 2))
+    yield (
+        vae.decode_chunk,
+        latents(5).split((2, 1, 2), dim=1),
+        latents(5, seed=7).split((1, 2, 2), dim=1),
+    )
+    yield (
+        vae.encode_chunk,
+        frame_parts(video(5), (2, 1, 2)),
+        frame_parts(video(5, seed=7), (1, 2, 2)),
+    )
 
 
 def test_interleaved_streams_do_not_disturb_each_other(vae):
@@ -208,9 +279,13 @@ def test_state_is_a_value(vae):
         once = stream(step, [b, c], state)[0]
         again = stream(step, [b, c], state)[0]
         assert all(torch.equal(p, q) for p, q in zip(once, again))
-        assert state.keys() == kept_state.keys() and all(torch.equal(state[k], v) for k, v in kept_state.items())
+        assert state.keys() == kept_state.keys() and all(
+            torch.equal(state[k], v) for k, v in kept_state.items()
+        )
         assert torch.equal(b, kept_b)
-        assert not torch.equal(once[0], step(b, step(a.flip(2))[1])[0])  # and it matters: another past, another result
+        assert not torch.equal(
+            once[0], step(b, step(a.flip(2))[1])[0]
+        )  # and it matters: another past, another result
     assert pickle.dumps(vae) == before
 
 
@@ -226,7 +301,10 @@ def test_state_does_not_alias_the_input(vae):
 
 def test_state_does_not_grow_with_the_chunk(vae):
     """A state holds at most two frames of each layer and keeps nothing else alive, however long the chunk was."""
-    for step, chunks in ((vae.decode_chunk, latents(7).split((3, 4), dim=1)), (vae.encode_chunk, frame_parts(video(7), (3, 4)))):
+    for step, chunks in (
+        (vae.decode_chunk, latents(7).split((3, 4), dim=1)),
+        (vae.encode_chunk, frame_parts(video(7), (3, 4))),
+    ):
         for state in (stream(step, chunks[:1])[1], stream(step, chunks)[1]):
             assert all(v.untyped_storage().nbytes() == v.nbytes for v in state.values())
             assert max(v.shape[2] for v in state.values() if v.ndim) == 2
@@ -246,10 +324,10 @@ def test_latent_sees_frames_up_to_4i(vae, i, chunk):
     """Latent i is bit-identical whatever the frames after 4i hold, and it does see frame 4i."""
     x = video(5)
     later, last = x.clone(), x.clone()
-    later[:, :, 4 * i + 1:] = -x[:, :, 4 * i + 1:]
+    later[:, :, 4 * i + 1 :] = -x[:, :, 4 * i + 1 :]
     last[:, :, 4 * i] = -x[:, :, 4 * i]
     a, b, c = (vae.encode(v, chunk) for v in (x, later, last))
-    assert torch.equal(a[:, :i + 1], b[:, :i + 1])
+    assert torch.equal(a[:, : i + 1], b[:, : i + 1])
     assert not torch.equal(a[:, i + 1], b[:, i + 1])
     assert torch.equal(a[:, :i], c[:, :i]) and not torch.equal(a[:, i], c[:, i])
 
@@ -262,9 +340,11 @@ def test_latent_i_holds_frames_from_4i_minus_3(vae, i, chunk):
     other = z.clone()
     other[:, i] = -z[:, i]
     a, b = vae.decode(z, chunk), vae.decode(other, chunk)
-    assert torch.equal(a[:, :, :4 * i - 3], b[:, :, :4 * i - 3])
+    assert torch.equal(a[:, :, : 4 * i - 3], b[:, :, : 4 * i - 3])
     changed = (a != b).any(dim=(0, 1, 3, 4)).tolist()
-    assert changed == [False] * (4 * i - 3) + [True] * (17 - (4 * i - 3))  # its own four frames, and the past reaches on
+    assert changed == [False] * (4 * i - 3) + [True] * (
+        17 - (4 * i - 3)
+    )  # its own four frames, and the past reaches on
 
 
 def test_image_latent_is_frame_0_alone(vae):
@@ -277,6 +357,7 @@ def test_image_latent_is_frame_0_alone(vae):
 # ---------------------------------------------------------------- constant memory
 class LiveBytes(TorchDispatchMode):
     """Bytes of all tensors made within the block that are still alive; `peak` is their maximum after any operation."""
+
     def __init__(self):
         super().__init__()
         self.live, self.peak, self.known = 0, 0, weakref.WeakSet()
@@ -306,7 +387,9 @@ def peak(chunks, keep=False):
 
 def decoding(toy, count):
     plan = anchors.long(count, "forward", block=4)
-    finished = ((n, torch.randn(1, len(step.targets), 16, 4, 4)) for n, step in enumerate(plan.steps))
+    finished = (
+        (n, torch.randn(1, len(step.targets), 16, 4, 4)) for n, step in enumerate(plan.steps)
+    )
     return lambda: decode_in_order(toy, plan, finished, chunk=4)
 
 
@@ -316,6 +399,7 @@ def encoding(toy, count):
         for i in range(0, count, 4):
             z, state = toy.encode_chunk(torch.rand(1, 3, 16 if i else 13, 32, 32), state)
             yield z
+
     return run
 
 
@@ -324,7 +408,9 @@ def test_memory_of_streaming_is_constant():
     toy = VAE(PRESETS["toy"]).eval()
     for work in (decoding, encoding):
         assert peak(work(toy, 400)) <= 1.1 * peak(work(toy, 40))
-    assert peak(decoding(toy, 40), keep=True) > 1.1 * peak(decoding(toy, 40))  # the meter would see chunks that are kept
+    assert peak(decoding(toy, 40), keep=True) > 1.1 * peak(
+        decoding(toy, 40)
+    )  # the meter would see chunks that are kept
 
 
 # ---------------------------------------------------------------- files
@@ -356,6 +442,7 @@ def test_save_and_load_is_exact(folder, vae):
 def test_config_json_beside_the_file_is_read(folder):
     """A native safetensors file without metadata takes its config from config.json, lists being tuples."""
     from safetensors.torch import save_file
+
     path, tensors = folder
     save_file(tensors, path / "vae.safetensors")
     (path / "config.json").write_text(json.dumps(dict(vars(TINY), _note="ignored")))
@@ -381,19 +468,28 @@ def test_native_pth_of_another_size_is_refused(folder):
     """A .pth holds no config and is taken for Wan2.1's; a smaller one is refused with the shapes."""
     path, tensors = folder
     torch.save(tensors, path / "small.pth")
-    assert "wrong shape" in message(path / "small.pth") and "(96, 3, 3, 3, 3)" in message(path / "small.pth")
+    assert "wrong shape" in message(path / "small.pth") and "(96, 3, 3, 3, 3)" in message(
+        path / "small.pth"
+    )
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("vae.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-1])),
-    ("vae.safetensors", lambda p: p.write_bytes(p.read_bytes()[:100])),
-    ("vae.safetensors", lambda p: p.write_bytes(b"")),
-    ("vae.pth", lambda p: p.write_bytes(bytes(range(256)) * 8)),
-    ("vae.pth", lambda p: p.write_bytes(b"")),
-    ("vae.pth", lambda p: torch.save(torch.zeros(3), p)),
-    ("vae.pth", lambda p: (torch.save({"a": torch.zeros(999)}, p), p.write_bytes(p.read_bytes()[:-50]))),
-    ("config.json", lambda p: p.write_text("{")),
-    ("missing.safetensors", lambda p: None)])
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("vae.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-1])),
+        ("vae.safetensors", lambda p: p.write_bytes(p.read_bytes()[:100])),
+        ("vae.safetensors", lambda p: p.write_bytes(b"")),
+        ("vae.pth", lambda p: p.write_bytes(bytes(range(256)) * 8)),
+        ("vae.pth", lambda p: p.write_bytes(b"")),
+        ("vae.pth", lambda p: torch.save(torch.zeros(3), p)),
+        (
+            "vae.pth",
+            lambda p: (torch.save({"a": torch.zeros(999)}, p), p.write_bytes(p.read_bytes()[:-50])),
+        ),
+        ("config.json", lambda p: p.write_text("{")),
+        ("missing.safetensors", lambda p: None),
+    ],
+)
 def test_damaged_file_is_a_user_error_naming_it(folder, name, damage):
     """Truncated, empty, garbage and absent files never give another error than UserError."""
     path = folder[0]
@@ -404,9 +500,13 @@ def test_damaged_file_is_a_user_error_naming_it(folder, name, damage):
 def test_something_else_is_refused(tmp_path):
     """A checkpoint of another model, a dictionary of dictionaries and an empty folder are refused, not half loaded."""
     write_safetensors(tmp_path / "lora.safetensors", {"lora.down": torch.zeros(2, 2)}, {"rank": 4})
-    assert "missing 194" in message(tmp_path / "lora.safetensors") and "lora.down" in message(tmp_path / "lora.safetensors")
+    assert "missing 194" in message(tmp_path / "lora.safetensors") and "lora.down" in message(
+        tmp_path / "lora.safetensors"
+    )
     torch.save({"generator": {"weight": torch.zeros(2)}, "step": 3}, tmp_path / "train.pth")
-    assert "missing 194" in message(tmp_path / "train.pth") and "generator, step" in message(tmp_path / "train.pth")
+    assert "missing 194" in message(tmp_path / "train.pth") and "generator, step" in message(
+        tmp_path / "train.pth"
+    )
     (tmp_path / "empty").mkdir()
     assert "Wan2.1_VAE.pth" in message(tmp_path / "empty")
 
@@ -422,7 +522,11 @@ class Hostile:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_hostile_pickle_does_not_run(tmp_path, zipped):
     """A .pth may come from anywhere: code in it is not run."""
-    torch.save({"conv1.weight": Hostile(tmp_path / "touched")}, tmp_path / "vae.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"conv1.weight": Hostile(tmp_path / "touched")},
+        tmp_path / "vae.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
     assert "weights_only" in message(tmp_path / "vae.pth")
     assert not (tmp_path / "touched").exists()
     torch.load(tmp_path / "vae.pth", weights_only=False)
@@ -430,14 +534,18 @@ def test_hostile_pickle_does_not_run(tmp_path, zipped):
 
 
 # ---------------------------------------------------------------- bad input
-@pytest.mark.parametrize("shape, words", [
-    ((1, 3, 7, 16, 16), ["7 frames is not 1 + 4k", "5 or 9"]),
-    ((1, 3, 4, 16, 16), ["4 frames", "1 or 5"]),
-    ((1, 3, 0, 16, 16), ["0 frames", "1 or 5"]),
-    ((1, 3, 5, 18, 16), ["18x16 is not divisible by 8", "16x16"]),
-    ((1, 3, 5, 16, 31), ["16x31 is not divisible by 8", "16x24"]),
-    ((1, 4, 5, 16, 16), ["(1, 4, 5, 16, 16)", "3 colour channels"]),
-    ((3, 5, 16, 16), ["(3, 5, 16, 16)", "[B, 3, F, H, W]"])])
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ((1, 3, 7, 16, 16), ["7 frames is not 1 + 4k", "5 or 9"]),
+        ((1, 3, 4, 16, 16), ["4 frames", "1 or 5"]),
+        ((1, 3, 0, 16, 16), ["0 frames", "1 or 5"]),
+        ((1, 3, 5, 18, 16), ["18x16 is not divisible by 8", "16x16"]),
+        ((1, 3, 5, 16, 31), ["16x31 is not divisible by 8", "16x24"]),
+        ((1, 4, 5, 16, 16), ["(1, 4, 5, 16, 16)", "3 colour channels"]),
+        ((3, 5, 16, 16), ["(3, 5, 16, 16)", "[B, 3, F, H, W]"]),
+    ],
+)
 def test_encode_names_what_is_wrong(vae, shape, words):
     """The message has the offending numbers and, for a length or a size, the ones that work."""
     for encode in (vae.encode, vae.encode_chunk):
@@ -484,8 +592,22 @@ def clip(path, frames=5, height=16, width=24):
 
 
 def cli(folder, *flags):
-    return subprocess.run([sys.executable, REPO / "vae.py", "--weights", folder / "vae.safetensors", "--device", "cpu", *map(str, flags)],
-                          capture_output=True, text=True, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=60)
+    return subprocess.run(
+        [
+            sys.executable,
+            REPO / "vae.py",
+            "--weights",
+            folder / "vae.safetensors",
+            "--device",
+            "cpu",
+            *map(str, flags),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=60,
+    )
 
 
 def test_cli_reconstructs_a_clip(folder):
@@ -502,11 +624,19 @@ def test_cli_reconstructs_a_clip(folder):
     assert f"9 frames -> 3 latents of (4, 2, 3) -> made/out.mp4, PSNR {psnr:.2f} dB" in done.stdout
 
 
-@pytest.mark.parametrize("name, make, words", [
-    ("absent.mp4", lambda p: None, "absent.mp4 does not exist"),
-    ("text.mp4", lambda p: p.write_text("not a video\n" * 50), "text.mp4 cannot be read as a video"),
-    ("short.gif", lambda p: clip(p, frames=4), "4 frames is not 1 + 4k; use 1 or 5"),
-    ("odd.gif", lambda p: clip(p, height=15), "15x24 is not divisible by 8")])
+@pytest.mark.parametrize(
+    "name, make, words",
+    [
+        ("absent.mp4", lambda p: None, "absent.mp4 does not exist"),
+        (
+            "text.mp4",
+            lambda p: p.write_text("not a video\n" * 50),
+            "text.mp4 cannot be read as a video",
+        ),
+        ("short.gif", lambda p: clip(p, frames=4), "4 frames is not 1 + 4k; use 1 or 5"),
+        ("odd.gif", lambda p: clip(p, height=15), "15x24 is not divisible by 8"),
+    ],
+)
 def test_cli_error_is_one_line_and_leaves_no_file(folder, name, make, words):
     """A bad clip gives exit code 2, one line of error, and neither an output nor a temporary file."""
     path, _ = folder
@@ -514,5 +644,7 @@ def test_cli_error_is_one_line_and_leaves_no_file(folder, name, make, words):
     before = sorted(path.rglob("*"))
     done = cli(path, "--clip", name, "--out", "out.mp4")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and words in done.stderr
+    assert (
+        done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and words in done.stderr
+    )
     assert sorted(path.rglob("*")) == before

@@ -1,6 +1,6 @@
 """The toy world draws what the caption says, the same way every time, and `measure` reads it back.
 
-    python -m pytest tests/test_world.py
+python -m pytest tests/test_world.py
 """
 
 import pytest
@@ -27,7 +27,8 @@ def halved(video):
     """Half the resolution and back, with noise."""
     small = F.avg_pool3d(video, (1, 2, 2))
     return F.interpolate(small, size=video.shape[2:], mode="trilinear") + 0.03 * torch.randn(
-        video.shape, generator=torch.Generator().manual_seed(0))
+        video.shape, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def boxed(video):
@@ -38,7 +39,9 @@ def boxed(video):
 def smeared(video):
     """A box blur over 3 frames as well, less contrast and some noise."""
     blurred = F.avg_pool3d(boxed(video), (3, 1, 1), 1, (1, 0, 0), count_include_pad=False)
-    return 0.85 * blurred + 0.05 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
+    return 0.85 * blurred + 0.05 * torch.randn(
+        video.shape, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def assert_all(found, least):
@@ -65,13 +68,19 @@ def test_deterministic_and_independent_of_the_batch(captions, video):
 
 @pytest.mark.parametrize("frames", [1, 5, 21, 41])
 def test_frames_only_cuts_the_length(captions, video, frames):
-    assert torch.equal(render(captions[:30], range(500, 530), frames=frames), video[:30, :, :frames])
+    assert torch.equal(
+        render(captions[:30], range(500, 530), frames=frames), video[:30, :, :frames]
+    )
 
 
 def test_seed_and_every_word_change_the_clip():
     base = "a red disc moves left over a blue wave"
-    others = ["a green disc moves left over a blue wave", "a red ring moves left over a blue wave",
-              "a red disc moves up over a blue wave", "a red disc moves left over a cyan wave"]
+    others = [
+        "a green disc moves left over a blue wave",
+        "a red ring moves left over a blue wave",
+        "a red disc moves up over a blue wave",
+        "a red disc moves left over a cyan wave",
+    ]
     clips = render([base, base, *others], [1, 2, 1, 1, 1, 1], frames=9)
     assert all(not torch.equal(clips[0], clip) for clip in clips[1:])
 
@@ -95,13 +104,15 @@ def test_measure_survives_a_blurry_decoder(captions, video, degrade):
 
 
 def test_every_word_is_drawn_and_read():
-    captions = [f"a {c} {s} moves {d} over a {c} wave" for c in COLOURS for s in SHAPES for d in DIRECTIONS]
+    captions = [
+        f"a {c} {s} moves {d} over a {c} wave" for c in COLOURS for s in SHAPES for d in DIRECTIONS
+    ]
     assert_all(accuracy(render(captions, range(len(captions)), frames=21), captions), 0.99)
 
 
 def test_direction_holds_at_any_moment(captions, video):
     for start in (0, 20, 40, 60, 76):
-        assert accuracy(video[:, :, start:start + 5], captions)["direction"] >= 0.99
+        assert accuracy(video[:, :, start : start + 5], captions)["direction"] >= 0.99
 
 
 def test_wrong_captions_score_nothing(video, captions):
@@ -112,7 +123,9 @@ def test_wrong_captions_score_nothing(video, captions):
     for said in map(parse, captions):
         colour, ground = after(COLOURS, said["colour"]), after(COLOURS, said["ground"])
         shape = after(SHAPES, said["shape"])
-        wrong.append(f"a {colour} {shape} moves {after(DIRECTIONS, said['direction'])} over a {ground} wave")
+        wrong.append(
+            f"a {colour} {shape} moves {after(DIRECTIONS, said['direction'])} over a {ground} wave"
+        )
     assert max(accuracy(video[:, :, :21], wrong).values()) <= 0.01
 
 
@@ -120,7 +133,9 @@ def test_wrong_captions_score_nothing(video, captions):
 def test_noise_scores_no_better_than_chance(captions, scale):
     noise = scale * torch.randn(100, 3, 9, 32, 32, generator=torch.Generator().manual_seed(2))
     found = accuracy(noise, captions[:100])
-    assert max(found.values()) <= 0.4 and found["all"] <= 0.05, found  # chance is at most 1/4 +- 0.04
+    assert max(found.values()) <= 0.4 and found["all"] <= 0.05, (
+        found
+    )  # chance is at most 1/4 +- 0.04
 
 
 @pytest.mark.parametrize("frames", [1, 2, 9])
@@ -147,14 +162,20 @@ def test_random_captions_parse_and_cover_the_vocabulary(captions):
     assert said == {"colour": "cyan", "shape": "ring", "direction": "down", "ground": "red"}
 
 
-@pytest.mark.parametrize("caption, named", [
-    ("a purple disc moves left over a blue wave", ["'purple'", "red, green, blue, yellow, magenta, cyan"]),
-    ("a red dog moves left over a blue wave", ["'dog'", "disc, square, cross, ring"]),
-    ("a red disc moves away over a blue wave", ["'away'", "left, right, up, down"]),
-    ("a red disc moves left over a blue", ["word 9", "missing", "wave"]),
-    ("a red disc moves left over a blue wave twice", ["'twice'"]),
-    ("", ["word 1", "missing"]),
-])
+@pytest.mark.parametrize(
+    "caption, named",
+    [
+        (
+            "a purple disc moves left over a blue wave",
+            ["'purple'", "red, green, blue, yellow, magenta, cyan"],
+        ),
+        ("a red dog moves left over a blue wave", ["'dog'", "disc, square, cross, ring"]),
+        ("a red disc moves away over a blue wave", ["'away'", "left, right, up, down"]),
+        ("a red disc moves left over a blue", ["word 9", "missing", "wave"]),
+        ("a red disc moves left over a blue wave twice", ["'twice'"]),
+        ("", ["word 1", "missing"]),
+    ],
+)
 def test_a_caption_outside_the_grammar_is_refused(caption, named):
     with pytest.raises(ValueError) as error:
         parse(caption)

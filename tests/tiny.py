@@ -1,4 +1,5 @@
 """Small models with random weights, and one plan of every kind. Shared by the tests; no test here."""
+
 import json
 import os
 import signal
@@ -31,9 +32,15 @@ PLANS = {
     "transition": anchors.transition(6, 3, 6),
     "story": anchors.story((3, 6, 3), gap=3),
     "timeline, middle of a shot": anchors.timeline(15, [(6, 9)]),
-    "timeline, held latents": anchors.with_given(anchors.timeline(11, [(2, 5), (6, 8)]), [0, 3, 6, 7]),
-    "timeline, one shot": anchors.with_given(anchors.timeline(12, [(0, 3), (7, 12)], joined=True), [*range(3), *range(7, 12)]),
-    "timeline, in another order": anchors.switch(anchors.timeline(13, [(1, 4), (6, 9), (9, 12)], order=(2, 0, 1)), (3, 9)),
+    "timeline, held latents": anchors.with_given(
+        anchors.timeline(11, [(2, 5), (6, 8)]), [0, 3, 6, 7]
+    ),
+    "timeline, one shot": anchors.with_given(
+        anchors.timeline(12, [(0, 3), (7, 12)], joined=True), [*range(3), *range(7, 12)]
+    ),
+    "timeline, in another order": anchors.switch(
+        anchors.timeline(13, [(1, 4), (6, 9), (9, 12)], order=(2, 0, 1)), (3, 9)
+    ),
     "timeline, wide gap": anchors.timeline(22, [(0, 1), (19, 22)], block=2, anchors=2),
     "timeline, long": anchors.timeline(27, [(9, 15)], window=6, past_sink=True, future_sink=True),
     "forward, held latent": anchors.with_given(anchors.forward(9), [0]),
@@ -61,8 +68,17 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def tiny_dit(seed: int = 0, **changes: int) -> DiT:
     """86 thousand parameters; head_dim 12, so that time, height and width turn 4 channels each."""
-    sizes = {"dim": 48, "num_heads": 4, "ffn_dim": 96, "num_layers": 2, "freq_dim": 32, "text_dim": 32, "text_len": 8, "in_dim": 4,
-             "out_dim": 4}
+    sizes = {
+        "dim": 48,
+        "num_heads": 4,
+        "ffn_dim": 96,
+        "num_layers": 2,
+        "freq_dim": 32,
+        "text_dim": 32,
+        "text_len": 8,
+        "in_dim": 4,
+        "out_dim": 4,
+    }
     return randomise(DiT(DiTConfig(**sizes | changes)), seed)
 
 
@@ -91,13 +107,28 @@ def side_by_side(steps: Iterable[Step]) -> tuple[list[int], list[int], Visible]:
 
 def script(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run one of the project's scripts as a user does."""
-    return subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True,
-                          timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, str(ROOT / words[0]), *words[1:]],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 # ---------------------------------------------------------------- for the training scripts
-WORDED = {"dim": 24, "num_heads": 2, "ffn_dim": 48, "num_layers": 2, "freq_dim": 16, "text_dim": 64, "text_len": 12,
-          "in_dim": 2, "out_dim": 2}
+WORDED = {
+    "dim": 24,
+    "num_heads": 2,
+    "ffn_dim": 48,
+    "num_layers": 2,
+    "freq_dim": 16,
+    "text_dim": 64,
+    "text_len": 12,
+    "in_dim": 2,
+    "out_dim": 2,
+}
 WORKER = """import importlib, json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from lib import common
@@ -134,8 +165,14 @@ def two_processes(folder: Path, *runs: tuple[str, dict], timeout: float = 200) -
     (folder / "runs.json").write_text(json.dumps(runs))
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words += [folder / "worker.py", ROOT, folder / "runs.json"]
-    with subprocess.Popen([str(w) for w in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+    with subprocess.Popen(
+        [str(w) for w in words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -154,7 +191,10 @@ def workers_of(pid: int) -> list[int]:
 
 def rows(folder: Path, name: str = "log.jsonl") -> list[dict]:
     """The log of a run, without the time it took."""
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / name).read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (folder / name).read_text().splitlines()
+    ]
 
 
 def saved(folder: Path, name: str = "state.pt") -> dict[str, Tensor]:
@@ -163,7 +203,10 @@ def saved(folder: Path, name: str = "state.pt") -> dict[str, Tensor]:
     while todo:
         key, value = todo.pop()
         if isinstance(value, (dict, list, tuple)):
-            todo += [(f"{key}/{k}", v) for k, v in (value.items() if isinstance(value, dict) else enumerate(value))]
+            todo += [
+                (f"{key}/{k}", v)
+                for k, v in (value.items() if isinstance(value, dict) else enumerate(value))
+            ]
         elif key != "config":
             flat[key] = value
     return flat
@@ -171,7 +214,9 @@ def saved(folder: Path, name: str = "state.pt") -> dict[str, Tensor]:
 
 def same(a: dict, b: dict) -> bool:
     """Equal, bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) if isinstance(v, Tensor) else v == b[k] for k, v in a.items())
+    return a.keys() == b.keys() and all(
+        torch.equal(v, b[k]) if isinstance(v, Tensor) else v == b[k] for k, v in a.items()
+    )
 
 
 def apart(a: Path, b: Path, name: str = "student") -> float:
@@ -190,6 +235,7 @@ def at_call(monkeypatch, module, name: str, number: int, action: Callable[[], ob
         if len(calls) == number:
             action()
         return real(*args, **kwargs)
+
     monkeypatch.setattr(module, name, wrapped)
 
 
@@ -204,12 +250,16 @@ def crash() -> None:
 
 def command_line(monkeypatch, capsys, script, *switches: str, **flags: object) -> tuple[int, str]:
     """Run a script's `run(main, Config)` with flags as typed; exit code and the line of its error."""
-    words = [str(w) for k, v in flags.items() for w in (f"--{k}", *(v if isinstance(v, tuple) else (v,)))]
+    words = [
+        str(w) for k, v in flags.items() for w in (f"--{k}", *(v if isinstance(v, tuple) else (v,)))
+    ]
     monkeypatch.setattr(sys, "argv", [script.__name__, *switches, *words])
     try:
         run(script.main, script.Config)
     except SystemExit as stop:
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        errors = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")
+        ]
         assert len(errors) == 1
         return stop.code, errors[0]
     return 0, ""

@@ -6,6 +6,7 @@
 The folder it writes holds shards of latents [clips, T, C, h, w], float16, which say by which VAE they were made, and
 prompts.txt, a line a clip: clip n shows prompt n. Shards are whole or absent; run again to go on; processes share them.
 """
+
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,24 +30,43 @@ class Clips:
 
     raises: UserError if they are not of this size, not of one VAE, or not of these prompts"""
 
-    def __init__(self, folder: str, latent: tuple[int, ...], channels: int, source: Prompts) -> None:
+    def __init__(
+        self, folder: str, latent: tuple[int, ...], channels: int, source: Prompts
+    ) -> None:
         shards, self.where, self.vae = sorted(Path(folder).glob("latents-*.safetensors")), [], ""
         if not shards:
-            raise UserError(f"{folder} holds no latents; make them with python latents.py --out {folder}")
+            raise UserError(
+                f"{folder} holds no latents; make them with python latents.py --out {folder}"
+            )
         for path in shards:
             tensors, made = read_tensors(path)
-            if "latents" not in tensors or not made or {type(made.get(k)) for k in ("vae", "prompt")} != {str}:
-                raise UserError(f"{path} holds no latents of clips; delete it and run latents.py again")
+            if (
+                "latents" not in tensors
+                or not made
+                or {type(made.get(k)) for k in ("vae", "prompt")} != {str}
+            ):
+                raise UserError(
+                    f"{path} holds no latents of clips; delete it and run latents.py again"
+                )
             x, want, vae = tensors["latents"], (latent[0], channels, *latent[1:]), made["vae"]
             if tuple(x.shape[1:]) != want:
-                raise UserError(f"{path} holds latents of shape {tuple(x.shape[1:])}, but the model and --latent ask for {want}: other "
-                                "clips or another VAE")
+                raise UserError(
+                    f"{path} holds latents of shape {tuple(x.shape[1:])}, but the model and --latent ask for {want}: other "
+                    "clips or another VAE"
+                )
             self.vae = self.vae or vae
             if vae != self.vae:
-                raise UserError(f"{path} was made by another VAE than {shards[0].name}; delete it and run latents.py again")
-            if made.get("first") != len(self.where) or source.words(len(self.where)) != made["prompt"]:
-                raise UserError(f"{path} begins with clip {made.get('first')}, {made['prompt'][:60]!r}, but prompt {len(self.where)} of "
-                                f"these is {source.words(len(self.where))[:60]!r}; use --prompts {Path(folder) / 'prompts.txt'}")
+                raise UserError(
+                    f"{path} was made by another VAE than {shards[0].name}; delete it and run latents.py again"
+                )
+            if (
+                made.get("first") != len(self.where)
+                or source.words(len(self.where)) != made["prompt"]
+            ):
+                raise UserError(
+                    f"{path} begins with clip {made.get('first')}, {made['prompt'][:60]!r}, but prompt {len(self.where)} of "
+                    f"these is {source.words(len(self.where))[:60]!r}; use --prompts {Path(folder) / 'prompts.txt'}"
+                )
             self.where += [(x, i) for i in range(len(x))]
 
     def __len__(self) -> int:
@@ -67,7 +87,11 @@ def fingerprint(path: str | Path) -> str:
 
 def listed(folder: str) -> tuple[list[Path], list[str]]:
     """The videos of a folder and their prompts. raises: UserError naming a video without one"""
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in VIDEOS) if Path(folder).is_dir() else []
+    files = (
+        sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in VIDEOS)
+        if Path(folder).is_dir()
+        else []
+    )
     if not files:
         raise UserError(f"--data {folder} is not a folder with videos ({', '.join(VIDEOS)})")
     prompts = []
@@ -77,35 +101,59 @@ def listed(folder: str) -> tuple[list[Path], list[str]]:
         except (OSError, UnicodeDecodeError):
             prompts.append("")
         if not prompts[-1]:
-            raise UserError(f"{file} has no prompt; write what it shows into {file.with_suffix('.txt').name}, as UTF-8")
+            raise UserError(
+                f"{file} has no prompt; write what it shows into {file.with_suffix('.txt').name}, as UTF-8"
+            )
     return files, prompts
 
 
 @dataclass
 class Config:
     """Encode clips into latents."""
-    data: str = "toy"            # toy: the procedural world; or a folder of videos, each with its prompt in a .txt beside it
-    vae: str = "toy/weights"     # a VAE file or a folder with one
+
+    data: str = "toy"  # toy: the procedural world; or a folder of videos, each with its prompt in a .txt beside it
+    vae: str = "toy/weights"  # a VAE file or a folder with one
     out: str = "out/latents"
-    clips: int = 2048            # how many of the toy world's; a folder is taken whole
-    frames: int = 81             # from the start of each video, at 16 frames a second
+    clips: int = 2048  # how many of the toy world's; a folder is taken whole
+    frames: int = 81  # from the start of each video, at 16 frames a second
     size: tuple[int, ...] = (32, 32)  # height width; videos are scaled and cropped to it
-    shard: int = 64              # clips a file
+    shard: int = 64  # clips a file
     device: str = "auto"
 
 
 @torch.no_grad()
-def encode(config: Config, rank: int = 0, processes: int = 1, device: torch.device | str = "cpu") -> None:
+def encode(
+    config: Config, rank: int = 0, processes: int = 1, device: torch.device | str = "cpu"
+) -> None:
     """Write the missing shards and prompts.txt. raises: UserError before anything is written where a prompt is missing."""
-    files, prompts = listed(config.data) if config.data != "toy" else ([], [toy_caption(n) for n in range(config.clips)])
-    vae, out, made_by = load_vae(config.vae, device=device), Path(config.out), fingerprint(config.vae)
-    shards = {out / f"latents-{s:06d}.safetensors": range(s, min(s + config.shard, len(prompts)))
-              for s in range(0, len(prompts), config.shard)}
+    files, prompts = (
+        listed(config.data)
+        if config.data != "toy"
+        else ([], [toy_caption(n) for n in range(config.clips)])
+    )
+    vae, out, made_by = (
+        load_vae(config.vae, device=device),
+        Path(config.out),
+        fingerprint(config.vae),
+    )
+    shards = {
+        out / f"latents-{s:06d}.safetensors": range(s, min(s + config.shard, len(prompts)))
+        for s in range(0, len(prompts), config.shard)
+    }
     if others := sorted(set(out.glob("latents-*.safetensors")) - shards.keys()):
-        raise UserError(f"{others[0]} is not one of {len(prompts)} clips in shards of {config.shard}; use another --out")
-    todo = [(path, numbers) for n, (path, numbers) in enumerate(shards.items()) if n % processes == rank
-            and not (path.exists() and len(read_tensors(path)[0]["latents"]) == len(numbers))]
-    with tqdm(total=sum(len(numbers) for _, numbers in todo), desc="encode", unit="clip") as bar, stop_signals() as stop:
+        raise UserError(
+            f"{others[0]} is not one of {len(prompts)} clips in shards of {config.shard}; use another --out"
+        )
+    todo = [
+        (path, numbers)
+        for n, (path, numbers) in enumerate(shards.items())
+        if n % processes == rank
+        and not (path.exists() and len(read_tensors(path)[0]["latents"]) == len(numbers))
+    ]
+    with (
+        tqdm(total=sum(len(numbers) for _, numbers in todo), desc="encode", unit="clip") as bar,
+        stop_signals() as stop,
+    ):
         for path, numbers in todo:
             parts = []
             for n in numbers:
@@ -116,8 +164,14 @@ def encode(config: Config, rank: int = 0, processes: int = 1, device: torch.devi
                 parts.append(vae.encode(video.to(device)).half().cpu())
                 bar.update()
                 if stop():
-                    return print(f"stopped; {out} keeps its whole shards, run the same command to go on")
-            write_safetensors(path, {"latents": torch.cat(parts)}, {"vae": made_by, "first": numbers[0], "prompt": prompts[numbers[0]]})
+                    return print(
+                        f"stopped; {out} keeps its whole shards, run the same command to go on"
+                    )
+            write_safetensors(
+                path,
+                {"latents": torch.cat(parts)},
+                {"vae": made_by, "first": numbers[0], "prompt": prompts[numbers[0]]},
+            )
     if rank == 0:
         with atomic(out / "prompts.txt") as tmp:
             tmp.write_text("\n".join(prompts) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ pages of mapped files count.
 
     make fullsize
 """
+
 import json
 import os
 import resource
@@ -27,13 +28,16 @@ from vae import VAE
 @dataclass
 class Config:
     """Load a 1.3B checkpoint of the official layout to bfloat16; decode 81 frames of 480 x 832 as a stream."""
-    folder: str = ""      # where the checkpoint is written for a while [the system's folder for temporary files]
-    part: str = "all"     # write, load, decode, or all of them
-    latents: int = 21     # how many to decode: 81 frames
+
+    folder: str = (
+        ""  # where the checkpoint is written for a while [the system's folder for temporary files]
+    )
+    part: str = "all"  # write, load, decode, or all of them
+    latents: int = 21  # how many to decode: 81 frames
 
 
 def memory() -> str:
-    return f"at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB resident"
+    return f"at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB resident"
 
 
 def write(folder: Path) -> None:
@@ -43,31 +47,60 @@ def write(folder: Path) -> None:
     file = folder / "diffusion_pytorch_model.safetensors"
     save_file({k: torch.randn(s).mul_(0.02) for k, s in shapes.items()}, str(file))
     c = asdict(PRESETS["wan1.3b"])
-    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", "model_type": "t2v", "num_layers": 30} | {
-        k: c[k] for k in ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "out_dim", "text_len")}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {"_class_name": "WanModel", "model_type": "t2v", "num_layers": 30}
+            | {
+                k: c[k]
+                for k in (
+                    "dim",
+                    "eps",
+                    "ffn_dim",
+                    "freq_dim",
+                    "in_dim",
+                    "num_heads",
+                    "out_dim",
+                    "text_len",
+                )
+            }
+        )
+    )
     with open(file, "rb+") as f:
         os.fsync(f.fileno())
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def load(folder: Path) -> None:
-    size, began = (folder / "diffusion_pytorch_model.safetensors").stat().st_size, time.perf_counter()
+    size, began = (
+        (folder / "diffusion_pytorch_model.safetensors").stat().st_size,
+        time.perf_counter(),
+    )
     dit = load_dit(folder, torch.bfloat16)
     seconds = time.perf_counter() - began
-    assert dit.config == PRESETS["wan1.3b"] and {p.dtype for p in dit.parameters()} == {torch.bfloat16}
-    print(f"load: {size / 2 ** 30:.2f} GiB of float32 -> bfloat16 in {seconds:.1f} s, {memory()} = "
-          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / size:.2f} x the file")
+    assert dit.config == PRESETS["wan1.3b"] and {p.dtype for p in dit.parameters()} == {
+        torch.bfloat16
+    }
+    print(
+        f"load: {size / 2**30:.2f} GiB of float32 -> bfloat16 in {seconds:.1f} s, {memory()} = "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / size:.2f} x the file"
+    )
 
 
 @torch.no_grad()
 def decode(latents: int) -> None:
     vae, state, frames, began = VAE().eval(), None, 0, time.perf_counter()
     for i in trange(latents, desc="decode", unit="latent"):
-        video, state = vae.decode_chunk(torch.randn(1, 1, 16, 60, 104, generator=torch.Generator().manual_seed(i)), state, use_up=True)
+        video, state = vae.decode_chunk(
+            torch.randn(1, 1, 16, 60, 104, generator=torch.Generator().manual_seed(i)),
+            state,
+            use_up=True,
+        )
         assert torch.isfinite(video).all() and video.shape[3:] == (480, 832)
         frames += video.shape[2]
-    print(f"decode: {frames} frames of 480 x 832 in {(time.perf_counter() - began) / 60:.1f} minutes "
-          f"({time.process_time() / 60:.1f} minutes of CPU, {torch.get_num_threads()} threads), {memory()}")
+    print(
+        f"decode: {frames} frames of 480 x 832 in {(time.perf_counter() - began) / 60:.1f} minutes "
+        f"({time.process_time() / 60:.1f} minutes of CPU, {torch.get_num_threads()} threads), {memory()}"
+    )
 
 
 def main(config: Config) -> None:
@@ -78,8 +111,13 @@ def main(config: Config) -> None:
     elif config.part == "all":
         with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
             for part in ("write", "load"):
-                subprocess.run([sys.executable, __file__, "--part", part, "--folder", folder], check=True)
-        subprocess.run([sys.executable, __file__, "--part", "decode", "--latents", str(config.latents)], check=True)
+                subprocess.run(
+                    [sys.executable, __file__, "--part", part, "--folder", folder], check=True
+                )
+        subprocess.run(
+            [sys.executable, __file__, "--part", "decode", "--latents", str(config.latents)],
+            check=True,
+        )
     else:
         (write if config.part == "write" else load)(Path(config.folder))
 

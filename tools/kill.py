@@ -6,6 +6,7 @@ uninterrupted run, and no temporary file may be taken for good.
 
     PYTHONPATH=. python tests/kill.py --kills 50           # about 5 minutes on two cores
 """
+
 import os
 import random
 import signal
@@ -27,18 +28,40 @@ def jobs(folder: Path) -> dict[str, str]:
     """name -> command. Enough steps that most runs are killed in the middle; a state each step."""
     paths = tiny_checkpoints(Path(folder).parent / "start")
     ode = f"train_ode.py {SMALL} --teacher {paths['teacher']} --weights {paths['student']} --data {folder}/pairs --pairs 600 --shard 2"
-    dmd = (f"train_dmd.py {SMALL} --teacher {paths['teacher']} --critic {paths['student']} --student {paths['student']} "
-           f"--vae {paths['vae']} --steps 250 --ratio 2 --save_every 1 --sheet_every 0 --out {folder}")
+    dmd = (
+        f"train_dmd.py {SMALL} --teacher {paths['teacher']} --critic {paths['student']} --student {paths['student']} "
+        f"--vae {paths['vae']} --steps 250 --ratio 2 --save_every 1 --sheet_every 0 --out {folder}"
+    )
     train = f"{ode} --steps 600 --save_every 1 --out {folder}/ode"
-    return {"generate": f"{ode} --generate", "stage 1": train, "stage 2": f"{dmd}/dmd", "stage 2, two processes": f"{dmd}/two"}
+    return {
+        "generate": f"{ode} --generate",
+        "stage 1": train,
+        "stage 2": f"{dmd}/dmd",
+        "stage 2, two processes": f"{dmd}/two",
+    }
 
 
 def launch(words: str, processes: int, errors: typing.TextIO) -> subprocess.Popen:
     """Start a script as a group of its own; what it says goes to a file, for a pipe that nobody reads fills up."""
-    start = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen([*start, *words.split()], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors,
-                            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    start = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
+    )
+    return subprocess.Popen(
+        [*start, *words.split()],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=errors,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def members(group: int) -> list[int]:
@@ -65,7 +88,9 @@ def drive(name: str, command: str, done: Path, kill: bool, r: random.Random) -> 
             struck += 1
         elif job.returncode:
             errors.seek(0)
-            raise UserError(f"{name} failed after {struck} kills: {errors.read().strip().splitlines()[-1]}")
+            raise UserError(
+                f"{name} failed after {struck} kills: {errors.read().strip().splitlines()[-1]}"
+            )
         errors.close()
     return struck
 
@@ -73,6 +98,7 @@ def drive(name: str, command: str, done: Path, kill: bool, r: random.Random) -> 
 @dataclass
 class Config:
     """Kill and go on."""
+
     kills: int = 50
     seed: int = 0
 
@@ -85,14 +111,18 @@ def main(config: Config) -> None:
         while total < config.kills or not rounds:
             folder, kind = Path(root) / str(rounds), "killed" if rounds else "left alone"
             for name, command in jobs(folder).items():
-                out = folder / {"generate": "pairs", "stage 1": "ode", "stage 2": "dmd"}.get(name, "two")
+                out = folder / {"generate": "pairs", "stage 1": "ode", "stage 2": "dmd"}.get(
+                    name, "two"
+                )
                 done = out / ("index.json" if name == "generate" else "student.safetensors")
                 struck = drive(name, command, done, rounds > 0, r)
                 total += struck
                 print(f"{kind}, {name}: done after {struck} kills", flush=True)
             for name in ("ode", "dmd", "two"):
                 if (far := apart(Path(root) / "0" / name, folder / name)) > 0:
-                    raise UserError(f"{name}: the killed run differs by {far} from the one left alone")
+                    raise UserError(
+                        f"{name}: the killed run differs by {far} from the one left alone"
+                    )
             for path in (Path(root) / "0" / "pairs").iterdir():
                 if path.read_bytes() != (folder / "pairs" / path.name).read_bytes():
                     raise UserError(f"{path.name} differs from the one of the run left alone")

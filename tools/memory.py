@@ -7,6 +7,7 @@ What is not counted: the workspace of kernels and of NCCL, and the allocator's f
 
     python memory.py --preset wan --gpus 1 8 64
 """
+
 import weakref
 from dataclasses import asdict, dataclass
 
@@ -37,11 +38,15 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        before = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        before = {
+            x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)
+        }
         for x in tree_iter(out):
             if isinstance(x, Tensor):
                 storage = x.untyped_storage()
-                if storage._cdata not in self.known and storage._cdata not in before:  # not a view, not a weight
+                if (
+                    storage._cdata not in self.known and storage._cdata not in before
+                ):  # not a view, not a weight
                     self.known.add(storage._cdata)
                     self.live += storage.nbytes()
                     self.peak = max(self.peak, self.live)
@@ -82,23 +87,41 @@ def peaks(config: train_dmd.Config, student: str, teacher: str, direction: int) 
     f_real = network(teacher, dtype, False, False)
     plan = both_directions(T, config.block, config.anchors, config.head)[direction]
     c, sigmas = g.config, student_sigmas(shift=config.shift)
-    empty = {k: torch.empty(s, device="meta") for k, s in {"text": (B, c.text_len, c.text_dim), "u": (B,),
-             "noise": (len(sigmas), B, T + config.block, c.in_dim, h, w), "score": (B, T, c.in_dim, h, w)}.items()}
+    empty = {
+        k: torch.empty(s, device="meta")
+        for k, s in {
+            "text": (B, c.text_len, c.text_dim),
+            "u": (B,),
+            "noise": (len(sigmas), B, T + config.block, c.in_dim, h, w),
+            "score": (B, T, c.in_dim, h, w),
+        }.items()
+    }
     noise = noise_from(empty["noise"][0], empty["noise"][1:], T)
     result = {}
     for what in ("student", "critic"):
         with Meter() as meter, torch.set_grad_enabled(what == "student"):
             x = generate(g, plan, [empty["text"]], noise, sigmas, exit_at=len(sigmas) - 1)
             if what == "student":
-                gradient = train_dmd.dmd_gradient(f_real, f_fake, x.detach(), empty["u"], empty["score"], empty["text"], empty["text"],
-                                                  config.guidance, config.shift)
+                gradient = train_dmd.dmd_gradient(
+                    f_real,
+                    f_fake,
+                    x.detach(),
+                    empty["u"],
+                    empty["score"],
+                    empty["text"],
+                    empty["text"],
+                    config.guidance,
+                    config.shift,
+                )
                 train_dmd.dmd_loss(x, gradient).mean().backward()
             else:
                 with torch.enable_grad():
-                    train_dmd.critic_loss(f_fake, x, empty["u"], empty["score"], empty["text"], config.shift).mean().backward()
+                    train_dmd.critic_loss(
+                        f_fake, x, empty["u"], empty["score"], empty["text"], config.shift
+                    ).mean().backward()
         if x.shape != (B, T, c.in_dim, h, w) or x.dtype != torch.float32:
             raise AssertionError(f"the rollout gave {tuple(x.shape)} {x.dtype}")
-        result[what] = meter.peak / 2 ** 30
+        result[what] = meter.peak / 2**30
     return result
 
 
@@ -110,36 +133,65 @@ def weights(student: str, teacher: str, gpus: int, itemsize: int = 2) -> dict[st
             model = DiT(PRESETS[name])
         block = sum(p.numel() for p in model.blocks[0].parameters())
         whole[name] = sum(p.numel() for p in model.parameters())
-        gathered[name] = (whole[name] - block * (len(model.blocks) - 2)) * itemsize / 2 ** 30
-    return train_dmd.memory_of_weights(whole[student], whole[student], whole[teacher], gpus, itemsize) | {
-        "gathered blocks": 2 * gathered[student] + gathered[teacher]}
+        gathered[name] = (whole[name] - block * (len(model.blocks) - 2)) * itemsize / 2**30
+    return train_dmd.memory_of_weights(
+        whole[student], whole[student], whole[teacher], gpus, itemsize
+    ) | {"gathered blocks": 2 * gathered[student] + gathered[teacher]}
 
 
 @dataclass
 class Config:
     """Estimate the memory of a DMD step per GPU, in GiB."""
-    preset: str = "wan"                   # wan or wan-small-teacher
-    gpus: tuple[int, ...] = (1, 8, 64)    # how many share the weights
-    micro: int = 1                        # samples a GPU
+
+    preset: str = "wan"  # wan or wan-small-teacher
+    gpus: tuple[int, ...] = (1, 8, 64)  # how many share the weights
+    micro: int = 1  # samples a GPU
 
 
 def main(config: Config) -> None:
     if config.preset not in ("wan", "wan-small-teacher"):
         raise UserError(f"--preset {config.preset!r} must be wan or wan-small-teacher")
     if not config.gpus or min(config.gpus) < 1:
-        raise UserError(f"--gpus {' '.join(map(str, config.gpus)) or 'nothing'} must be whole numbers of at least 1")
-    settings = train_dmd.Config(**{**asdict(train_dmd.Config()), **train_dmd.Config.PRESETS[config.preset], "micro": config.micro})
+        raise UserError(
+            f"--gpus {' '.join(map(str, config.gpus)) or 'nothing'} must be whole numbers of at least 1"
+        )
+    settings = train_dmd.Config(
+        **{
+            **asdict(train_dmd.Config()),
+            **train_dmd.Config.PRESETS[config.preset],
+            "micro": config.micro,
+        }
+    )
     student, teacher = "wan1.3b", "wan14b" if config.preset == "wan" else "wan1.3b"
-    active = {f"{what}, {name}": gib for d, name in enumerate(("forward", "backward"))
-              for what, gib in peaks(settings, student, teacher, d).items()}
-    print(f"preset {config.preset}, {config.micro} sample a GPU, latents {settings.latent}, {settings.dtype}; GiB a GPU\n")
-    print("| what | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in config.gpus) + " |\n|---" + "|---" * len(config.gpus) + "|")
+    active = {
+        f"{what}, {name}": gib
+        for d, name in enumerate(("forward", "backward"))
+        for what, gib in peaks(settings, student, teacher, d).items()
+    }
+    print(
+        f"preset {config.preset}, {config.micro} sample a GPU, latents {settings.latent}, {settings.dtype}; GiB a GPU\n"
+    )
+    print(
+        "| what | "
+        + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in config.gpus)
+        + " |\n|---"
+        + "|---" * len(config.gpus)
+        + "|"
+    )
     table = [weights(student, teacher, n) for n in config.gpus]
     for name in table[0]:
         print(f"| {name} | " + " | ".join(f"{row[name]:.1f}" for row in table) + " |")
     for name, gib in active.items():
-        print(f"| activations and cache: {name} | " + " | ".join([f"{gib:.1f}"] * len(config.gpus)) + " |")
-    print("| **peak** | " + " | ".join(f"**{sum(row.values()) + max(active.values()):.1f}**" for row in table) + " |")
+        print(
+            f"| activations and cache: {name} | "
+            + " | ".join([f"{gib:.1f}"] * len(config.gpus))
+            + " |"
+        )
+    print(
+        "| **peak** | "
+        + " | ".join(f"**{sum(row.values()) + max(active.values()):.1f}**" for row in table)
+        + " |"
+    )
 
 
 if __name__ == "__main__":

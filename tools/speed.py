@@ -5,6 +5,7 @@ weights: speed does not depend on them. Not a test (a busy machine would make it
 
     make bench
 """
+
 import contextlib
 import copy
 import io
@@ -25,8 +26,9 @@ import anchors
 import vae as vae_module
 from anchors import Plan, layout
 from dit import PRESETS, DiT, DiTConfig
+from film import Settings, film, load_models
 from lib import cpu
-from sampler import Settings, film, generate, load_models, noise_from, student_sigmas
+from sampler import generate, noise_from, student_sigmas
 from vae import VAE, VAEConfig
 
 
@@ -56,35 +58,69 @@ def longer(way: str) -> None:
             with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
                 film(config, anchors.long(length, way), config.prompt, dit, vae, (32, 32))
             times.append(time.perf_counter() - start)
-            peaks.append(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20)
-    print(f"| 100 s of toy video, {way}, against 10 s | {times[2]:.1f} s | {times[1]:.1f} s | time x {times[2] / times[1]:.2f}, "
-          f"peak memory {peaks[1]:.2f} -> {peaks[2]:.2f} GiB (+ {100 * (peaks[2] / peaks[1] - 1):.1f} %) |", flush=True)
+            peaks.append(
+                int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+            )
+    print(
+        f"| 100 s of toy video, {way}, against 10 s | {times[2]:.1f} s | {times[1]:.1f} s | time x {times[2] / times[1]:.2f}, "
+        f"peak memory {peaks[1]:.2f} -> {peaks[2]:.2f} GiB (+ {100 * (peaks[2] / peaks[1] - 1):.1f} %) |",
+        flush=True,
+    )
 
 
-def transformers(dim: int, ffn: int, heads: int, layers: int, latents: int) -> tuple[DiT, Callable, Callable]:
+def transformers(
+    dim: int, ffn: int, heads: int, layers: int, latents: int
+) -> tuple[DiT, Callable, Callable]:
     """Our transformer; a forward pass of it, and of diffusers' of this size."""
     config = DiTConfig(dim=dim, ffn_dim=ffn, num_heads=heads, num_layers=layers, text_dim=512)
     dit = DiT(config).eval().requires_grad_(False)
-    theirs = WanTransformer3DModel(num_attention_heads=heads, attention_head_dim=dim // heads, ffn_dim=ffn, num_layers=layers,
-                                   text_dim=512).eval()
-    z, text, t, pos = torch.randn(1, latents, 16, 16, 16), torch.randn(1, 512, 512), torch.full((1,), 500.0), torch.arange(latents)
+    theirs = WanTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=dim // heads,
+        ffn_dim=ffn,
+        num_layers=layers,
+        text_dim=512,
+    ).eval()
+    z, text, t, pos = (
+        torch.randn(1, latents, 16, 16, 16),
+        torch.randn(1, 512, 512),
+        torch.full((1,), 500.0),
+        torch.arange(latents),
+    )
     zt = z.transpose(1, 2).contiguous()
-    return dit, lambda: dit(z, t[:, None].expand(1, latents), text, pos), lambda: theirs(zt, t, text)
+    return (
+        dit,
+        lambda: dit(z, t[:, None].expand(1, latents), text, pos),
+        lambda: theirs(zt, t, text),
+    )
 
 
 def floor(run: Callable) -> Callable:
     """The matrix products, attention calls and convolutions of a run, all of them and nothing else, each shape on one and the same
     input, which the caches of the machine then hold."""
     calls, inputs = [], {}
-    real = {(where, name): getattr(where, name) for where, name in (
-        (cpu, "_product"), (F, "linear"), (F, "scaled_dot_product_attention"), (torch.nn.Conv3d, "_conv_forward"), (vae_module, "conv3d"))}
+    real = {
+        (where, name): getattr(where, name)
+        for where, name in (
+            (cpu, "_product"),
+            (F, "linear"),
+            (F, "scaled_dot_product_attention"),
+            (torch.nn.Conv3d, "_conv_forward"),
+            (vae_module, "conv3d"),
+        )
+    }
 
     def recorded(call: Callable) -> Callable:
         def noted(*args, **more):
-            same = [inputs.setdefault((x.shape, x.stride()), x) if type(x) is torch.Tensor else x for x in args]  # not parameters
+            same = [
+                inputs.setdefault((x.shape, x.stride()), x) if type(x) is torch.Tensor else x
+                for x in args
+            ]  # not parameters
             calls.append((call, same, more))
             return call(*args, **more)
+
         return noted
+
     try:
         for (where, name), call in real.items():
             setattr(where, name, recorded(call))
@@ -98,22 +134,39 @@ def floor(run: Callable) -> Callable:
 
 def autoencoders(dim: int) -> None:
     """Decoding and encoding of 17 frames against diffusers' VAE, and against its own convolutions alone."""
-    vae, theirs = VAE(VAEConfig(dim=dim)).eval().requires_grad_(False), AutoencoderKLWan(base_dim=dim).eval()
+    vae, theirs = (
+        VAE(VAEConfig(dim=dim)).eval().requires_grad_(False),
+        AutoencoderKLWan(base_dim=dim).eval(),
+    )
     z, video = torch.randn(1, 5, 16, 16, 16), torch.rand(1, 3, 17, 128, 128) * 2 - 1
     zt = z.transpose(1, 2).contiguous()
-    for name, ours, other in (("decode", lambda: vae.decode(z), lambda: theirs.decode(zt)),
-                              ("encode", lambda: vae.encode(video), lambda: theirs.encode(video))):
+    for name, ours, other in (
+        ("decode", lambda: vae.decode(z), lambda: theirs.decode(zt)),
+        ("encode", lambda: vae.encode(video), lambda: theirs.encode(video)),
+    ):
         race(f"VAE {name}, dim {dim}, 17x128x128, against diffusers", ours, other, turns=5)
         race(f"VAE {name}, dim {dim}, 17x128x128, against its floor", ours, floor(ours), turns=5)
     half = copy.deepcopy(vae).to(torch.bfloat16)
-    race(f"VAE decode, dim {dim}, 17x128x128, in bfloat16 against float32", lambda: half.decode(z), lambda: vae.decode(z), turns=5)
+    race(
+        f"VAE decode, dim {dim}, 17x128x128, in bfloat16 against float32",
+        lambda: half.decode(z),
+        lambda: vae.decode(z),
+        turns=5,
+    )
 
 
 def rollouts(name: str, dit: DiT) -> None:
     """A rollout of 21 latents: cached against recomputed, forward against backward; and what fusing two passes would save."""
-    plans, text = {"forward": anchors.forward(21), "backward": anchors.backward(21)}, torch.randn(1, 512, 512)
+    plans, text = (
+        {"forward": anchors.forward(21), "backward": anchors.backward(21)},
+        torch.randn(1, 512, 512),
+    )
     text_kv = dit.text_kv(text)
-    noise, renoise, pos = torch.randn(1, 21, 16, 16, 16), torch.randn(3, 1, 21, 16, 16, 16), torch.arange(21)
+    noise, renoise, pos = (
+        torch.randn(1, 21, 16, 16, 16),
+        torch.randn(3, 1, 21, 16, 16, 16),
+        torch.arange(21),
+    )
 
     def cached(way: str) -> None:
         generate(dit, plans[way], [dit.text_kv(text)], noise_from(noise, renoise))
@@ -123,15 +176,31 @@ def rollouts(name: str, dit: DiT) -> None:
         plan = plans["forward"]
         for n in range(len(plan.steps)):
             latents = plan.steps[n].targets[-1] + 1
-            visible = layout(Plan("prefix", latents, plan.steps[:n + 1])).visible
+            visible = layout(Plan("prefix", latents, plan.steps[: n + 1])).visible
             for sigma in student_sigmas():
                 t = torch.zeros(1, latents)
                 t[:, -3:] = 1000 * sigma
                 dit(noise[:, :latents], t, words, pos[:latents], visible)
+
     name = f"rollout of 21 latents, {name}"
-    race(f"{name}, cached, against nothing cached", lambda: cached("forward"), lambda: recompute(text), turns=3)
-    race(f"{name}, cached, against only the text cached", lambda: cached("forward"), lambda: recompute(text_kv), turns=3)
-    race(f"{name}, forward against backward with P = 3", lambda: cached("forward"), lambda: cached("backward"), turns=3)
+    race(
+        f"{name}, cached, against nothing cached",
+        lambda: cached("forward"),
+        lambda: recompute(text),
+        turns=3,
+    )
+    race(
+        f"{name}, cached, against only the text cached",
+        lambda: cached("forward"),
+        lambda: recompute(text_kv),
+        turns=3,
+    )
+    race(
+        f"{name}, forward against backward with P = 3",
+        lambda: cached("forward"),
+        lambda: cached("backward"),
+        turns=3,
+    )
 
 
 def fused(name: str, config: DiTConfig, h: int) -> None:
@@ -139,8 +208,14 @@ def fused(name: str, config: DiTConfig, h: int) -> None:
     dit = DiT(config).eval().requires_grad_(False)
     z, t, pos = torch.randn(1, 6, config.in_dim, h, h), torch.zeros(1, 6), torch.arange(6)
     kv = dit.text_kv(torch.randn(1, config.text_len, config.text_dim))
-    race(f"clean pass and next step in one pass, {name}, 6x{config.tokens(h, h)} tokens, against one after the other",
-         lambda: dit(z, t, kv, pos), lambda: (dit(z[:, :3], t[:, :3], kv, pos[:3], need=0), dit(z[:, 3:], t[:, 3:], kv, pos[3:])))
+    race(
+        f"clean pass and next step in one pass, {name}, 6x{config.tokens(h, h)} tokens, against one after the other",
+        lambda: dit(z, t, kv, pos),
+        lambda: (
+            dit(z[:, :3], t[:, :3], kv, pos[:3], need=0),
+            dit(z[:, 3:], t[:, 3:], kv, pos[3:]),
+        ),
+    )
 
 
 @torch.no_grad()
@@ -150,7 +225,10 @@ def main() -> None:
     for way in ("forward", "backward"):
         longer(way)
     small, wide = transformers(384, 1536, 6, 8, 21), transformers(1536, 8960, 12, 2, 12)
-    for name, (ours, theirs) in (("dim 384, 8 layers, 21x64 tokens", small[1:]), ("dim 1536, 2 layers, 12x64 tokens", wide[1:])):
+    for name, (ours, theirs) in (
+        ("dim 384, 8 layers, 21x64 tokens", small[1:]),
+        ("dim 1536, 2 layers, 12x64 tokens", wide[1:]),
+    ):
         with mock.patch.object(cpu, "ONEDNN", False):
             torchs = floor(ours)
         race(f"DiT forward, {name}, against diffusers", ours, theirs)

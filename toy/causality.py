@@ -8,6 +8,7 @@ them can show what anchors are for, with this VAE.
 
     python -m toy.causality --clips 16
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from vae import VAE, load_vae
 @dataclass
 class Config:
     """Measure how the toy VAE's latents depend on their past, and which measure notices."""
+
     weights: str = "toy/weights"
     clips: int = 16
     block: int = 3
@@ -38,7 +40,9 @@ def with_wrong_past(vae: VAE, video: Tensor, firsts: list[int], p: int) -> Tenso
     z, other, time = vae.encode(video, chunk=99), video.roll(1, 0), vae.config.time
     for i in firsts:
         own = max((i - p) * time - time + 1, 0)  # first frame of latent i - p
-        z[:, i] = vae.encode(torch.cat([other[:, :, :own], video[:, :, own:i * time + 1]], dim=2), chunk=99)[:, i]
+        z[:, i] = vae.encode(
+            torch.cat([other[:, :, :own], video[:, :, own : i * time + 1]], dim=2), chunk=99
+        )[:, i]
     return z
 
 
@@ -46,20 +50,32 @@ def with_wrong_past(vae: VAE, video: Tensor, firsts: list[int], p: int) -> Tenso
 def main(config: Config) -> None:
     device = start(config.device)[2]
     if config.clips < 2:
-        raise UserError(f"--clips {config.clips} must be at least 2: each clip lends its past to another")
-    vae, numbers = load_vae(config.weights, device=device), [HELD_OUT + n for n in range(config.clips)]
+        raise UserError(
+            f"--clips {config.clips} must be at least 2: each clip lends its past to another"
+        )
+    vae, numbers = (
+        load_vae(config.weights, device=device),
+        [HELD_OUT + n for n in range(config.clips)],
+    )
     video = world.render([toy_caption(n) for n in numbers], numbers).to(device)
     plan = anchors.forward(anchors.HORIZON, config.block)
     inter, rows = torch.tensor(plan.boundaries()), {}
     firsts = [i + 1 for i, b in enumerate(plan.boundaries()) if b]
     for p in tqdm((0, 1, 2, 3, 6)):
-        z = torch.cat([with_wrong_past(vae, torch.stack([video[n], video[n - 1]]), firsts, p)[:1] for n in range(len(video))])
+        z = torch.cat(
+            [
+                with_wrong_past(vae, torch.stack([video[n], video[n - 1]]), firsts, p)[:1]
+                for n in range(len(video))
+            ]
+        )
         made = torch.cat([vae.decode(x[None], chunk=99) for x in z])
-        shown = torch.cat([(made - video)[:, :, 4 * i - 3:4 * i + 1] for i in firsts], 2)
+        shown = torch.cat([(made - video)[:, :, 4 * i - 3 : 4 * i + 1] for i in firsts], 2)
         rows[f"{p} latents of the past are right"] = {
             "PSNR of those latents": stat(-10 * (shown.square().mean((1, 2, 3, 4)) / 4).log10()),
-            "FR inter": stat(flickering_ratio(made)[:, inter[1:]]), "FR intra": stat(flickering_ratio(made)[:, ~inter[1:]]),
-            "round trip": stat(round_trip(vae, z, plan).cpu())}
+            "FR inter": stat(flickering_ratio(made)[:, inter[1:]]),
+            "FR intra": stat(flickering_ratio(made)[:, ~inter[1:]]),
+            "round trip": stat(round_trip(vae, z, plan).cpu()),
+        }
     print(report.markdown(rows))
 
 

@@ -9,6 +9,7 @@ All randomness of a step is a function of (seed, step), so an interrupted run co
 
     python -m toy.train_vae --out out/toy
 """
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,18 +26,29 @@ from vae import PRESETS, VAE, Attention, ResidualBlock, load_vae, save_vae
 @dataclass
 class Config:
     """Train the toy VAE."""
-    out: str = "out/toy"   # folder: vae.safetensors, its log, and the resume state
-    preset: str = "toy"    # a VAE preset
-    size: int = 32         # pixels
+
+    out: str = "out/toy"  # folder: vae.safetensors, its log, and the resume state
+    preset: str = "toy"  # a VAE preset
+    size: int = 32  # pixels
     steps: int = 13000
-    frames: tuple[int, ...] = (1, 5, 17, 81)      # stages: frames a clip. Pictures first, then motion, then whole clips: the
-    batch: tuple[int, ...] = (32, 8, 4, 1)        # decoder looks far back, past the longest clip trained on colours drift [measured]
+    frames: tuple[int, ...] = (
+        1,
+        5,
+        17,
+        81,
+    )  # stages: frames a clip. Pictures first, then motion, then whole clips: the
+    batch: tuple[int, ...] = (
+        32,
+        8,
+        4,
+        1,
+    )  # decoder looks far back, past the longest clip trained on colours drift [measured]
     share: tuple[float, ...] = (0.08, 0.24, 0.45, 0.23)  # of the steps
-    lr: float = 7e-4       # Adam, cosine to zero [ours]
-    init: str = ""         # go on from these weights instead of fresh ones
-    encoder: bool = True   # False: train the decoder only, so that latents and all that was trained on them stay valid
-    kl: float = 1e-4       # per latent element [ours]; 1e-2 and more makes latents hang on their past
-    diff: float = 1.5      # L1 of frame differences [ours]
+    lr: float = 7e-4  # Adam, cosine to zero [ours]
+    init: str = ""  # go on from these weights instead of fresh ones
+    encoder: bool = True  # False: train the decoder only, so that latents and all that was trained on them stay valid
+    kl: float = 1e-4  # per latent element [ours]; 1e-2 and more makes latents hang on their past
+    diff: float = 1.5  # L1 of frame differences [ours]
     seed: int = 0
     save_every: int = 250
     device: str = "auto"
@@ -48,15 +60,23 @@ def clips(seeds: list[int], size: int, frames: int) -> tuple[Tensor, list[str]]:
     return world.render(captions, seeds, size, frames), captions
 
 
-def vae_loss(vae: VAE, video: Tensor, noise: Tensor, kl: float, diff: float) -> tuple[Tensor, dict[str, float]]:
+def vae_loss(
+    vae: VAE, video: Tensor, noise: Tensor, kl: float, diff: float
+) -> tuple[Tensor, dict[str, float]]:
     """Reconstruction, smoothness and KL of clips [B, 3, F, H, W]; noise [B, C, T, h, w] has the shape of the posterior mean."""
     mu, logvar = vae.moments(video)
     made = vae.decoder(vae.conv2(mu + (0.5 * logvar).exp() * noise), None).float()
     error = made - video
     change = error.diff(dim=2).abs().mean() if video.shape[2] > 1 else error.new_zeros(())
-    terms = {"l1": error.abs().mean(), "mse": error.square().mean(), "diff": change,
-             "kl": 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()}
-    return terms["l1"] + 2 * terms["mse"] + diff * terms["diff"] + kl * terms["kl"], {k: v.item() for k, v in terms.items()}
+    terms = {
+        "l1": error.abs().mean(),
+        "mse": error.square().mean(),
+        "diff": change,
+        "kl": 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean(),
+    }
+    return terms["l1"] + 2 * terms["mse"] + diff * terms["diff"] + kl * terms["kl"], {
+        k: v.item() for k, v in terms.items()
+    }
 
 
 @torch.no_grad()
@@ -72,7 +92,7 @@ def init_weights(vae: VAE) -> None:
             m.residual["6"].weight.mul_(0.1)
         if isinstance(m, Attention):
             m.proj.weight.zero_()
-    vae.conv1.bias[vae.config.z_dim:] = -6
+    vae.conv1.bias[vae.config.z_dim :] = -6
 
 
 @torch.no_grad()
@@ -80,7 +100,9 @@ def finish(vae: VAE, config: Config, device: torch.device) -> tuple[VAE, float]:
     """Measure the PSNR and, unless the encoder was kept, mean and std of the latents, on 64 held-out clips of 81 frames."""
     video = torch.cat([clips([HELD_OUT + i], config.size, 81)[0] for i in range(64)]).to(device)
     if config.encoder:
-        vae.config = replace(vae.config, mean=(0.0,) * vae.config.z_dim, std=(1.0,) * vae.config.z_dim)
+        vae.config = replace(
+            vae.config, mean=(0.0,) * vae.config.z_dim, std=(1.0,) * vae.config.z_dim
+        )
     z = torch.cat([vae.encode(v[None]) for v in video])  # (64, T, C, h, w)
     made = torch.cat([vae.decode(x[None]) for x in z])
     psnr = -10 * ((made - video).square().mean() / 4).log10().item()
@@ -96,26 +118,50 @@ def main(config: Config) -> None:
     if config.preset not in PRESETS:
         raise UserError(f"unknown preset {config.preset!r}; use {', '.join(PRESETS)}")
     torch.manual_seed(config.seed)
-    vae = (load_vae(config.init) if config.init else VAE(PRESETS[config.preset])).to(device).train().requires_grad_(True)
+    vae = (
+        (load_vae(config.init) if config.init else VAE(PRESETS[config.preset]))
+        .to(device)
+        .train()
+        .requires_grad_(True)
+    )
     if not config.init:
         init_weights(vae)
     vae.encoder.requires_grad_(config.encoder)
     vae.conv1.requires_grad_(config.encoder)
-    optimiser = torch.optim.Adam([p for p in vae.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.99))
+    optimiser = torch.optim.Adam(
+        [p for p in vae.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.99)
+    )
     out = Path(config.out)
     if not len(config.frames) == len(config.batch) == len(config.share):
-        raise UserError(f"--frames {config.frames}, --batch {config.batch} and --share {config.share} need one number a stage each")
-    for step, row in training_steps(config, "vae", {"vae": (vae, optimiser)}, device, prefix="vae."):
+        raise UserError(
+            f"--frames {config.frames}, --batch {config.batch} and --share {config.share} need one number a stage each"
+        )
+    for step, row in training_steps(
+        config, "vae", {"vae": (vae, optimiser)}, device, prefix="vae."
+    ):
         for group in optimiser.param_groups:
             group["lr"] = cosine(step, config.steps, config.lr)
         g = generator(config.seed, 1, step)
-        stage = sum(step >= config.steps * sum(config.share[:i + 1]) for i in range(len(config.share) - 1))
+        stage = sum(
+            step >= config.steps * sum(config.share[: i + 1]) for i in range(len(config.share) - 1)
+        )
         frames, batch = config.frames[stage], config.batch[stage]
-        video = clips(torch.randint(HELD_OUT, (batch,), generator=g).tolist(), config.size, frames)[0].to(device)
-        latents = (batch, vae.config.z_dim, 1 + (frames - 1) // vae.config.time, *[config.size // vae.config.space] * 2)
-        loss, terms = vae_loss(vae, video, torch.randn(latents, generator=g).to(device), config.kl, config.diff)
+        video = clips(torch.randint(HELD_OUT, (batch,), generator=g).tolist(), config.size, frames)[
+            0
+        ].to(device)
+        latents = (
+            batch,
+            vae.config.z_dim,
+            1 + (frames - 1) // vae.config.time,
+            *[config.size // vae.config.space] * 2,
+        )
+        loss, terms = vae_loss(
+            vae, video, torch.randn(latents, generator=g).to(device), config.kl, config.diff
+        )
         loss.backward()
-        for p in optimiser.param_groups[0]["params"]:  # pictures do not reach the temporal layers, but Adam's state
+        for p in optimiser.param_groups[0][
+            "params"
+        ]:  # pictures do not reach the temporal layers, but Adam's state
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # must be whole to be saved
         norm = clip_gradients(vae, 1.0, f"step {step}")
         optimiser.step()
@@ -126,8 +172,10 @@ def main(config: Config) -> None:
     save_vae(vae, out / "vae.safetensors")
     (out / "vae.state.pt").unlink(missing_ok=True)
     log_row(out / "vae.log.jsonl", step=config.steps, psnr=psnr)
-    print(f"wrote {out / 'vae.safetensors'}: PSNR {psnr:.2f} dB on 64 held-out clips, "
-          f"latent mean {vae.config.mean}, std {vae.config.std}")
+    print(
+        f"wrote {out / 'vae.safetensors'}: PSNR {psnr:.2f} dB on 64 held-out clips, "
+        f"latent mean {vae.config.mean}, std {vae.config.std}"
+    )
 
 
 if __name__ == "__main__":

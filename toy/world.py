@@ -23,18 +23,40 @@ import sys
 import torch
 from torch import Tensor
 
-PALETTE = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1),  # [ours]
-           "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
-HEADINGS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # [ours] (x, y), y points down
-COLOURS, DIRECTIONS, SHAPES = tuple(PALETTE), tuple(HEADINGS), ("disc", "square", "triangle", "ring")  # [ours]
+PALETTE = {
+    "red": (1, 0, 0),
+    "green": (0, 1, 0),
+    "blue": (0, 0, 1),  # [ours]
+    "yellow": (1, 1, 0),
+    "magenta": (1, 0, 1),
+    "cyan": (0, 1, 1),
+}
+HEADINGS = {
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+}  # [ours] (x, y), y points down
+COLOURS, DIRECTIONS, SHAPES = (
+    tuple(PALETTE),
+    tuple(HEADINGS),
+    ("disc", "square", "triangle", "ring"),
+)  # [ours]
 GRAMMAR = (("a",), COLOURS, SHAPES, ("moves",), DIRECTIONS, ("over",), ("a",), COLOURS, ("wave",))
 VOCABULARY = tuple(dict.fromkeys(itertools.chain(*GRAMMAR)))
 
 UNITS = 32.0  # [ours] frame width
 SPRITE_LOW, SPRITE_SPAN = 0.04, 0.94  # [ours] sprite = low + span * palette, channels 0..1
-GROUND_LOW, GROUND_SPAN, GROUND_WAVE = 0.10, 0.24, 0.30  # [ours] (low + span * palette) * (1 +- wave)
+GROUND_LOW, GROUND_SPAN, GROUND_WAVE = (
+    0.10,
+    0.24,
+    0.30,
+)  # [ours] (low + span * palette) * (1 +- wave)
 SPRITE_RADIUS, BALL_RADIUS = 7.5, 3.0  # [ours] every shape fits in the sprite radius
-BALL_GREY, BALL_TINT = 0.55, 0.20  # [ours] ball = grey + tint * cos(hue - 0, 1/3, 2/3 of a turn): paler than any sprite
+BALL_GREY, BALL_TINT = (
+    0.55,
+    0.20,
+)  # [ours] ball = grey + tint * cos(hue - 0, 1/3, 2/3 of a turn): paler than any sprite
 SPEED_SWING = 0.4  # [ours] speed factor is 1 +- swing
 SCALARS = 21  # [ours] random numbers per clip
 RADII = (1, 2, 3, 4, 5, 6, 7, 8)  # [ours] circles on which `measure` looks at a shape
@@ -53,7 +75,9 @@ def captions_of(part: str) -> tuple[str, ...]:
     return tuple(c for c in every if part == "all" or held_out(c) == (part == "new"))
 
 
-def random_captions(n: int, generator: torch.Generator | None = None, part: str = "all") -> list[str]:
+def random_captions(
+    n: int, generator: torch.Generator | None = None, part: str = "all"
+) -> list[str]:
     """n captions of a part of them (`captions_of`), uniform and independent."""
     some = captions_of(part)
     return [some[i] for i in torch.randint(len(some), (n,), generator=generator).tolist()]
@@ -64,25 +88,37 @@ def parse(caption: str) -> dict[str, str]:
     words = caption.split()
     for place, (word, allowed) in enumerate(itertools.zip_longest(words, GRAMMAR), start=1):
         if allowed is None:
-            raise ValueError(f"caption {caption!r} goes on with {word!r} where it must end, after 'wave'.")
+            raise ValueError(
+                f"caption {caption!r} goes on with {word!r} where it must end, after 'wave'."
+            )
         if word not in allowed:
             fault = "is missing and" if word is None else f"is {word!r} but"
             one_of = ", ".join(allowed)
-            raise ValueError(f"word {place} of caption {caption!r} {fault} must be one of: {one_of}.")
+            raise ValueError(
+                f"word {place} of caption {caption!r} {fault} must be one of: {one_of}."
+            )
     return {"colour": words[1], "shape": words[2], "direction": words[4], "ground": words[7]}
 
 
-def render(captions: list[str], seeds: list[int] | Tensor, size: int = 32, frames: int = 81) -> Tensor:
+def render(
+    captions: list[str], seeds: list[int] | Tensor, size: int = 32, frames: int = 81
+) -> Tensor:
     """Draw clips: float32 [B, 3, frames, size, size] in [-1, 1].
 
     Clip i depends only on (captions[i], seeds[i], size), never on the batch; `frames` only cuts the length.
     """
     if not len(captions) == len(seeds) > 0:
-        raise ValueError(f"render needs a seed per caption, not {len(seeds)} for {len(captions)} captions.")
+        raise ValueError(
+            f"render needs a seed per caption, not {len(seeds)} for {len(captions)} captions."
+        )
     words = [parse(c) for c in captions]
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    scalars = torch.stack([torch.rand(SCALARS, generator=g, dtype=torch.float64) for g in generators])
-    draws = iter(scalars[..., None].unbind(1))  # each [B, 1], against t [F]; float64 up to the pixels
+    scalars = torch.stack(
+        [torch.rand(SCALARS, generator=g, dtype=torch.float64) for g in generators]
+    )
+    draws = iter(
+        scalars[..., None].unbind(1)
+    )  # each [B, 1], against t [F]; float64 up to the pixels
     t = torch.arange(frames, dtype=torch.float64)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -93,7 +129,9 @@ def render(captions: list[str], seeds: list[int] | Tensor, size: int = 32, frame
         return radius + (torch.remainder(uniform(0, 2 * span) + speed * t, 2 * span) - span).abs()
 
     # Where things are, each [B, F]: the sprite's speed swings along its heading, all else bounces.
-    heading = torch.tensor([HEADINGS[w["direction"]] for w in words], dtype=torch.float64)[..., None]
+    heading = torch.tensor([HEADINGS[w["direction"]] for w in words], dtype=torch.float64)[
+        ..., None
+    ]
     start, speed, phase = uniform(0, UNITS), uniform(1.2, 1.8), uniform(0, 2 * math.pi)
     rate = 2 * math.pi / uniform(30, 80)
     travel = speed * (t - SPEED_SWING / rate * (torch.cos(rate * t + phase) - phase.cos()))
@@ -125,7 +163,9 @@ def render(captions: list[str], seeds: list[int] | Tensor, size: int = 32, frame
     thirds = torch.tensor([0, 1, 2], dtype=torch.float64) * 2 * math.pi / 3
     tint = BALL_GREY + BALL_TINT * (uniform(0, 2 * math.pi) - thirds).cos().float()  # [B, 3]
     video += ball[:, None] * (tint[..., None, None, None] - video)
-    video += sprite[:, None] * (SPRITE_LOW + SPRITE_SPAN * _palette(w["colour"] for w in words) - video)
+    video += sprite[:, None] * (
+        SPRITE_LOW + SPRITE_SPAN * _palette(w["colour"] for w in words) - video
+    )
     return video.mul_(2).sub_(1)
 
 
@@ -191,7 +231,9 @@ def _references(size: int) -> Tensor:
 def _nearest_colour(rgb: Tensor) -> Tensor:
     """Palette index [B] of colours [B, 3], by hue alone."""
     low, high = rgb.amin(1, keepdim=True), rgb.amax(1, keepdim=True)
-    return torch.cdist((rgb - low) / (high - low).clamp_min(1e-6), _palette(COLOURS).flatten(1)).argmin(1)
+    return torch.cdist(
+        (rgb - low) / (high - low).clamp_min(1e-6), _palette(COLOURS).flatten(1)
+    ).argmin(1)
 
 
 @torch.no_grad()
@@ -199,7 +241,9 @@ def measure(video: Tensor) -> list[dict[str, str]]:
     """Read {colour, shape, direction, ground} from pixels [B, 3, F, H, W] in [-1, 1]; 'none' if not there."""
     rgb = (video.float().cpu().nan_to_num().clamp(-1, 1) + 1) / 2
     size, frames = rgb.shape[-1], rgb.shape[2]
-    mask = ((rgb.amax(1) - rgb.amin(1) - 0.35) / 0.5).clamp(0, 1)  # [B, F, H, W] saturated: sprite only
+    mask = ((rgb.amax(1) - rgb.amin(1) - 0.35) / 0.5).clamp(
+        0, 1
+    )  # [B, F, H, W] saturated: sprite only
     mass = mask.sum((-2, -1))
     present = (mask.mean((1, 2, 3)) - 0.2).abs() < 0.19  # a sprite fills 1 to 39 % of the frame
     some = torch.linspace(0, frames - 1, min(frames, 16)).round().long()  # enough but for direction
@@ -219,18 +263,31 @@ def measure(video: Tensor) -> list[dict[str, str]]:
 
     # Shape: where pixels lie from ground to sprite colour, grey removed; linear, so noise averages out.
     sprite_rgb = _palette(COLOURS).flatten(1)[colour]
-    pixels, near, far = (c - c.mean(1, keepdim=True) for c in (few.flatten(2), ground_rgb, sprite_rgb))
+    pixels, near, far = (
+        c - c.mean(1, keepdim=True) for c in (few.flatten(2), ground_rgb, sprite_rgb)
+    )
     line = (far - near)[..., None]
     cover = ((pixels - near[..., None]) * line).sum(1).unflatten(1, few.shape[2:])
     found = (_descriptor(cover, x[:, some], y[:, some]) * mass[:, some, None]).sum(1)
-    shape = torch.cosine_similarity(found[:, None], _references(size), dim=-1).argmax(1) % len(SHAPES)
+    shape = torch.cosine_similarity(found[:, None], _references(size), dim=-1).argmax(1) % len(
+        SHAPES
+    )
 
     grounded = ground_rgb.amax(1) - ground_rgb.amin(1) > 0.06
     moving = present & (progress > 0.1)
-    columns = {"colour": (COLOURS, colour, present), "shape": (SHAPES, shape, present),
-               "direction": (DIRECTIONS, direction, moving), "ground": (COLOURS, ground, grounded)}
-    return [{key: names[index[i]] if there[i] else "none" for key, (names, index, there) in columns.items()}
-            for i in range(len(rgb))]
+    columns = {
+        "colour": (COLOURS, colour, present),
+        "shape": (SHAPES, shape, present),
+        "direction": (DIRECTIONS, direction, moving),
+        "ground": (COLOURS, ground, grounded),
+    }
+    return [
+        {
+            key: names[index[i]] if there[i] else "none"
+            for key, (names, index, there) in columns.items()
+        }
+        for i in range(len(rgb))
+    ]
 
 
 def accuracy(video: Tensor, captions: list[str]) -> dict[str, float]:
@@ -246,7 +303,9 @@ def main(path: str, clips: int = 8, size: int = 32, zoom: int = 3) -> None:
     import imageio.v3 as iio
 
     captions = random_captions(clips, torch.Generator().manual_seed(1))
-    sheet = torch.nn.functional.pad(render(captions, range(clips), size)[:, :, ::8], (1, 1, 1, 1), value=1.0)
+    sheet = torch.nn.functional.pad(
+        render(captions, range(clips), size)[:, :, ::8], (1, 1, 1, 1), value=1.0
+    )
     sheet = sheet.permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)
     iio.imwrite(path, ((sheet + 1) * 127.5).round().byte().numpy().repeat(zoom, 0).repeat(zoom, 1))
     print("\n".join(captions))

@@ -12,6 +12,7 @@ train_ode.py --teacher ar regresses. Anchors and dummies get a loss here: its OD
 
     python latents.py && python train_ar.py && python train_ode.py --generate --teacher ar && python train_ode.py --teacher ar
 """
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,40 +34,60 @@ from vae import load_vae
 @dataclass
 class Config:
     """Train the autoregressive teacher on latents of real clips."""
-    PRESETS = {"toy": {}, "toy64": {"latent": (21, 8, 8)}, "wan": {  # [Causal Forcing]
-        "weights": "Wan2.1-T2V-1.3B", "vae": "", "prompts": "out/latents/prompts.safetensors", "latent": (21, 60, 104),
-        "steps": 2000, "batch": 64, "micro": 1, "lr": 2e-6, "warmup": 0, "decay": 0.0, "betas": (0.0, 0.999), "dropout": 0.0,
-        "shift": 5.0, "parallel": "fsdp", "checkpointing": True}}
+
+    PRESETS = {
+        "toy": {},
+        "toy64": {"latent": (21, 8, 8)},
+        "wan": {  # [Causal Forcing]
+            "weights": "Wan2.1-T2V-1.3B",
+            "vae": "",
+            "prompts": "out/latents/prompts.safetensors",
+            "latent": (21, 60, 104),
+            "steps": 2000,
+            "batch": 64,
+            "micro": 1,
+            "lr": 2e-6,
+            "warmup": 0,
+            "decay": 0.0,
+            "betas": (0.0, 0.999),
+            "dropout": 0.0,
+            "shift": 5.0,
+            "parallel": "fsdp",
+            "checkpointing": True,
+        },
+    }
     PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}
-    preset: str = "toy"              # toy, toy64 (64 pixels), wan or wan-framewise: the published numbers
+    preset: str = "toy"  # toy, toy64 (64 pixels), wan or wan-framewise: the published numbers
     weights: str = "toy/weights/teacher.safetensors"  # the bidirectional teacher it starts from
-    latents: str = "out/latents"     # folder of real clips, made by latents.py
-    prompts: str = "toy"             # toy; or the prompts.txt beside the latents (or its embeddings)
+    latents: str = "out/latents"  # folder of real clips, made by latents.py
+    prompts: str = "toy"  # toy; or the prompts.txt beside the latents (or its embeddings)
     vae: str = "toy/weights/vae.safetensors"  # for the sheet of samples at the end; empty: none
-    guidance: float = 2.0            # of these samples
-    out: str = "out/ar"              # folder of teacher.safetensors, its sheet, log.jsonl and the resume state
+    guidance: float = 2.0  # of these samples
+    out: str = "out/ar"  # folder of teacher.safetensors, its sheet, log.jsonl and the resume state
     latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
-    shift: float = 3.0               # of the training times [ours; Causal Forcing: 5]
-    dropout: float = 0.1             # share of prompts replaced by the empty one, for guidance [Causal Forcing: 0]
-    loss_on_anchors: bool = True     # and on dummies: the teacher's ODE moves them, too
-    steps: int = 2000                # training iterations [Causal Forcing: 2000 or more]
-    batch: int = 16                  # samples an iteration, over all processes [Causal Forcing: 64]
-    micro: int = 0                   # samples a forward pass, the rest is accumulated; 0: all of a process's share
-    lr: float = 5e-4                 # AdamW, constant between warm-up and decay [Causal Forcing: 2e-6]
-    warmup: int = 50                 # iterations
-    decay: float = 0.5               # share of the steps, at the end, over which the rate falls to zero
+    shift: float = 3.0  # of the training times [ours; Causal Forcing: 5]
+    dropout: float = (
+        0.1  # share of prompts replaced by the empty one, for guidance [Causal Forcing: 0]
+    )
+    loss_on_anchors: bool = True  # and on dummies: the teacher's ODE moves them, too
+    steps: int = 2000  # training iterations [Causal Forcing: 2000 or more]
+    batch: int = 16  # samples an iteration, over all processes [Causal Forcing: 64]
+    micro: int = 0  # samples a forward pass, the rest is accumulated; 0: all of a process's share
+    lr: float = 5e-4  # AdamW, constant between warm-up and decay [Causal Forcing: 2e-6]
+    warmup: int = 50  # iterations
+    decay: float = 0.5  # share of the steps, at the end, over which the rate falls to zero
     betas: tuple[float, ...] = (0.9, 0.999)  # [Causal Forcing: 0, 0.999]
-    weight_decay: float = 0.01       # [Causal Forcing]
-    clip: float = 10.0               # gradient norm
-    block: int = 3                   # B: latents a step
-    anchors: int = 3                 # P: anchors before each backward block; 0 uses the dummy block
-    head: int = 0                    # size of the block of latent 0 if not --block
+    weight_decay: float = 0.01  # [Causal Forcing]
+    clip: float = 10.0  # gradient norm
+    block: int = 3  # B: latents a step
+    anchors: int = 3  # P: anchors before each backward block; 0 uses the dummy block
+    head: int = 0  # size of the block of latent 0 if not --block
     seed: int = 0
-    save_every: int = 200            # iterations between resume states
-    parallel: str = "ddp"            # ddp, or fsdp: shard the model
-    checkpointing: bool = False      # recompute activations in the backward pass
-    compile: bool = False            # torch.compile the blocks: faster steps, after minutes
-    dtype: str = "bfloat16"          # of computation; trained weights, optimiser and sums are float32
+    save_every: int = 200  # iterations between resume states
+    parallel: str = "ddp"  # ddp, or fsdp: shard the model
+    checkpointing: bool = False  # recompute activations in the backward pass
+    compile: bool = False  # torch.compile the blocks: faster steps, after minutes
+    dtype: str = "bfloat16"  # of computation; trained weights, optimiser and sums are float32
     device: str = "auto"
 
 
@@ -75,11 +96,24 @@ def bell(sigma: Tensor, shift: float) -> Tensor:
     1000 shifted levels; with shift 5 it is 0.03 at the smallest level and 2.08 at 1/2 [Wan's scheduler; Causal Forcing]."""
     table = shift_sigma(torch.arange(1, 1001, dtype=torch.float64) / 1000, shift)
     height = (-2 * (table - 0.5).square()).exp()
-    return ((-2 * (sigma.double() - 0.5).square()).exp() - height.min()).clamp_min(0).div((height - height.min()).mean()).float()
+    return (
+        ((-2 * (sigma.double() - 0.5).square()).exp() - height.min())
+        .clamp_min(0)
+        .div((height - height.min()).mean())
+        .float()
+    )
 
 
-def ar_loss(dit: DiT, lay: Layout, x0: Tensor, noise: Tensor, sigma: Tensor, prompt: Tensor, shift: float,
-            loss_on_anchors: bool = True) -> Tensor:
+def ar_loss(
+    dit: DiT,
+    lay: Layout,
+    x0: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    prompt: Tensor,
+    shift: float,
+    loss_on_anchors: bool = True,
+) -> Tensor:
     """Weighted flow matching after clean context: x0, noise [B, slots, C, h, w], sigma [B, steps of the plan] -> [B]."""
     at = per_slot(lay, sigma, 0.0)
     mix = at[..., None, None, None]
@@ -90,16 +124,24 @@ def ar_loss(dit: DiT, lay: Layout, x0: Tensor, noise: Tensor, sigma: Tensor, pro
 
 
 @torch.no_grad()
-def sheet(config: Config, dit: DiT, source: Prompts, rank: int, device: torch.device, clips: int = 4) -> None:
+def sheet(
+    config: Config, dit: DiT, source: Prompts, rank: int, device: torch.device, clips: int = 4
+) -> None:
     """teacher.png: a few held-out prompts, 48 steps a block, forward, and the same ones backward."""
     T, h, w = config.latent
     prompt, shape = source(range(HELD_OUT, HELD_OUT + clips)).to(device), (dit.config.in_dim, h, w)
     noise = noise_seeded([(config.seed, n, 0) for n in range(clips)], shape, device)
-    z = [many_steps(dit.eval(), plan, prompt, source.embed([""]).to(device), noise, config.guidance)
-         for plan in both_directions(T, config.block, config.anchors, config.head)]
+    z = [
+        many_steps(dit.eval(), plan, prompt, source.embed([""]).to(device), noise, config.guidance)
+        for plan in both_directions(T, config.block, config.anchors, config.head)
+    ]
     if rank == 0:
         vae = load_vae(config.vae, device=device)
-        write_sheet(Path(config.out) / "teacher.png", torch.cat([vae.decode(x[None]) for x in torch.cat(z)]), columns=11)
+        write_sheet(
+            Path(config.out) / "teacher.png",
+            torch.cat([vae.decode(x[None]) for x in torch.cat(z)]),
+            columns=11,
+        )
 
 
 def main(config: Config) -> None:
@@ -124,8 +166,17 @@ def main(config: Config) -> None:
         latent = [i if i >= 0 else ~i for i in lay.latent]
         x0 = torch.stack([clips[n][latent] for n in numbers]).to(device)
         prompt = torch.where(torch.tensor(told).view(-1, 1, 1), source(numbers), nothing).to(device)
-        return ar_loss(dit, lay, x0, torch.stack(noise).to(device), torch.stack(sigma).to(device), prompt, config.shift,
-                       config.loss_on_anchors)
+        return ar_loss(
+            dit,
+            lay,
+            x0,
+            torch.stack(noise).to(device),
+            torch.stack(sigma).to(device),
+            prompt,
+            config.shift,
+            config.loss_on_anchors,
+        )
+
     fit(config, dit, lays, loss_of, rank, world, device, "teacher")
     if config.vae:
         sheet(config, dit, source, rank, device)

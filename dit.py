@@ -445,7 +445,7 @@ class DiT(nn.Module):
         visible: Visible | None = None,
         past: list[Past] | None = None,
         return_kv: bool = False,
-        need: int | None = None,
+        keys_only: bool = False,
     ) -> Tensor | tuple[Tensor, list[KV]] | list[KV]:
         """Predict the velocity of every latent.
 
@@ -457,6 +457,7 @@ class DiT(nn.Module):
         returns: v [B, T or need, C, h, w] float32; with return_kv also, per layer, the unrotated keys and the values of
             all T; with need = 0 these alone
         raises: UserError if a shape does not fit the config; ValueError for need together with spans"""
+        need = 0 if keys_only else None
         c = self.config
         B, T, C, h, w = z.shape
         _, ph, pw = c.patch_size
@@ -528,9 +529,11 @@ def load_dit(
 
     raises: UserError that names every missing, unexpected or wrongly shaped tensor."""
     values, tensors, source = read_dit(path)
+    recipe = values.pop("recipe", None)
     config = config_from(DiTConfig, values, source)
     with torch.device("meta"):
         dit = DiT(config)
+    dit.recipe = recipe
     return load_strict(dit, tensors, source, dtype, device)
 
 

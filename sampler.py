@@ -1,244 +1,384 @@
-"""Executing a plan: four denoising steps a block, then one clean pass into the cache.
+"""Executing a plan: walk its steps, denoise each block, remember its clean keys.
 
-For each step of the plan, with x_t = (1 - sigma) x0 + sigma noise and v = noise - x0 predicted by the student:
+For each step of the plan, with x_t = (1 - sigma) x0 + sigma noise and v = noise - x0 predicted:
 
     x = noise                                        of the step's anchors and targets
     for sigma in (1, .9375, .8333, .625):            1000, 750, 500, 250 of 1000, shifted by 5
-        x0 = x - sigma * v(x, 1000 sigma)            seeing its own block and the cached latents the step reads
+        x0 = x - sigma * v(x, 1000 sigma)            seeing its own block and the latents it reads
         x = (1 - sigma') x0 + sigma' * fresh noise   unless this was the last
-    keep x0 of the targets; run them once more at t = 0, without gradient, to write their keys and values
+    keep x0 of the targets; run them once more at t = 0, without gradient, to write their keys
 
-Any order works, since the plan says who reads whom; latents are decoded in temporal order as soon as no earlier one is
-missing. The noise of a latent depends on (seed, prompt, sample, latent, denoising step) and on nothing else: not on the
-batch, the device, the number of processes, or the order of generation.
+Walking (`rollout`) and denoising a block are two ideas, so they are two functions. There are two
+ways to denoise: a student's few steps (above), and a teacher's ODE, many steps with guidance.
+A method of your own is a third: a function (n, step, past, clean, held) -> x0.
 
-    python sampler.py --weights random --order backward --prompt "a red disc moves left over a green wave" --out out/clip.mp4
+The noise of a latent depends on (seed, prompt, sample, latent, level) and on nothing else: not on
+the batch, the device, the number of processes, or the order of generation. No files here.
+
+    import anchors, generate, sampler                # four lines from text to latents
+    dit, vae = generate.load_models("toy/weights")
+    text = [generate.embed(dit, "a red disc moves left over a green wave")]
+    z = sampler.generate(dit, anchors.backward(21), text, sampler.noise_seeded([(0, 0, 0)], (16, 4, 4)))
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from anchors import Plan
+from anchors import IMAGINED, Plan, Step
 from dit import KV, DiT, Past
 from kvcache import KVCache
-from lib.common import UserError, generator
+from lib.common import Stream, UserError, generator
 
 FPS = 16  # [Wan]
+ODE_STEPS = 48  # of a teacher; every 12th level is a student's, for any shift [Self-Forcing]
+Text = Tensor | list[KV]  # embeddings [B, L, text_dim], or `DiT.text_kv` of them
 
 
-# ---------------------------------------------------------------- the flow schedule
+# ---------------------------------------------------------------- noise levels
 def shift_sigma(u: float | Tensor, shift: float = 5.0) -> float | Tensor:
     """Move noise levels u in [0, 1] towards noise: 5u / (1 + 4u) [Wan]; .75 -> .9375."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def student_sigmas(
-    steps: Sequence[float] = (1000, 750, 500, 250), shift: float = 5.0
+    levels: Sequence[float] = (1000, 750, 500, 250), shift: float = 5.0
 ) -> list[float]:
-    """The student's noise levels; the default is 1, .9375, .83333, .625, i.e. t = 1000, 937.5, 833.33, 625 [paper]."""
-    if (
-        not steps
-        or any(not 0 < s <= 1000 for s in steps)
-        or list(steps) != sorted(steps, reverse=True)
-    ):
+    """A student's noise levels; by default 1, .9375, .83333, .625 [paper]. raises: UserError"""
+    falling = list(levels) == sorted(set(levels), reverse=True)
+    if not levels or not falling or not all(0 < level <= 1000 for level in levels):
         raise UserError(
-            f"denoising steps {tuple(steps)} must fall from at most 1000 and stay above 0"
+            f"--denoising {' '.join(map(str, levels))} must fall from at most 1000 and stay above 0"
         )
-    return [shift_sigma(s / 1000, shift) for s in steps]
+    return [shift_sigma(level / 1000, shift) for level in levels]
 
 
-def ode_sigmas(steps: int = 48, shift: float = 5.0) -> list[float]:
-    """Noise levels of a many-step ODE solver, from 1 to 0 (both included). With 48 steps, every 12th is a student's
-    level, exactly, for any shift: that is why ODE pairs are made with 48 [Self-Forcing]."""
+def ode_sigmas(steps: int = ODE_STEPS, shift: float = 5.0) -> list[float]:
+    """Noise levels of a many-step ODE solver, from 1 to 0, both included."""
     return [shift_sigma(1 - i / steps, shift) for i in range(steps)] + [0.0]
 
 
-def guided(
-    dit: DiT, x: Tensor, t: Tensor, both: Tensor | list[KV], pos: Tensor, w: float, **seen: object
-) -> Tensor:
-    """A teacher's velocity [B, T, C, h, w] with guidance, uncond + w (cond - uncond), in one pass of twice the batch.
+@dataclass(frozen=True)
+class Recipe:
+    """How a student was trained, and so how it is run. It lies in the checkpoint's metadata."""
 
-    both: embeddings of the B prompts, then of the B unconditional ones [2B, L, text_dim], or `text_kv` of them;  t: [B, T]
-    seen: `visible` or `past`, as `DiT.forward` takes them, for 2B samples"""
-    cond, uncond = dit(torch.cat([x, x]), torch.cat([t, t]), both, pos, **seen).chunk(2)
-    return uncond + w * (cond - uncond)
+    levels: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # before the shift [paper]
+    first_levels: tuple[float, ...] = ()  # of the block that is made first, if others
+    shift: float = 5.0  # [paper]
+    block: int = 3  # [paper]
+    anchors: int = 3  # [paper]
+    head: int = 0  # size of the block of latent 0 if not `block`
+    share_noise: str = "none"
+    plans: str = "paper"  # the mix it was trained on (mixes.py)
+
+    @classmethod
+    def read(cls, values: dict | None) -> "Recipe | None":
+        """From a checkpoint's metadata; None if it says nothing. raises: UserError"""
+        if values is None:
+            return None
+        try:
+            lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+            return cls(**values | lists)
+        except TypeError as error:
+            raise UserError(f"a student's recipe is not one of this version: {error}") from None
+
+    def write(self) -> dict:
+        return asdict(self)
+
+    def sigmas(self, n: int) -> list[float]:
+        """The noise levels of step n of a plan."""
+        levels = self.first_levels if n == 0 and self.first_levels else self.levels
+        return student_sigmas(levels, self.shift)
 
 
 # ---------------------------------------------------------------- noise
-Noise = Callable[
-    [int, tuple[int, ...]], Tensor
-]  # (denoising step, latents) -> [B, len(latents), C, h, w]
+Noise = Callable[[int, tuple[int, ...]], Tensor]  # (level, numbers) -> [B, len(numbers), C, h, w]
 
 
 def noise_from(noise: Tensor, renoise: Tensor | None = None, length: int | None = None) -> Noise:
-    """Noise given as tensors: noise [B, R, C, h, w] to start from, renoise [K-1, B, R, C, h, w] for the later steps.
+    """Noise given as tensors: [B, R, C, h, w] to start from, renoise [K-1, B, R, C, h, w] for later.
 
-    Row i belongs to latent i; dummies (~i) have the rows length + i, behind those of the video."""
-    length = noise.shape[1] if length is None else length
+    Row i belongs to latent i; behind the video's come rows for dummies (~i: length + i), and, if
+    anchors have noise of their own, as many rows again, the anchors' (`anchors.Step.noise`)."""
+    rows = noise.shape[1]
+    length = rows if length is None else length
+    half = rows // 2
 
-    def rows(k: int, latents: tuple[int, ...]) -> Tensor:
-        if k and renoise is None:
+    def row(number: int) -> int:
+        if number < 0:
+            return length + ~number
+        return number if number < IMAGINED else half + number - IMAGINED
+
+    def pick(level: int, numbers: tuple[int, ...]) -> Tensor:
+        if level and renoise is None:
             raise ValueError("this rollout needs renoise: it takes more than one denoising step")
-        index = torch.tensor([i if i >= 0 else length + ~i for i in latents], device=noise.device)
-        return (renoise[k - 1] if k else noise)[:, index]
+        index = torch.tensor([row(i) for i in numbers], device=noise.device)
+        return (renoise[level - 1] if level else noise)[:, index]
 
-    return rows
+    return pick
 
 
 def noise_seeded(
-    seeds: Sequence[tuple[int, ...]], shape: tuple[int, ...], device: torch.device | str = "cpu"
+    seeds: Sequence[tuple[int, ...]],
+    shape: tuple[int, ...],
+    device: torch.device | str = "cpu",
 ) -> Noise:
-    """Noise as a pure function of numbers: one tuple (seed, prompt, sample) per clip; shape [C, h, w]."""
+    """Noise as a pure function of numbers: a tuple (seed, prompt, sample) a clip; shape [C, h, w]."""
 
-    def draw(k: int, latents: tuple[int, ...]) -> Tensor:
-        return torch.stack(
-            [
-                torch.stack([torch.randn(shape, generator=generator(*s, i, k)) for i in latents])
-                for s in seeds
-            ]
-        ).to(device, non_blocking=True)
+    def draw(level: int, numbers: tuple[int, ...]) -> Tensor:
+        clips = []
+        for seed, *which in seeds:
+            gs = [generator(seed, Stream.SAMPLE, *which, i, level) for i in numbers]
+            clips.append(torch.stack([torch.randn(shape, generator=g) for g in gs]))
+        return torch.stack(clips).to(device, non_blocking=True)  # (B, T, C, h, w)
 
     return draw
 
 
-# ---------------------------------------------------------------- rollout
+# ---------------------------------------------------------------- the walk
+Denoise = Callable[[int, Step, list[Past] | None, Tensor | None, Tensor | None], Tensor]
+Remember = Callable[[int, Step, Tensor, list[Past] | None], None]
+
+
 def rollout(
-    dit: DiT,
     plan: Plan,
-    texts: Sequence[Tensor | list[KV]],
-    noise: Noise,
-    sigmas: Sequence[float],
+    denoise: Denoise,
+    remember: Remember,
     cache: KVCache,
     given: dict[int, Tensor] | None = None,
-    exit_at: int | None = None,
-    commit_anchors: bool = False,
-    first: tuple[Sequence[float], int | None] | None = None,
-    warm: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Generate block by block; yield (n, x0 [B, len(targets), C, h, w]) as step n of the plan is finished.
+    """Generate block by block: read the past, denoise, drop the anchors, remember the targets.
 
-    texts: one per prompt of the plan, embeddings [B, L, text_dim] or `dit.text_kv` of them;  sigmas: noise levels
-    given: latent -> [B, C, h, w] for the latents that the plan says are given;  cache: empty, with `plan.capacity` slots
-    exit_at: stop every block after this denoising step (0-based) and yield its x0: stage 2's random exit. Only this
-        step runs with gradient (where the caller has gradients enabled), and nothing flows through the cache.
-    commit_anchors: let the denoised anchors be seen while their targets' keys are computed (an open choice of the
-        paper; they are never stored)
-    first: (sigmas, exit_at) of the first step of the plan, where it has noise levels of its own (Causal Forcing++)
-    warm: a block whose targets were the anchors of the step before leaves out so many denoising steps, and goes on from there"""
-    device, imagined = dit.patch_embedding.weight.device, {}
+    denoise: (n, step, past, clean, held) -> x0 [B, own, C, h, w] of its anchors and targets
+    remember: (n, step, x0 of its own, past): write what a later step reads into the cache
+    cache: empty, with `plan.capacity` slots
+    given: latent -> [B, C, h, w], for the latents that the plan says are given
+    yields: (n, x0 [B, targets, C, h, w]) as step n of the plan is finished"""
     for n, step in enumerate(plan.steps):
-        levels, last = first if first and n == 0 else (sigmas, exit_at)
-        past = cache.read(
-            step.reads, room=0 if torch.is_grad_enabled() else len(step.own)
-        )  # gradients keep the past: no slack
-        own = step.own
-        skip = len(own) - len(step.targets)  # anchors come first
-        pos, prompt = (
-            torch.tensor(step.pos).to(device, non_blocking=True),
-            texts[step.prompt],
-        )  # no GPU waits for the host
-        held = [j for j, i in enumerate(own) if i in step.given]
-        if held:
-            mine = torch.stack([given[own[j]] for j in held], dim=1)
-        if step.commits:
-            x0 = mine
-        else:
-            x, levels = noise(0, own), levels[: None if last is None else last + 1]
-            start = warm if imagined.keys() == set(step.targets) else 0
-            for k, sigma in enumerate(levels[start:], start):
-                t = torch.full(x.shape[:2], 1000 * sigma, device=device)
-                if k > start:
-                    x = (1 - sigma) * x0 + sigma * noise(k, own)
-                elif (
-                    start
-                ):  # targets go on from what their neighbour imagined, their own anchors begin
-                    guess = torch.stack([imagined[i] for i in step.targets], dim=1)
-                    x[:, skip:] = (1 - sigma) * guess + sigma * noise(k, step.targets)
-                    t[:, :skip] = 1000 * levels[0]
-                if held:
-                    x[:, held], t[:, held] = mine, 0
-                # of anchors the last step's result is not needed
-                need = (
-                    len(step.targets)
-                    if skip and k + 1 == len(levels) and not (held or commit_anchors or warm)
-                    else len(own)
-                )
-                with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
-                    x0 = x[:, -need:] - sigma * dit(x, t, prompt, pos, past=past, need=need)
-                if held:
-                    x0[:, held] = mine
-        imagined = dict(zip(own[:skip], x0.unbind(1))) if warm else {}
-        seen = 0 if commit_anchors else skip
-        commit(
-            dit,
-            cache,
-            plan,
-            n,
-            own[seen:],
-            x0[:, seen - len(own) :].detach(),
-            pos[seen:],
-            prompt,
-            past,
-        )
-        yield n, x0[:, -len(step.targets) :]
+        past = cache.read(step.reads)
+        clean, held = user_latents(step, given or {})
+        own = clean if step.commits else denoise(n, step, past, clean, held)
+        cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
+        remember(n, step, own.detach(), past)
+        yield n, own[:, len(step.anchors) :]
 
 
+def user_latents(step: Step, given: dict[int, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """What the user gave of a step's latents, zero elsewhere [B, own, C, h, w], and where [own]."""
+    if not step.given:
+        return None, None
+    nothing = torch.zeros_like(given[step.given[0]])
+    clean = torch.stack([given[i] if i in step.given else nothing for i in step.own], dim=1)
+    return clean, torch.tensor([i in step.given for i in step.own], device=clean.device)
+
+
+def hold(x: Tensor, clean: Tensor | None, held: Tensor | None) -> Tensor:
+    """x [B, own, C, h, w] with the user's latents in their places."""
+    return x if held is None else torch.where(held.view(1, -1, 1, 1, 1), clean, x)
+
+
+def times(x: Tensor, sigma: float, held: Tensor | None) -> Tensor:
+    """t [B, own] of latents at a noise level; what is held is clean, t = 0."""
+    t = torch.full(x.shape[:2], 1000 * sigma, device=x.device)
+    return t if held is None else t.masked_fill(held, 0)
+
+
+# ---------------------------------------------------------------- two ways to denoise a block
+def few_steps(
+    dit: DiT,
+    texts: Sequence[Text],
+    noise: Noise,
+    sigmas: Callable[[int], Sequence[float]],
+    exit_at: Callable[[int], int | None] = lambda n: None,
+    share_noise: str = "none",
+) -> Denoise:
+    """A student: a few steps with fresh noise between them (paper Sec. 3.2).
+
+    texts: one per prompt of the plan;  sigmas: the noise levels of step n of the plan
+    exit_at: the level (0-based) after which step n stops: stage 2's random exit. Only this pass
+        runs with gradient, where the caller has gradients enabled
+    share_noise: see `anchors.Step.noise`"""
+
+    def denoise(n, step, past, clean, held):
+        levels, last = sigmas(n), exit_at(n)
+        pos = torch.tensor(step.pos, device=dit.patch_embedding.weight.device)
+        x0 = None
+        for k, sigma in enumerate(levels if last is None else levels[: last + 1]):
+            fresh = noise(k, step.noise(share_noise, k))  # (B, own, C, h, w), anchors first
+            x = fresh if x0 is None else (1 - sigma) * x0 + sigma * fresh
+            x = hold(x, clean, held)
+            t = times(x, sigma, held)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
+                v = dit(x, t, texts[step.prompt], pos, past=past)
+            x0 = hold(x - sigma * v, clean, held)
+        return x0
+
+    return denoise
+
+
+def cfg_velocity(
+    dit: DiT, x: Tensor, t: Tensor, cond_uncond: Text, pos: Tensor, w: float, **seen: object
+) -> Tensor:
+    """A teacher's velocity [B, T, C, h, w] with guidance, uncond + w (cond - uncond), in one pass.
+
+    t: [B, T];  cond_uncond: the text of the B prompts, then of the B unconditional ones
+    seen: `visible` or `past`, as `DiT.forward` takes them, for 2B samples"""
+    cond, uncond = dit(torch.cat([x, x]), torch.cat([t, t]), cond_uncond, pos, **seen).chunk(2)
+    return uncond + w * (cond - uncond)
+
+
+Record = Callable[[int, int, Tensor], None]  # (step n, state k of the ODE, x [B, own, C, h, w])
+
+
+def many_steps(
+    dit: DiT,
+    texts: Sequence[Text],
+    noise: Noise,
+    guidance: float,
+    shift: float = 5.0,
+    share_noise: str = "none",
+    record: Record | None = None,
+) -> Denoise:
+    """A teacher: 48 Euler steps of its ODE with guidance.
+
+    texts: one per prompt of the plan, of the B prompts and then the B unconditional ones
+    share_noise: an ODE has no noise but its start, so anchors share it only for "all"
+    record: is handed every state, the noise first, the end point last"""
+    sigmas = ode_sigmas(ODE_STEPS, shift)
+
+    def denoise(n, step, past, clean, held):
+        pos = torch.tensor(step.pos, device=dit.patch_embedding.weight.device)
+        start = noise(0, step.noise("all" if share_noise == "all" else "none", 0))
+        x = start
+        for k, (sigma, below) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+            x = hold(x, clean, held)
+            if record:
+                record(n, k, x)
+            v = cfg_velocity(
+                dit, x, times(x, sigma, held), texts[step.prompt], pos, guidance, past=past
+            )
+            x = x + (below - sigma) * v
+        x = hold(x, clean, held)
+        if record:
+            record(n, ODE_STEPS, x)
+        return x
+
+    return denoise
+
+
+# ---------------------------------------------------------------- remembering
 @torch.no_grad()
 def commit(
     dit: DiT,
     cache: KVCache,
-    plan: Plan,
-    n: int,
-    latents: tuple[int, ...],
-    clean: Tensor,
+    latents: tuple[int | None, ...],
+    x: Tensor,
     pos: Tensor,
-    prompt: Tensor | list[KV],
+    text: Text,
     past: list[Past] | None,
+    sigma: float = 0.0,
 ) -> None:
-    """After step n: forget what no later step reads, and write the keys and values of its targets that one does.
+    """Write the keys and values of latents x [B, T, C, h, w]; a None in `latents` is only seen.
 
-    latents, pos: numbers and positions of clean [B, len(latents), C, h, w]; those that are not targets are only seen"""
-    keep = {i for i in plan.steps[n].targets if plan.last_read.get(i, -1) > n}
-    cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
-    if keep:
-        kv = dit(clean, clean.new_zeros(clean.shape[:2]), prompt, pos, past=past, need=0)
-        cache.write(tuple(i if i in keep else None for i in latents), kv)
+    sigma: the level they are shown at; x must be noised accordingly"""
+    t = torch.full(x.shape[:2], 1000 * sigma, device=x.device)
+    kv = dit(x, t, text, pos, past=past, keys_only=True)
+    cache.write(latents, kv)
 
 
-def generate(
+def clean_pass(
     dit: DiT,
     plan: Plan,
-    texts: Sequence[Tensor | list[KV]],
-    noise: Noise,
-    sigmas: Sequence[float] | None = None,
-    given: dict[int, Tensor] | None = None,
-    exit_at: int | None = None,
+    texts: Sequence[Text],
+    cache: KVCache,
     commit_anchors: bool = False,
-    first: tuple[Sequence[float], int | None] | None = None,
-    dtype: torch.dtype | None = None,
-    warm: int = 0,
-) -> Tensor:
-    """Run a whole rollout: latents [B, plan.length, C, h, w] in temporal order, anchors and dummies dropped.
+    copies: int = 1,
+) -> Remember:
+    """Remember targets by one pass at t = 0, if a later step reads them.
 
-    dtype: of the cache, where it is not that of the weights (mixed precision under FSDP); the rest as in `rollout`."""
-    made: dict[int, Tensor] = {}
+    commit_anchors: let the denoised anchors be seen in it (an open choice of the paper; their own
+        keys are never stored);  copies: 2 for a teacher with guidance, whose cache holds both"""
+
+    def remember(n, step, own, past):
+        keep = {i for i in step.targets if plan.last_read.get(i, -1) > n}
+        if not keep:
+            return
+        skip = 0 if commit_anchors else len(step.anchors)
+        pos = torch.tensor(step.pos[skip:], device=own.device)
+        latents = tuple(i if i in keep else None for i in step.own[skip:])
+        x = own[:, skip:].repeat(copies, 1, 1, 1, 1)
+        commit(dit, cache, latents, x, pos, texts[step.prompt], past)
+
+    return remember
+
+
+# ---------------------------------------------------------------- whole videos
+def blocks(
+    dit: DiT,
+    plan: Plan,
+    texts: Sequence[Text],
+    noise: Noise,
+    recipe: Recipe = Recipe(),
+    given: dict[int, Tensor] | None = None,
+    exit_at: Callable[[int], int | None] = lambda n: None,
+    commit_anchors: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """A student's rollout, as its recipe says; yields (n, x0 of the targets) as in `rollout`.
+
+    dtype: of the cache, where it is not that of the weights (mixed precision under FSDP)"""
+    cache = cache_for(dit, plan, noise, dtype=dtype)
+    denoise = few_steps(dit, texts, noise, recipe.sigmas, exit_at, recipe.share_noise)
+    remember = clean_pass(dit, plan, texts, cache, commit_anchors)
+    yield from rollout(plan, denoise, remember, cache, given)
+
+
+def generate(dit: DiT, plan: Plan, texts: Sequence[Text], noise: Noise, **options) -> Tensor:
+    """Run a whole rollout: latents [B, plan.length, C, h, w] in time, anchors and dummies dropped.
+
+    options: as for `blocks`"""
+    return gather(plan, blocks(dit, plan, texts, noise, **options))
+
+
+def teacher_blocks(
+    dit: DiT,
+    plan: Plan,
+    prompts: Sequence[Tensor],
+    negative: Tensor,
+    noise: Noise,
+    guidance: float,
+    given: dict[int, Tensor] | None = None,
+    **options,
+) -> Iterator[tuple[int, Tensor]]:
+    """A teacher's rollout, 48 steps a block. One step that makes everything, forward(21, 21), is
+    the bidirectional teacher; with an autoregressive one any plan will do.
+
+    prompts: [B, L, text_dim], one per prompt of the plan;  negative: [1 or B, L, text_dim]
+    options: as for `many_steps`"""
+    texts = [dit.text_kv(torch.cat([p, negative.expand_as(p)])) for p in prompts]
+    cache = cache_for(dit, plan, noise, copies=2)
+    denoise = many_steps(dit, texts, noise, guidance, **options)
+    remember = clean_pass(dit, plan, texts, cache, copies=2)
+    with torch.no_grad():
+        yield from rollout(plan, denoise, remember, cache, given)
+
+
+def cache_for(
+    dit: DiT, plan: Plan, noise: Noise, copies: int = 1, dtype: torch.dtype | None = None
+) -> KVCache:
+    """An empty cache for a plan, of the batch and latent size that the noise has."""
     B, _, _, h, w = noise(0, (0,)).shape
     weight = dit.patch_embedding.weight
-    cache = KVCache(dit.config, B, plan.capacity, h, w, dtype or weight.dtype, weight.device)
-    for n, x0 in rollout(
-        dit,
-        plan,
-        texts,
-        noise,
-        sigmas or student_sigmas(),
-        cache,
-        given,
-        exit_at,
-        commit_anchors,
-        first,
-        warm,
-    ):
+    return KVCache(
+        dit.config, copies * B, plan.capacity, h, w, dtype or weight.dtype, weight.device
+    )
+
+
+def gather(plan: Plan, finished: Iterator[tuple[int, Tensor]]) -> Tensor:
+    """What a rollout yields, put in time: [B, plan.length, C, h, w]."""
+    made: dict[int, Tensor] = {}
+    for n, x0 in finished:
         made.update(zip(plan.steps[n].targets, x0.unbind(1)))
     return torch.stack([made[i] for i in range(plan.length)], dim=1)

@@ -1,43 +1,46 @@
-"""Stage 2: the student learns from its own rollouts, in both directions, by distribution matching (DMD).
+"""Stage 2: the student learns from its own rollouts, in every order, by distribution matching (DMD).
 
-Three networks of one class: the *student* G generates block by block with its cache; the frozen *teacher* f_real and the
-trained *critic* f_fake score whole videos, seeing everything. One iteration:
+Three networks of one class: the *student* G generates block by block with its cache; the frozen
+*teacher* f_real and the trained *critic* f_fake score whole videos, seeing everything. An iteration
+draws an entry of the mix of plans (the paper's: forward, backward with anchors):
 
-    every 5th:  for plan in forward, backward with anchors:
-                    x  = rollout of G, stopped at one random denoising step, gradient only there      (Fig. 9)
+    every 5th:  for each plan:
+                    x  = rollout of G, stopped at a random level, gradient only there       (Fig. 9)
                     xt = (1 - sigma) x + sigma noise
                     x_real = x0 by f_real(xt) with guidance,   x_fake = x0 by f_fake(xt)
-                    gradient of G's loss in x:  (x_fake - x_real) / mean |x - x_real|                  (Eq. 2)
-    always:     for plan in forward, backward:
+                    gradient of G's loss in x:  (x_fake - x_real) / mean |x - x_real|        (Eq. 2)
+    always:     for each plan:
                     x  = rollout of G, without gradient
-                    f_fake learns to denoise it:  |f_fake(xt) - (noise - x)|^2                         (Eq. 3)
+                    f_fake learns to denoise it:  |f_fake(xt) - (noise - x)|^2               (Eq. 3)
 
-x holds the targets only; anchors are never in a loss, they learn through the targets that see them. Both directions
-run one after the other and their gradients add up. Exit steps are drawn from (seed, step, direction), so all processes
-agree without talking. Every random number is a function of such numbers: 2 processes equal 1, and a run continues
-exactly from its last state: run the same command again. Guidance is uncond + w (cond - uncond); the "3.0" of public DMD code is w = 4.
+x holds the targets only; anchors are never in a loss, they learn through the targets that see them.
+The plans run one after the other and their gradients add up. Exit levels depend on (seed,
+iteration, plan), so all processes agree without talking. Every random number is a function of such
+numbers: 2 processes equal 1, and a run goes on exactly: run the same command again.
+Guidance is uncond + w (cond - uncond); the "3.0" of public DMD code is w = 4.
 
     torchrun --nproc_per_node=1 train_dmd.py
     torchrun --nnodes=8 --nproc_per_node=8 train_dmd.py --preset wan
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from anchors import both_directions
-from dit import DiT, load_dit
-from lib.common import UserError, dtype_of, generator, run, start
+import sampler
+from dit import DiT
+from lib.clips import Clips
+from lib.common import Stream, dtype_of, generator, run, start
 from lib.media import write_sheet
-from lib.pairs import dummies_of
 from lib.text import NEGATIVE, Prompts
 from lib.training import (
     EMA,
     clip_gradients,
     computing,
-    distribute,
     finite_means,
     inference,
     split_batch,
@@ -46,13 +49,15 @@ from lib.training import (
     whole_state,
 )
 from lib.weights import read_dit, write_safetensors
-from sampler import generate, guided, noise_from, shift_sigma, student_sigmas
+from mixes import Mix, draw, dummies_of, without_given
+from sampler import cfg_velocity, noise_from, shift_sigma
+from train_ode import mix_of, network, recipe_of
 from vae import load_vae
 
 
 @dataclass
 class Config:
-    """Stage 2: distribution matching on the student's own rollouts, in both directions."""
+    """Stage 2: distribution matching on the student's own rollouts, in every order."""
 
     PRESETS = {
         "toy": {},
@@ -65,6 +70,7 @@ class Config:
             "prompts": "prompts.safetensors",
             "negative": NEGATIVE,
             "latent": (21, 60, 104),
+            "plans": "paper",
             "guidance": 4.0,
             "steps": 600,
             "batch": 64,
@@ -78,32 +84,27 @@ class Config:
             "checkpointing": True,
         },
     }
-    PRESETS["wan-small-teacher"] = PRESETS["wan"] | {
-        "teacher": "Wan2.1-T2V-1.3B"
-    }  # for fewer or smaller GPUs
+    PRESETS["wan-any"] = PRESETS["wan"] | {"plans": "any"}  # [ours]
+    PRESETS["wan-small-teacher"] = PRESETS["wan"] | {"teacher": "Wan2.1-T2V-1.3B"}
     PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}  # [Causal Forcing]
-    PRESETS["wan-2step"] = PRESETS[
-        "wan-framewise"
-    ] | {  # [Causal Forcing++]: the first block still takes four
+    PRESETS["wan-2step"] = PRESETS["wan-framewise"] | {  # [Causal Forcing++]
         "denoising": (1000.0, 500.0),
         "first_denoising": (1000.0, 750.0, 500.0, 250.0),
     }
     PRESETS["wan-1step"] = PRESETS["wan-2step"] | {"denoising": (1000.0,)}
-    preset: str = "toy"  # toy, toy64 (64 pixels), wan (the paper's), wan-small-teacher, wan-framewise, -2step, -1step
+    preset: str = "toy"  # toy, toy64, wan (the paper's), wan-any, wan-small-teacher, wan-framewise, wan-2step, wan-1step
     student: str = "toy/weights/ode.safetensors"  # what the student starts from: stage 1
     teacher: str = "toy/weights/teacher.safetensors"  # the frozen real score
     critic: str = "toy/weights/teacher.safetensors"  # what the fake score starts from
     vae: str = "toy/weights/vae.safetensors"  # for the sample sheets
-    prompts: str = (
-        "toy"  # toy: captions without end; or what text.py wrote; or a text file of toy captions
-    )
-    out: str = (
-        "out/dmd"  # folder of student.safetensors, log.jsonl, curves.png, sheets and state.pt
-    )
+    prompts: str = "toy"  # toy: captions without end; or what lib/text.py wrote; or a text file
+    clips: str = ""  # folder of real clips' latents (tools/encode.py), for plans around given clips
+    out: str = "out/dmd"  # folder of student.safetensors, log.jsonl, curves.png, sheets, state.pt
     latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
+    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (mixes.py) [ours]
     steps: int = 500  # iterations: critic updates [paper: 600]
     ratio: int = 5  # critic updates a student update [paper]
-    batch: int = 8  # samples an update and direction, over all processes [paper: 64]
+    batch: int = 8  # samples an update and plan, over all processes [paper: 64]
     micro: int = 0  # samples a rollout, the rest is accumulated; 0: all of a process's share
     lr: float = 5e-5  # of the student, AdamW [paper: 2e-6]
     lr_critic: float = 2e-4  # of the critic [paper: 4e-7]
@@ -114,20 +115,14 @@ class Config:
     ema_start: int = 100  # iteration from which it averages [paper: 200]
     guidance: float = 2.0  # of the real score, conventional w [paper's code: 4]
     negative: str = ""  # prompt of the real score's unconditional pass
-    denoising: tuple[float, ...] = (
-        1000,
-        750,
-        500,
-        250,
-    )  # the student's steps, before the shift [paper]
-    first_denoising: tuple[
-        float, ...
-    ] = ()  # of the block that is made first, if others [Causal Forcing++: all four of them]
+    denoising: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # noise levels, unshifted [paper]
+    first_denoising: tuple[float, ...] = ()  # of the block made first, if others [Causal Forcing++]
     shift: float = 5.0  # of all noise levels [paper]
     block: int = 3  # B: latents a step [paper]
     anchors: int = 3  # P: anchors before each backward block [paper]; 0 uses the dummy block
-    head: int = (
-        0  # size of the block of latent 0 if not --block (--block 6 --anchors 0 --head 3: Fig. 9c)
+    head: int = 0  # size of the block of latent 0 if not --block (--block 6 --anchors 0 --head 3)
+    share_noise: str = (
+        "none"  # at which levels anchors share their latent's noise: none, start, all
     )
     commit_anchors: bool = False  # let anchors be seen while their block is written to the cache
     shared_student: bool = True  # false: one student a direction (ablation, Table 2)
@@ -138,60 +133,241 @@ class Config:
     parallel: str = "ddp"  # ddp, or fsdp: shard all three networks [paper]
     checkpointing: bool = False  # recompute activations in the backward pass
     compile: bool = False  # torch.compile the blocks: faster steps, after minutes
-    dtype: str = "bfloat16"  # of computation and of the teacher; trained weights, optimisers and sums are float32
+    dtype: str = "bfloat16"  # of computation and of the teacher; weights, optimisers, sums: float32
     device: str = "auto"
 
 
 # ---------------------------------------------------------------- losses
 def noised(x: Tensor, u: Tensor, noise: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t, sigma [B, 1, 1, 1, 1] and t [B, T] for levels u [B] in [0, 1], shifted and kept in 0.02 .. 0.98 [Self-Forcing]."""
+    """x_t, sigma [B, 1, 1, 1, 1] and t [B, T] for levels u [B] in [0, 1].
+
+    They are shifted and kept in 0.02 .. 0.98 [Self-Forcing]."""
     sigma = shift_sigma(u, shift).clamp(0.02, 0.98).view(-1, 1, 1, 1, 1)
-    return (1 - sigma) * x + sigma * noise, sigma, (1000 * sigma).view(-1, 1).expand(x.shape[:2])
+    xt = (1 - sigma) * x + sigma * noise
+    return xt, sigma, (1000 * sigma).view(-1, 1).expand(x.shape[:2])
+
+
+class Score(NamedTuple):
+    """What a score is asked with: levels u [B], noise like x, and the prompts [B, L, text_dim]."""
+
+    u: Tensor
+    noise: Tensor
+    prompt: Tensor
+    negative: Tensor
+    guidance: float
+    shift: float
 
 
 @torch.no_grad()
-def dmd_gradient(
-    teacher: DiT,
-    critic: DiT,
-    x: Tensor,
-    u: Tensor,
-    noise: Tensor,
-    prompt: Tensor,
-    negative: Tensor,
-    guidance: float,
-    shift: float,
-) -> Tensor:
-    """The direction in which generated latents x [B, T, C, h, w] are less like the teacher's (Eq. 2), per sample over
-    the mean |x - x_real|."""
-    xt, sigma, t = noised(x, u, noise, shift)
+def scores(teacher: DiT, critic: DiT, x: Tensor, at: Score) -> tuple[Tensor, Tensor]:
+    """x_real, x_fake: what teacher and critic take x [B, T, C, h, w], noised, to have been."""
+    xt, sigma, t = noised(x, at.u, at.noise, at.shift)
     pos = torch.arange(x.shape[1], device=x.device)
-    x_real = xt - sigma * guided(
-        teacher, xt, t, torch.cat([prompt, negative.expand_as(prompt)]), pos, guidance
-    )
-    x_fake = xt - sigma * critic(xt, t, prompt, pos)
+    cond_uncond = torch.cat([at.prompt, at.negative.expand_as(at.prompt)])
+    x_real = xt - sigma * cfg_velocity(teacher, xt, t, cond_uncond, pos, at.guidance)
+    x_fake = xt - sigma * critic(xt, t, at.prompt, pos)
+    return x_real, x_fake
+
+
+def dmd_gradient(x: Tensor, x_real: Tensor, x_fake: Tensor) -> Tensor:
+    """The direction in which x is less like the teacher's videos, per sample (Eq. 2).
+
+    Another way to match distributions is another function of these three."""
     return (x_fake - x_real) / (x - x_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
 def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:
-    """A loss [B] whose gradient in x, per sample, is `gradient` over the number of its elements."""
+    """A loss [B] whose gradient in x, per sample, is `gradient` over its number of elements."""
     return 0.5 * (x - (x - gradient).detach()).square().flatten(1).mean(1)
 
 
-def critic_loss(
-    critic: DiT, x: Tensor, u: Tensor, noise: Tensor, prompt: Tensor, shift: float
-) -> Tensor:
+def critic_loss(critic: DiT, x: Tensor, at: Score) -> Tensor:
     """Flow matching on the student's videos (Eq. 3, in velocity): [B]."""
-    xt, _, t = noised(x, u, noise, shift)
-    v = critic(xt, t, prompt, torch.arange(x.shape[1], device=x.device))
-    return (v - (noise - x)).square().flatten(1).mean(1)
+    xt, _, t = noised(x, at.u, at.noise, at.shift)
+    v = critic(xt, t, at.prompt, torch.arange(x.shape[1], device=x.device))
+    return (v - (at.noise - x)).square().flatten(1).mean(1)
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- what an iteration draws
+class Draw(NamedTuple):
+    """This process's share of one rollout and its score."""
+
+    noise: Tensor  # [levels, B, rows, C, h, w]: rows of latents, dummies, and anchors
+    exits: tuple[int, int]  # the levels after which the first block and the others stop
+    given: dict[int, Tensor]  # latent -> [B, C, h, w], of real clips
+    score: Score
+
+
+class World(NamedTuple):
+    """What does not change in a run."""
+
+    config: Config
+    mix: Mix
+    source: Prompts
+    negative: Tensor
+    clips: Clips | None
+    levels: tuple[int, int]  # how many of the first block, and of the others
+    channels: int
+    micro: int
+    rounds: int
+    rank: int
+    processes: int
+    device: torch.device
+
+
+def samples_of(world: World, r: int) -> list[int]:
+    """The numbers of this process's samples in round r."""
+    first = (r * world.processes + world.rank) * world.micro
+    return list(range(first, first + world.micro))
+
+
+def draw_round(world: World, role: Stream, step: int, r: int, entry: int, d: int) -> Draw:
+    """Round r of plan d: everything random is a function of (seed, role, iteration, sample, d)."""
+    config, plan = world.config, world.mix[entry][1][d]
+    shape = (world.channels, *config.latent[1:])
+    rows = 2 * (plan.length + dummies_of([plan]))
+    uses_clips = any(s.given for s in plan.steps)
+    numbers, noise, u, score_noise = [], [], [], []
+    for j in samples_of(world, r):
+        g = generator(config.seed, role, step, j, d)
+        limit = len(world.clips) if uses_clips else 1 << 30
+        numbers.append(int(torch.randint(limit, (1,), generator=g)))
+        noise.append(torch.randn(max(world.levels), rows, *shape, generator=g))
+        u.append(torch.rand(1, generator=g))
+        score_noise.append(torch.randn(plan.length, *shape, generator=g))
+    g = generator(config.seed, role, step, d, 1 << 31)  # alike on all processes
+    exits = [int(torch.randint(n, (1,), generator=g)) for n in world.levels]
+    given = {}
+    if uses_clips:
+        clips = torch.stack([world.clips[n] for n in numbers]).to(world.device)
+        given = {i: clips[:, i] for s in plan.steps for i in s.given}
+    at = Score(
+        torch.cat(u).to(world.device),
+        torch.stack(score_noise).to(world.device),
+        world.source(numbers).to(world.device),
+        world.negative,
+        config.guidance,
+        config.shift,
+    )
+    exits = (exits[0] if config.first_denoising else exits[1], exits[1])
+    return Draw(torch.stack(noise, 1).to(world.device), exits, given, at)
+
+
+Generate = Callable[..., Tensor]  # as `sampler.generate`
+
+
+def roll(world: World, student: DiT, drawn: Draw, entry: int, d: int, generate: Generate) -> Tensor:
+    """The student's video x [B, T, C, h, w] by plan d, stopped at the exit level."""
+    config, plan = world.config, world.mix[entry][1][d]
+    fsdp = config.parallel == "fsdp"
+    prompt = drawn.score.prompt
+    text = prompt if fsdp else student.text_kv(prompt)  # FSDP gathers weights in forward alone
+    return generate(
+        student,
+        plan,
+        [text] * plan.prompts(),
+        noise_from(drawn.noise[0], drawn.noise[1:], plan.length),
+        recipe=recipe_of(config),
+        given=drawn.given,
+        exit_at=lambda n: drawn.exits[min(n, 1)],
+        commit_anchors=config.commit_anchors,
+        dtype=dtype_of(config.dtype) if fsdp else None,
+    )
+
+
+# ---------------------------------------------------------------- an iteration
+class Trained(NamedTuple):
+    """Networks with their optimisers: one, or one for each direction (plan d uses d mod their number)."""
+
+    networks: list[DiT]
+    optimisers: list[torch.optim.Optimizer]
+
+    def of(self, d: int) -> DiT:
+        return self.networks[d % len(self.networks)]
+
+
+def student_step(
+    world: World,
+    step: int,
+    entry: int,
+    students: Trained,
+    critics: Trained,
+    teacher: DiT,
+    generate: Generate,
+) -> dict[str, float]:
+    """Accumulate the DMD gradient of every plan and update the student; rows for the log."""
+    plans, sizes, motion, lost = world.mix[entry][1], {}, {}, []
+    for d, plan in enumerate(plans):
+        for r in range(world.rounds):
+            drawn = draw_round(world, Stream.STUDENT, step, r, entry, d)
+            x = roll(world, students.of(d), drawn, entry, d, generate)
+            with inference():
+                x_real, x_fake = scores(teacher, critics.of(d), x.detach(), drawn.score)
+                gradient = dmd_gradient(x.detach(), x_real, x_fake)
+            (dmd_loss(x, gradient).mean() / world.rounds).backward()
+            size = gradient.abs().flatten(1).mean(1)  # (B,)
+            change = x.detach().diff(dim=1).abs().mean() if plan.length > 1 else x.new_zeros(())
+            add(sizes, f"dmd_{plan.name}", size.mean().item() / world.rounds)
+            add(motion, f"motion_{plan.name}", change.item() / world.rounds)
+            lost += not_finite(size, samples_of(world, r))
+    sizes = finite_means(sizes, lost, f"step {step}: the DMD gradient", world.device)
+    norm = update(world.config, students, f"step {step}, student")
+    return sizes | motion | {"norm_student": norm}
+
+
+def critic_step(
+    world: World,
+    step: int,
+    entry: int,
+    students: Trained,
+    critics: Trained,
+    generate: Generate,
+) -> dict[str, float]:
+    """Accumulate the critic's loss on fresh rollouts of every plan and update it."""
+    plans, losses, lost = world.mix[entry][1], {}, []
+    for d, plan in enumerate(plans):
+        for r in range(world.rounds):
+            drawn = draw_round(world, Stream.CRITIC, step, r, entry, d)
+            with inference():
+                x = roll(world, students.of(d), drawn, entry, d, generate)
+            loss = critic_loss(critics.of(d), x, drawn.score)  # (B,)
+            (loss.mean() / world.rounds).backward()
+            add(losses, f"critic_{plan.name}", loss.mean().item() / world.rounds)
+            lost += not_finite(loss, samples_of(world, r))
+    losses = finite_means(losses, lost, f"step {step}: the critic's loss", world.device)
+    return losses | {"norm_critic": update(world.config, critics, f"step {step}, critic")}
+
+
+def add(sums: dict[str, float], name: str, value: float) -> None:
+    sums[name] = sums.get(name, 0.0) + value
+
+
+def not_finite(values: Tensor, samples: list[int]) -> list[int]:
+    """The samples whose value [B] is not finite."""
+    return [j for j, good in zip(samples, values.isfinite().tolist()) if not good]
+
+
+def update(config: Config, trained: Trained, where: str) -> float:
+    """One step of the optimisers; the largest gradient norm."""
+    norms = []
+    for model, optimiser in zip(*trained):
+        if all(p.grad is None for p in model.parameters()):
+            continue  # an entry of one plan leaves the other direction's network alone
+        sync_gradients(model, config.parallel)
+        norms.append(clip_gradients(model, config.clip, where))
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+    return max(norms)
+
+
+# ---------------------------------------------------------------- a run
 def memory_of_weights(
     student: int, critic: int, teacher: int, gpus: int, itemsize: int
 ) -> dict[str, float]:
-    """GiB a process for networks of so many parameters, sharded over the GPUs as FSDP2 does: float32 masters, gradients
-    and Adam's two moments are 16 bytes a parameter, the average 4 more; the frozen teacher is kept in computation's type."""
+    """GiB a process for networks of so many parameters, sharded over the GPUs as FSDP2 does.
+
+    Float32 masters, gradients and Adam's two moments are 16 bytes a parameter, the average 4 more;
+    the frozen teacher is kept in computation's type."""
     gib = gpus * 2**30
     return {
         "teacher": teacher * itemsize / gib,
@@ -200,234 +376,113 @@ def memory_of_weights(
     }
 
 
-def main(config: Config) -> None:
-    rank, world, device = start(config.device)
-    if len(config.latent) != 3 or min(config.latent) < 1:
-        raise UserError(f"--latent {config.latent} must be three numbers: latents, height, width")
-    dtype, (T, h, w), out = dtype_of(config.dtype), config.latent, Path(config.out)
-    micro, rounds = split_batch(config.batch, config.micro, rank, world)
-    plans, sigmas = (
-        both_directions(T, config.block, config.anchors, config.head),
-        student_sigmas(config.denoising, config.shift),
-    )
-    first_sigmas = student_sigmas(config.first_denoising or config.denoising, config.shift)
-
-    def network(path: str, trained: bool) -> DiT:
-        dit = load_dit(path, torch.float32 if trained else dtype, device).requires_grad_(trained)
-        dit.checkpointing = config.checkpointing
-        if config.compile:
-            dit.compile_blocks()
-        return distribute(dit, config.parallel, dtype)
-
+def announce_memory(config: Config, processes: int) -> None:
+    students, critics = 2 - config.shared_student, 2 - config.shared_critic
     sizes = [
-        n * sum(x.numel() for x in read_dit(p)[1].values())
-        for p, n in (
-            (config.student, 2 - config.shared_student),
-            (config.critic, 2 - config.shared_critic),
-            (config.teacher, 1),
-        )
+        n * sum(x.numel() for x in read_dit(path)[1].values())
+        for path, n in ((config.student, students), (config.critic, critics), (config.teacher, 1))
     ]
-    memory = memory_of_weights(*sizes, world if config.parallel == "fsdp" else 1, dtype.itemsize)
+    gpus = processes if config.parallel == "fsdp" else 1
+    memory = memory_of_weights(*sizes, gpus, dtype_of(config.dtype).itemsize)
+    parts = ", ".join(f"{name} {gib:.2f} GiB" for name, gib in memory.items())
+    print(f"memory a process: {parts}; activations and cache come on top (tools/memory.py)")
+
+
+def sheet(world: World, students: Trained, step: int, generate: Generate) -> None:
+    """Fixed prompts and noise, all levels: two clips by each plan of the first entry."""
+    config, drawn = world.config, []
+    for d, plan in enumerate(world.mix[0][1]):
+        rows = 2 * (plan.length + dummies_of([plan]))
+        shape = (max(world.levels), rows, world.channels, *config.latent[1:])
+        gs = [generator(config.seed, Stream.SHEET, i) for i in range(2)]
+        noise = torch.stack([torch.randn(shape, generator=g) for g in gs], 1).to(world.device)
+        prompt = world.source(range(2)).to(world.device)
+        at = Score(None, None, prompt, world.negative, config.guidance, config.shift)
+        whole = Draw(noise, (None, None), {}, at)
+        drawn.append(roll(world, students.of(d), whole, 0, d, generate))
+    if world.rank == 0:
+        vae = load_vae(config.vae, device=world.device)
+        videos = torch.cat([vae.decode(z[None]) for z in torch.cat(drawn)])
+        write_sheet(Path(config.out) / f"sheet-{step:05d}.png", videos, columns=11)
+
+
+def write_students(config: Config, students: Trained, averages: dict[str, EMA], rank: int) -> None:
+    """The averages of the students' weights, with the recipe they were trained by."""
+    names = ["student"] if config.shared_student else ["forward", "backward"]
+    for name, model, average in zip(names, students.networks, averages.values()):
+        average.copy_to(model)
+        weights = whole_state(model)
+        if rank == 0:
+            made = asdict(model.config) | {"recipe": recipe_of(config).write()}
+            write_safetensors(Path(config.out) / f"{name}.safetensors", weights, made)
+            print(f"wrote {config.out}/{name}.safetensors, the average of the student's weights")
+
+
+def main(config: Config, generate: Generate = sampler.generate, mix: Mix | None = None) -> None:
+    """generate, mix: another method's rollout, and its plans, in the place of ours."""
+    rank, processes, device = start(config.device)
+    dtype, mix = dtype_of(config.dtype), mix or mix_of(config)
+    if not config.clips and len(without_given(mix)) < len(mix):
+        mix = without_given(mix)
+        if rank == 0:
+            print("plans around given clips are left out: they need --clips (tools/encode.py)")
+    micro, rounds = split_batch(config.batch, config.micro, rank, processes)
     if rank == 0:
-        print(
-            "memory a process: "
-            + ", ".join(f"{k} {v:.2f} GiB" for k, v in memory.items())
-            + "; activations and cache come on top (python memory.py)",
-            flush=True,
-        )
-    teacher = network(config.teacher, trained=False)
-    students = [
-        network(config.student, trained=True) for _ in range(1 if config.shared_student else 2)
-    ]
-    critics = [
-        network(config.critic, trained=True) for _ in range(1 if config.shared_critic else 2)
-    ]
-    optimisers = {
-        id(m): torch.optim.AdamW(
-            m.parameters(), rate, config.betas, weight_decay=config.weight_decay
-        )
-        for models, rate in ((students, config.lr), (critics, config.lr_critic))
-        for m in models
-    }
-    averages = {f"ema{i}": EMA(m, config.ema) for i, m in enumerate(students)}
-    trained = {
-        f"{name}{i}": (m, optimisers[id(m)])
-        for name, models in (("student", students), ("critic", critics))
-        for i, m in enumerate(models)
-    }
+        announce_memory(config, processes)
+
+    teacher = network(config, config.teacher, device, trained=False, dtype=dtype)
     c = teacher.config
+
+    def trained(path: str, count: int, lr: float) -> Trained:
+        models = [network(config, path, device, trained=True) for _ in range(count)]
+        decay = config.weight_decay
+        return Trained(
+            models,
+            [
+                torch.optim.AdamW(m.parameters(), lr, config.betas, weight_decay=decay)
+                for m in models
+            ],
+        )
+
+    students = trained(config.student, 2 - config.shared_student, config.lr)
+    critics = trained(config.critic, 2 - config.shared_critic, config.lr_critic)
+    averages = {f"ema{i}": EMA(m, config.ema) for i, m in enumerate(students.networks)}
     source = Prompts(config.prompts, c.text_dim, c.text_len)
-    negative = source.embed([config.negative]).to(device)
-    rows, most = (
-        T + dummies_of(plans),
-        max(len(sigmas), len(first_sigmas)),
-    )  # dummies have noise of their own
-
-    def draw(
-        step: int, role: int, r: int, d: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int]]:
-        """This process's share of round r: prompts, noise and re-noise of the rollout, level and noise of the score;
-        and the exit steps, of the first block and the others, which depend on nothing that differs between processes."""
-        gs = [
-            generator(config.seed, role, step, (r * world + rank) * micro + m, d)
-            for m in range(micro)
-        ]
-        numbers = [int(torch.randint(1 << 30, (1,), generator=g)) for g in gs]
-        noise = torch.stack(
-            [torch.randn(most, rows, c.in_dim, h, w, generator=g) for g in gs], 1
-        ).to(device)
-        u = torch.cat([torch.rand(1, generator=g) for g in gs]).to(device)
-        score_noise = torch.stack([torch.randn(T, c.in_dim, h, w, generator=g) for g in gs]).to(
-            device
-        )
-        g = generator(config.seed, role, step, d, 99)
-        exit_at = int(torch.randint(len(sigmas), (1,), generator=g))
-        exit_first = (
-            int(torch.randint(len(first_sigmas), (1,), generator=g))
-            if config.first_denoising
-            else exit_at
-        )
-        return (
-            source(numbers).to(device),
-            noise[0],
-            noise[1:],
-            u,
-            score_noise,
-            (exit_first, exit_at),
-        )
-
-    def roll(
-        d: int, prompt: Tensor, noise: Tensor, renoise: Tensor, exits: tuple[int | None, int | None]
-    ) -> Tensor:
-        student = students[d % len(students)]
-        text = (
-            prompt if config.parallel == "fsdp" else student.text_kv(prompt)
-        )  # once a rollout; FSDP gathers weights in forward alone
-        return generate(
-            student,
-            plans[d],
-            [text],
-            noise_from(noise, renoise, T),
-            sigmas,
-            exit_at=exits[1],
-            commit_anchors=config.commit_anchors,
-            first=(first_sigmas, exits[0]),
-            dtype=dtype if config.parallel == "fsdp" else None,
-        )
-
-    def update(models: list[DiT], step: int, what: str) -> float:
-        norms = []
-        for m in models:
-            sync_gradients(m, config.parallel)
-            norms.append(clip_gradients(m, config.clip, f"step {step}, {what}"))
-            optimisers[id(m)].step()
-            optimisers[id(m)].zero_grad(set_to_none=True)
-        return max(norms)
-
-    def bad(values: Tensor, r: int) -> list[int]:
-        """The samples of round r whose value [micro] is not finite."""
-        return [
-            (r * world + rank) * micro + m
-            for m in (~values.isfinite()).nonzero().flatten().tolist()
-        ]
-
-    def student_step(step: int) -> dict[str, float]:
-        size, moved, lost = [0.0, 0.0], [0.0, 0.0], []
-        for r in range(rounds):
-            for d in range(2):
-                prompt, noise, renoise, u, score_noise, exits = draw(step, 5, r, d)
-                x = roll(d, prompt, noise, renoise, exits)
-                with inference():
-                    gradient = dmd_gradient(
-                        teacher,
-                        critics[d % len(critics)],
-                        x.detach(),
-                        u,
-                        score_noise,
-                        prompt,
-                        negative,
-                        config.guidance,
-                        config.shift,
-                    )
-                (dmd_loss(x, gradient).mean() / rounds).backward()
-                sizes = gradient.abs().flatten(1).mean(1)
-                size[d] += sizes.mean().item() / rounds
-                moved[d] += x.detach().diff(dim=1).abs().mean().item() / rounds
-                lost += bad(sizes, r)
-        size = finite_means(size, lost, f"step {step}: the DMD gradient", device)
-        norm = update(students, step, "student")
-        for average, m in zip(averages.values(), students):
-            average.decay = config.ema if step >= config.ema_start else 0.0
-            average.update(m)
-        return {
-            "dmd_forward": size[0],
-            "dmd_backward": size[1],
-            "norm_student": norm,
-            "motion_forward": moved[0],
-            "motion_backward": moved[1],
-        }
-
-    def critic_step(step: int) -> dict[str, float]:
-        losses, lost = [0.0, 0.0], []
-        for r in range(rounds):
-            for d in range(2):
-                prompt, noise, renoise, u, score_noise, exits = draw(step, 6, r, d)
-                with inference():
-                    x = roll(d, prompt, noise, renoise, exits)
-                loss = (
-                    critic_loss(critics[d % len(critics)], x, u, score_noise, prompt, config.shift)
-                    / rounds
-                )
-                loss.mean().backward()
-                losses[d] += loss.mean().item()
-                lost += bad(loss, r)
-        losses = finite_means(losses, lost, f"step {step}: the critic's loss", device)
-        return {
-            "critic_forward": losses[0],
-            "critic_backward": losses[1],
-            "norm_critic": update(critics, step, "critic"),
-        }
-
-    def sheet(step: int) -> None:
-        """Fixed prompts and noise, all denoising steps: two clips forward, the same two backward."""
-        gs = [generator(config.seed, 8, i) for i in range(2)]
-        noise = torch.stack(
-            [torch.randn(most, rows, c.in_dim, h, w, generator=g) for g in gs], 1
-        ).to(device)
-        with inference():
-            z = torch.cat(
-                [
-                    roll(d, source(range(2)).to(device), noise[0], noise[1:], (None, None))
-                    for d in range(2)
-                ]
-            )
-            if rank == 0:
-                vae = load_vae(config.vae, device=device)
-                write_sheet(
-                    out / f"sheet-{step:05d}.png",
-                    torch.cat([vae.decode(x[None]) for x in z]),
-                    columns=11,
-                )
-
-    with computing(
-        dtype if config.parallel == "ddp" else torch.float32, device
-    ):  # FSDP2 casts by itself
-        for step, row in training_steps(config, "stage 2", trained, device, averages):
+    world = World(
+        config,
+        mix,
+        source,
+        source.embed([config.negative]).to(device),
+        Clips(config.clips, config.latent, c.in_dim, source) if config.clips else None,
+        (len(config.first_denoising or config.denoising), len(config.denoising)),
+        c.in_dim,
+        micro,
+        rounds,
+        rank,
+        processes,
+        device,
+    )
+    states = {
+        f"{name}{i}": pair
+        for name, some in (("student", students), ("critic", critics))
+        for i, pair in enumerate(zip(*some))
+    }
+    with computing(dtype if config.parallel == "ddp" else torch.float32, device):  # FSDP2 casts
+        for step, row in training_steps(config, "stage 2", states, device, averages):
+            u = torch.rand(1, generator=generator(config.seed, Stream.PLANS, step)).item()
+            entry = draw(mix, u)
+            row["latents"] = mix[entry][1][0].length
             if step % config.ratio == 0:
-                row |= student_step(step)
-            row |= critic_step(step)
+                row |= student_step(world, step, entry, students, critics, teacher, generate)
+                for average, model in zip(averages.values(), students.networks):
+                    average.decay = config.ema if step >= config.ema_start else 0.0
+                    average.update(model)
+            row |= critic_step(world, step, entry, students, critics, generate)
             last = step + 1 == config.steps
             if config.sheet_every and (step % config.sheet_every == 0 or last):
-                sheet(step + last)
-    for i, (m, average) in enumerate(zip(students, averages.values())):
-        average.copy_to(m)
-        weights, name = (
-            whole_state(m),
-            "student" if config.shared_student else ("forward", "backward")[i],
-        )
-        if rank == 0:
-            write_safetensors(out / f"{name}.safetensors", weights, asdict(m.config))
-            print(f"wrote {out / name}.safetensors, the average of the student's weights")
+                with inference():
+                    sheet(world, students, step + last, generate)
+    write_students(config, students, averages, rank)
 
 
 if __name__ == "__main__":

@@ -1,64 +1,63 @@
-"""Stage 1: teach the student the teacher's ODE, block by block, in both directions.
+"""Stage 1: teach the student the teacher's ODE, block by block, in every order it shall know.
 
-    --generate   the teacher integrates noise to video in 48 steps; the states at the student's four noise levels and
-                 the end point x0 are kept: one *pair* per prompt (pairs.py)
-    (default)    the student predicts x0 from these states in one masked pass (paper Eq. 1, App. A.1 and B.1):
+    --generate   the teacher integrates noise to video in 48 steps; the states at the student's
+                 noise levels and the end point x0 are kept: one *pair* per prompt (lib/pairs.py)
+    (default)    the student predicts x0 from these states in one masked pass a plan
+                 (paper Eq. 1, App. A.1 and B.1):
 
-        for plan in forward, backward with anchors:            both in every iteration
-            one noise level k per step of the plan             "diffusion forcing"; anchors share their step's level
-            x = state k of the latent, for every slot          a latent that is anchor and target is there twice
-            loss = |G(x, t_k) - x0|^2 on targets               anchors get no loss, they only see and are seen
+        for plan in an entry of the mix:              the paper's: forward, backward with anchors
+            one noise level k per step of the plan    "diffusion forcing"; anchors share the step's
+            x = state k of the latent, for each slot  a latent that is anchor and target has two
+            loss = |G(x, t_k) - x0|^2 on targets      anchors get no loss, they see and are seen
 
-Two more ways to begin, from Causal Forcing, in both directions here; the loop is the same:
-
-    --teacher ar     pairs of the autoregressive teacher (train_ar.py), read after clean latents of real clips
-    --method cd      no pairs: the student at one level of the 48 must agree with its own average one level lower, where
-                     one step of the autoregressive teacher leads (causal consistency distillation)
-
-Every random number is a function of (seed, step, sample), so the result does not depend on the number of processes and
-an interrupted run goes on exactly: run the same command again. No rollout and no cache here: see train_dmd.py.
+Every random number is a function of (seed, iteration, sample), so the result does not depend on the
+number of processes, and an interrupted run goes on exactly: run the same command again. No rollout
+and no cache in training here: see train_dmd.py. Other ways to begin: zoo/causal_ode.py,
+zoo/consistency.py.
 
     python train_ode.py --generate --pairs 512 && python train_ode.py
-    torchrun --nproc_per_node=8 train_ode.py --preset wan --teacher Wan2.1-T2V-14B --weights Wan2.1-T2V-1.3B
+    torchrun --nproc_per_node=8 train_ode.py --preset wan
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
-from anchors import Layout, both_directions, layout
+from anchors import Layout, Plan, forward, layout
 from dit import DiT, load_dit
-from lib.common import UserError, dtype_of, generator, run, start
+from lib.common import Stream, UserError, dtype_of, generator, run, start
 from lib.pairs import (
-    KEEP,
-    check_pairs,
-    generate_pairs,
-    is_causal,
-    pairs_in,
+    Pair,
+    Where,
+    check_shards,
+    fingerprint,
+    kept_states,
+    missing_shards,
     read_pairs,
-    slot_states,
-    teacher_file,
+    write_index,
+    write_pairs,
 )
 from lib.text import NEGATIVE, Prompts
 from lib.training import (
-    EMA,
     clip_gradients,
     computing,
     distribute,
     finite_means,
-    inference,
     split_batch,
     sync_gradients,
     training_steps,
     whole_state,
 )
-from lib.weights import write_safetensors
-from sampler import guided, ode_sigmas, student_sigmas
-from tools.encode import Clips
+from lib.weights import read_dit, write_safetensors
+from mixes import MIXES, Mix, draw, dummies_of
+from sampler import Recipe, many_steps, noise_from, student_sigmas
 
 
 @dataclass
@@ -74,6 +73,7 @@ class Config:
             "prompts": "prompts.safetensors",
             "negative": NEGATIVE,
             "latent": (21, 60, 104),
+            "plans": "paper",
             "pairs": 16000,
             "guidance": 3.0,
             "shard": 16,
@@ -87,72 +87,67 @@ class Config:
             "checkpointing": True,
         },
     }
-    PRESETS["wan-causal"] = PRESETS["wan"] | {  # [Causal Forcing]
-        "teacher": "ar",
-        "weights": "out/ar/teacher.safetensors",
-        "prompts": "out/latents/prompts.safetensors",
-        "guidance": 6.0,
-        "steps": 1000,
-        "batch": 64,
-    }
-    PRESETS["wan-cd"] = PRESETS["wan-causal"] | {
-        "method": "cd",
-        "guidance": 3.0,
-        "steps": 3000,
-        "betas": (0.0, 0.999),
-    }  # [and its ++]
-    preset: str = "toy"  # toy, toy64 (64 pixels), wan (the paper's numbers), wan-causal or wan-cd (Causal Forcing's)
-    method: str = (
-        "ode"  # ode: regress end points; cd: causal consistency distillation, without pairs
-    )
-    teacher: str = "toy/weights/teacher.safetensors"  # makes the pairs; or ar:FILE, one of train_ar.py (ar: out/ar)
+    PRESETS["wan-any"] = PRESETS["wan"] | {"plans": "any"}  # [ours]
+    preset: str = "toy"  # toy, toy64 (64 pixels), wan (the paper's numbers), wan-any (every length)
+    teacher: str = "toy/weights/teacher.safetensors"  # makes the pairs
     weights: str = "toy/weights/teacher.safetensors"  # what the student starts from
-    prompts: str = (
-        "toy"  # toy: captions without end; or what text.py wrote; or a text file of toy captions
-    )
+    prompts: str = "toy"  # toy: captions without end; or what lib/text.py wrote; or a text file
     data: str = "out/pairs"  # folder of the pairs
-    latents: str = "out/latents"  # folder of real clips (latents.py), for an autoregressive teacher
     out: str = "out/ode"  # folder of student.safetensors, log.jsonl and the resume state
     generate: bool = False  # make pairs instead of training
     check: bool = False  # check the pairs instead of training
     pairs: int = 1024  # how many pairs [paper: 16000]
-    shard: int = 64  # pairs a file
+    shard: int = 32  # pairs a file, all of one entry of the mix
     latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
+    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (mixes.py) [ours]
     guidance: float = 2.0  # conventional: uncond + w (cond - uncond) [paper: 3]
     negative: str = ""  # prompt of the unconditional pass
+    denoising: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # noise levels, unshifted [paper]
     shift: float = 5.0  # of the noise levels [paper]
     steps: int = 1000  # training iterations [paper: 6000]
     batch: int = 16  # samples an iteration, over all processes [paper: 128]
     micro: int = 0  # samples a forward pass, the rest is accumulated; 0: all of a process's share
     lr: float = 3e-4  # AdamW, constant between warm-up and decay [paper: 2e-6]
     warmup: int = 50  # iterations
-    decay: float = (
-        0.5  # share of the steps, at the end, over which the rate falls to zero [paper: 0]
-    )
+    decay: float = 0.5  # share of the steps, at the end, while the rate falls to zero [paper: 0]
     betas: tuple[float, ...] = (0.9, 0.999)  # [paper]
     weight_decay: float = 0.01  # [paper]
     clip: float = 10.0  # gradient norm [Self-Forcing]
     block: int = 3  # B: latents a step [paper]
     anchors: int = 3  # P: anchors before each backward block [paper]; 0 uses the dummy block
-    head: int = (
-        0  # size of the block of latent 0 if not --block (--block 6 --anchors 0 --head 3: Fig. 8c)
-    )
+    head: int = 0  # size of the block of latent 0 if not --block (--block 6 --anchors 0 --head 3)
     loss_on_anchors: bool = False  # ablation of the paper's Table 5
     clean: float = 0.0  # share of steps at t = 0, without loss: clean context [paper: 0]
-    teacher_forcing: bool = (
-        False  # all context clean, [clean | noisy]; always so with an autoregressive teacher
-    )
-    ema: float = 0.99  # of --method cd: the average that is agreed with [Causal Forcing++]
+    teacher_forcing: bool = False  # all context clean: [clean | noisy]
+    share_noise: str = "none"  # none, start or all: of an anchor with its latent, in the recipe
     seed: int = 0
     save_every: int = 200  # iterations between resume states
     parallel: str = "ddp"  # ddp, or fsdp: shard the model [paper]
     checkpointing: bool = False  # recompute activations in the backward pass
     compile: bool = False  # torch.compile the blocks: faster steps, after minutes
-    dtype: str = "bfloat16"  # of computation; trained weights, optimiser, sums and the ODE's state are float32
+    dtype: str = "bfloat16"  # of computation; weights, optimiser, sums and ODE states are float32
     device: str = "auto"
 
 
-# ---------------------------------------------------------------- the losses
+def mix_of(config) -> Mix:
+    """The plans that a script trains on. raises: UserError"""
+    if len(config.latent) != 3 or min(config.latent) < 1:
+        raise UserError(f"--latent {config.latent} must be three numbers: latents, height, width")
+    if config.plans not in MIXES:
+        raise UserError(f"--plans {config.plans!r} must be one of {', '.join(MIXES)}")
+    if config.share_noise not in ("none", "start", "all"):
+        raise UserError(f"--share_noise {config.share_noise!r} must be none, start or all")
+    return MIXES[config.plans](config.latent[0], config.block, config.anchors, config.head)
+
+
+def recipe_of(config) -> Recipe:
+    """What a student must remember of its training."""
+    values = {k: getattr(config, k) for k in ("shift", "block", "anchors", "head", "share_noise")}
+    first = getattr(config, "first_denoising", ())
+    return Recipe(tuple(config.denoising), tuple(first), plans=config.plans, **values)
+
+
+# ---------------------------------------------------------------- the loss
 def per_slot(lay: Layout, by_step: Tensor, clean: float) -> Tensor:
     """Values [B, steps of the plan] -> [B, slots]; `clean` where the slot is clean context."""
     device = by_step.device
@@ -160,25 +155,20 @@ def per_slot(lay: Layout, by_step: Tensor, clean: float) -> Tensor:
     return value.masked_fill(torch.tensor(lay.is_clean, device=device), clean)
 
 
-def mean_over(
-    lay: Layout,
-    error: Tensor,
-    with_anchors: bool = False,
-    with_dummies: bool = False,
-    scored: Tensor | None = None,
-) -> Tensor:
-    """Mean [B] of each sample's squared error [B, slots, C, h, w] over its targets and what else is asked for.
+def scored_slots(lay: Layout, anchors: bool = False, dummies: bool = False) -> Tensor:
+    """Which slots [slots] a loss is over: targets, never clean context; and what else is asked."""
+    counts = [
+        not clean and (latent >= 0 or dummies) and (target or anchors)
+        for latent, target, clean in zip(lay.latent, lay.is_target, lay.is_clean)
+    ]
+    return torch.tensor(counts)
 
-    Never over clean context. scored: the slots [B, slots] that may count at all."""
-    counts = torch.tensor(
-        [
-            not c and (i >= 0 or with_dummies) and (t or with_anchors)
-            for i, t, c in zip(lay.latent, lay.is_target, lay.is_clean)
-        ],
-        device=error.device,
-    )
-    counts = counts.expand(error.shape[:2]) if scored is None else counts & scored
-    return (error.flatten(2).mean(2) * counts).sum(1) / counts.sum(1).clamp_min(1)
+
+def mean_over(error: Tensor, scored: Tensor) -> Tensor:
+    """Mean [B] of an error [B, slots, C, h, w] over the scored slots, [slots] or [B, slots]."""
+    scored = scored.to(error.device).expand(error.shape[:2])
+    total = (error.flatten(2).mean(2) * scored).sum(1)
+    return total / scored.sum(1).clamp_min(1)
 
 
 def denoise(dit: DiT, lay: Layout, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
@@ -198,233 +188,289 @@ def ode_loss(
 ) -> Tensor:
     """Regress the end point from every slot's state, in one masked pass (paper Eq. 1).
 
-    states: [B, K+1, slots, C, h, w], noisiest first, the end point last;  levels: [B, steps of the plan], in 0 .. K, where
-    K is clean context without loss;  sigmas: [K+1], the last is 0.  returns: the mean squared error of each sample [B]"""
-    level = per_slot(lay, levels, len(sigmas) - 1)
-    batch, slot = (torch.arange(n, device=states.device) for n in level.shape)
+    states: [B, K+1, slots, C, h, w], noisiest first, the end point last
+    levels: [B, steps of the plan], in 0 .. K, where K is clean context without loss
+    sigmas: [K+1], the last is 0.  returns: the mean squared error of each sample [B]"""
+    level = per_slot(lay, levels, len(sigmas) - 1)  # (B, slots)
+    batch = torch.arange(len(level), device=states.device)[:, None]
+    slot = torch.arange(level.shape[1], device=states.device)
+    x = states[batch, level, slot]  # (B, slots, C, h, w)
     sigma = sigmas[level]
-    x0 = denoise(dit, lay, states[batch[:, None], level, slot], sigma, prompt)
-    return mean_over(lay, (x0 - states[:, -1]).square(), loss_on_anchors, scored=sigma > 0)
+    error = (denoise(dit, lay, x, sigma, prompt) - states[:, -1]).square()
+    scored = scored_slots(lay, anchors=loss_on_anchors).to(sigma.device)
+    return mean_over(error, scored & (sigma > 0))
 
 
-def cd_loss(
-    dit: DiT,
-    average: DiT,
-    teacher: DiT,
-    lay: Layout,
-    x0: Tensor,
-    noise: Tensor,
-    index: Tensor,
-    grid: Tensor,
-    prompt: Tensor,
-    negative: Tensor,
-    guidance: float,
-    loss_on_anchors: bool = False,
-) -> Tensor:
-    """Agree with the average one level lower on the teacher's ODE (Causal Forcing++), after clean context.
+# ---------------------------------------------------------------- pairs
+def settings_of(config) -> dict:
+    """How pairs are made: what a shard records and a later run is compared with."""
+    names = ("prompts", "guidance", "negative", "shift", "seed", "latent", "denoising")
+    plans = ("plans", "block", "anchors", "head", "share_noise")
+    teacher = fingerprint(read_dit(config.teacher)[1])
+    return {k: asdict(config)[k] for k in names + plans} | {"teacher": teacher}
 
-    x0, noise: [B, slots, C, h, w];  index: [B, steps of the plan], in 0 .. K-2;  grid: [K+1] noise levels from 1 to 0"""
-    sigma, below = (per_slot(lay, grid[index + k], 0.0) for k in (0, 1))
-    high, low = (s[..., None, None, None] for s in (sigma, below))
-    x = (1 - high) * x0 + high * noise
-    with inference():
-        pos = torch.tensor(lay.pos, device=x.device)
-        both = torch.cat([prompt, negative.expand_as(prompt)])
-        v = guided(teacher, x, 1000 * sigma, both, pos, guidance, visible=lay.visible)
-        target = denoise(average, lay, x + (low - high) * v, below, prompt)
-    return mean_over(lay, (denoise(dit, lay, x, sigma, prompt) - target).square(), loss_on_anchors)
+
+def where_pairs_lie(config, mix: Mix, source: Prompts) -> Where:
+    settings = settings_of(config)
+    folder = Path(config.data)
+    return Where(folder, config.pairs, config.shard, settings, lambda u: draw(mix, u), source.words)
+
+
+def pair_noise(config, channels: int, number: int, plans: Sequence[Plan]) -> Tensor:
+    """The noise [rows, C, h, w] from which pair `number` starts: video, dummies, their anchors."""
+    T, h, w = config.latent
+    rows = 2 * (T + dummies_of(plans))
+    return torch.randn(rows, channels, h, w, generator=generator(config.seed, Stream.PAIR, number))
+
+
+def make_pairs(config: Config, rank: int, world: int, device: torch.device) -> None:
+    """The bidirectional teacher's trajectories: one step that makes all latents of a plan."""
+    mix = mix_of(config)
+    teacher = load_dit(config.teacher, dtype_of(config.dtype), device)
+    c = teacher.config
+    source = Prompts(config.prompts, c.text_dim, c.text_len)
+    negative = source.embed([config.negative]).to(device)
+    keep = kept_states(config.denoising)
+
+    def make(entry: int, numbers: range) -> dict[str, Tensor]:
+        plans = mix[entry][1]
+        T = plans[0].length
+        rows = [pair_noise(config, c.in_dim, n, plans)[:T] for n in numbers]
+        prompt = source(numbers).to(device)
+        text = teacher.text_kv(torch.cat([prompt, negative.expand_as(prompt)]))
+        states = {}
+        solve = many_steps(
+            teacher,
+            [text],
+            noise_from(torch.stack(rows).to(device)),
+            config.guidance,
+            config.shift,
+            record=lambda _, k, x: states.update({k: x}) if k in keep else None,
+        )
+        solve(0, forward(T, T).steps[0], None, None, None)
+        return {"states": torch.stack([states[k] for k in keep], dim=1)}
+
+    generate_pairs(config, where_pairs_lie(config, mix, source), make, rank, world)
+
+
+def generate_pairs(config, where: Where, make: Callable, rank: int, world: int) -> None:
+    """Write the missing shards, every process its share; at the end rank 0 writes the index."""
+    todo = missing_shards(where)
+    mine = todo[rank::world]
+    if rank == 0:
+        print(
+            f"{config.pairs} pairs in {len(where.ranges())} shards, {len(todo)} to make", flush=True
+        )
+    with torch.no_grad(), tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair") as bar:
+        done = write_pairs(where, mine, make, config.micro or 16, bar)
+    if dist.is_initialized():
+        flag = torch.tensor(float(done))
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        done = bool(flag)
+    if rank == 0 and done:
+        write_index(where)
+
+
+def pairs_for(config, mix: Mix, source: Prompts, shapes: Callable) -> dict[int, list[Pair]]:
+    """The pairs in --data, by entry of the mix. raises: UserError where they are not this run's"""
+    return read_pairs(Path(config.data), settings_of(config), source.words, shapes)
+
+
+def trajectory_shapes(config, mix: Mix, channels: int) -> Callable[[int], dict]:
+    """entry -> what the bidirectional teacher leaves of each pair."""
+    levels, (_, h, w) = len(config.denoising) + 1, config.latent
+    sigmas = {}
+    return lambda entry: sigmas | {"states": (levels, mix[entry][1][0].length, channels, h, w)}
+
+
+def slot_states(pair: Pair, lay: Layout, d: int) -> Tensor:
+    """What a pair shows at each slot of plan d's layout: [K+1, slots, C, h, w], the end point last.
+
+    In an autoregressive teacher's pairs the clean slots hold the real clip at every level."""
+    latent = torch.tensor([i if i >= 0 else ~i for i in lay.latent])
+    if "states" in pair.shard:
+        return pair.shard["states"][pair.row][:, latent].float()
+    noisy = pair.shard[f"plan{d}"][pair.row].float()  # (K+1, noisy slots, C, h, w)
+    clean = pair.shard["clean"][pair.row][latent[torch.tensor(lay.is_clean)]].float()
+    return torch.cat([clean.expand(len(noisy), *clean.shape), noisy], dim=1)
+
+
+def check_pair(config, mix: Mix, channels: int) -> Callable[[int, Pair], str]:
+    """What can be wrong with a trajectory: it starts elsewhere, or does not fall to its end."""
+
+    def check(entry: int, pair: Pair) -> str:
+        states = pair.shard["states"][pair.row].float().flatten(1)  # (K+1, all)
+        start = pair_noise(config, channels, pair.number, mix[entry][1])
+        start = start[: mix[entry][1][0].length].flatten()
+        if (states[0] - start).abs().max() > 2e-3:
+            return f"it does not start from the noise of seed {config.seed}"
+        likeness = torch.cosine_similarity(states, start, dim=1)
+        if not (likeness.diff() < 0).all():
+            return f"its states do not fall from noise to a clean end, {likeness.tolist()}"
+        return ""
+
+    return check
 
 
 # ---------------------------------------------------------------- training
-Loss = Callable[[int, list[int], int, Layout], Tensor]  # (step, samples, direction, layout) -> [B]
+def network(
+    config, path: str, device: torch.device, trained: bool, dtype: torch.dtype = torch.float32
+) -> DiT:
+    """Load a network for training, or one that is only asked."""
+    dit = load_dit(path, dtype, device).requires_grad_(trained).train(trained)
+    dit.checkpointing = config.checkpointing
+    if config.compile:
+        dit.compile_blocks()
+    return distribute(dit, config.parallel, dtype_of(config.dtype))
+
+
+def rate(config, step: int) -> float:
+    """The learning rate: a linear warm-up, constant, a linear decay to zero."""
+    rising = (step + 1) / max(config.warmup, 1)
+    falling = (config.steps - step) / max(config.steps * config.decay, 1)
+    return config.lr * min(1.0, rising, falling)
+
+
+def prepared_layouts(
+    config, mix: Mix, dit: DiT, teacher_forcing: bool, device: torch.device
+) -> Callable[[int], list[Layout]]:
+    """entry of the mix -> its plans as masked sequences, their masks on the device, kept."""
+    tokens = dit.config.tokens(*config.latent[1:])
+
+    @cache
+    def layouts(entry: int) -> list[Layout]:
+        plain = [layout(plan, teacher_forcing) for plan in mix[entry][1]]
+        return [replace(lay, visible=lay.visible.prepare(tokens, device)) for lay in plain]
+
+    return layouts
+
+
+def draw_entry(config, mix: Mix, step: int) -> int:
+    """The entry of the mix that all processes train on in this iteration."""
+    return draw(mix, torch.rand(1, generator=generator(config.seed, Stream.PLANS, step)).item())
+
+
+LossOf = Callable[[int, list[int], int, int], Tensor]  # (step, samples, entry, plan) -> [B]
 
 
 def fit(
     config,
     dit: DiT,
-    lays: list[Layout],
-    loss_of: Loss,
+    mix: Mix,
+    loss_of: LossOf,
     rank: int,
     world: int,
     device: torch.device,
     name: str,
-    average: tuple[EMA, DiT] | None = None,
+    average: tuple | None = None,
 ) -> None:
-    """Train on the mean of `loss_of` in every layout, both in each iteration; write `name`.safetensors.
+    """Train on the mean of `loss_of` in every plan of an entry; write `name`.safetensors.
 
-    config: has what `Config` has from `steps` to `device`;  average: kept up to date, and part of the resume state"""
+    average: (EMA, the network that holds it), kept up to date for the loss; it is what is written"""
     micro, rounds = split_batch(config.batch, config.micro, rank, world)
     optimiser = torch.optim.AdamW(
         dit.parameters(), config.lr, config.betas, weight_decay=config.weight_decay
     )
-    dtype = dtype_of(
-        config.dtype if config.parallel == "ddp" else "float32"
-    )  # FSDP2 casts by itself
+    averages = {"ema": average[0]} if average else {}
+    dtype = dtype_of(config.dtype if config.parallel == "ddp" else "float32")  # FSDP2 casts itself
     with computing(dtype, device):
-        for step, row in training_steps(
-            config, name, {"dit": (dit, optimiser)}, device, {"ema": average[0]} if average else {}
-        ):
+        for step, row in training_steps(config, name, {"dit": (dit, optimiser)}, device, averages):
             for group in optimiser.param_groups:
-                group["lr"] = config.lr * min(
-                    1.0,
-                    (step + 1) / max(config.warmup, 1),
-                    (config.steps - step) / max(config.steps * config.decay, 1),
-                )
+                group["lr"] = rate(config, step)
             if average:
                 average[0].copy_to(average[1])
-            losses, lost = [0.0] * len(lays), []
+            entry = draw_entry(config, mix, step)
+            plans = mix[entry][1]
+            losses, lost = dict.fromkeys([plan.name for plan in plans], 0.0), []
             for r in range(rounds):
                 samples = [(r * world + rank) * micro + m for m in range(micro)]
-                for d, lay in enumerate(lays):
-                    loss = loss_of(step, samples, d, lay) / rounds
+                for d, plan in enumerate(plans):
+                    loss = loss_of(step, samples, entry, d) / rounds  # (micro,)
                     loss.mean().backward()
-                    losses[d] += loss.mean().item()
-                    lost += [
-                        sample for sample, x in zip(samples, loss.tolist()) if not math.isfinite(x)
-                    ]
+                    losses[plan.name] += loss.mean().item()
+                    lost += [j for j, x in zip(samples, loss.tolist()) if not math.isfinite(x)]
             sync_gradients(dit, config.parallel)
-            losses = finite_means(losses, lost, f"step {step}: the loss", device)
-            row |= {
-                "forward": losses[0],
-                "backward": losses[1],
-                "norm": clip_gradients(dit, config.clip, f"step {step}"),
-            }
+            row |= finite_means(losses, lost, f"step {step}: the loss", device)
+            row["norm"] = clip_gradients(dit, config.clip, f"step {step}")
+            row["latents"] = plans[0].length
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             if average:
                 average[0].update(dit)
-    weights, path = whole_state(dit), Path(config.out) / f"{name}.safetensors"
+    if average:
+        average[0].copy_to(average[1])
+    weights, path = (
+        whole_state(average[1] if average else dit),
+        Path(config.out) / f"{name}.safetensors",
+    )
     if rank == 0:
-        write_safetensors(path, weights, asdict(dit.config))
+        recipe = {"recipe": recipe_of(config).write()} if name == "student" else {}
+        write_safetensors(path, weights, asdict(dit.config) | recipe)
         print(f"wrote {path}")
 
 
-def network(
+def train(
     config,
-    path: str,
+    mix: Mix,
+    pairs: dict[int, list[Pair]],
+    teacher_forcing: bool,
+    rank: int,
+    world: int,
     device: torch.device,
-    trained: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> DiT:
-    """Load a network for training, or one that is only asked."""
-    dit = load_dit(path, dtype, device).requires_grad_(trained)
-    dit.checkpointing = config.checkpointing
-    if config.compile:
-        dit.compile_blocks()
-    return distribute(dit.train(trained), config.parallel, dtype_of(config.dtype))
-
-
-def layouts(config, dit: DiT, teacher_forcing: bool, device: torch.device) -> list[Layout]:
-    """The two directions as masked sequences, their masks on the device."""
-    lays = [
-        layout(plan, teacher_forcing)
-        for plan in both_directions(config.latent[0], config.block, config.anchors, config.head)
-    ]
-    return [
-        replace(lay, visible=lay.visible.prepare(dit.config.tokens(*config.latent[1:]), device))
-        for lay in lays
-    ]
-
-
-def train_ode(config: Config, rank: int, world: int, device: torch.device) -> None:
+) -> None:
     """Regress the end points of stored pairs."""
-    shards, _ = read_pairs(config)
-    where = [(shard, i) for shard in shards for i in range(pairs_in(shard))]
-    dit = network(config, config.weights, device)
+    if absent := [entry for entry in range(len(mix)) if entry not in pairs]:
+        print(f"{len(absent)} of {len(mix)} entries of --plans {config.plans} have no pairs yet")
+        total = sum(mix[entry][0] for entry in pairs)
+        mix = tuple(
+            (share / total if entry in pairs else 0.0, plans)
+            for entry, (share, plans) in enumerate(mix)
+        )
+    dit = network(config, config.weights, device, trained=True)
     source = Prompts(config.prompts, dit.config.text_dim, dit.config.text_len)
-    sigmas = torch.tensor([*student_sigmas(shift=config.shift), 0.0], device=device)
-    lays = layouts(config, dit, config.teacher_forcing or is_causal(config), device)
+    sigmas = torch.tensor([*student_sigmas(config.denoising, config.shift), 0.0], device=device)
+    layouts = prepared_layouts(config, mix, dit, teacher_forcing, device)
+    clean_level = len(sigmas) - 1
 
-    def loss_of(step: int, samples: list[int], d: int, lay: Layout) -> Tensor:
-        """Sample j of an iteration: a pair and, for each plan, a noise level per step."""
-        numbers, levels = [], []
+    def drawn_levels(plans: Sequence[Plan], g: torch.Generator) -> list[Tensor]:
+        """A noise level per step of each plan; what is given, and by chance --clean, is clean."""
+        levels = []
+        for plan in plans:
+            k = torch.randint(clean_level, (len(plan.steps),), generator=g)
+            clean = torch.rand(len(k), generator=g) < config.clean
+            clean |= torch.tensor([step.commits for step in plan.steps])
+            levels.append(k.masked_fill(clean, clean_level))
+        return levels
+
+    def loss_of(step: int, samples: list[int], entry: int, d: int) -> Tensor:
+        lay, some, levels = layouts(entry)[d], [], []
         for j in samples:
-            g = generator(config.seed, 4, step, j)
-            numbers.append(int(torch.randint(len(where), (1,), generator=g)))
-            drawn = [
-                torch.randint(len(sigmas) - 1, (max(each.step) + 1,), generator=g) for each in lays
-            ]
-            clean = [torch.rand(len(k), generator=g) < config.clean for k in drawn]
-            levels.append(drawn[d].masked_fill(clean[d], len(sigmas) - 1))
-        states = torch.stack([slot_states(*where[n], lay, d) for n in numbers]).to(device)
+            g = generator(config.seed, Stream.ODE, step, j)
+            some.append(pairs[entry][int(torch.randint(len(pairs[entry]), (1,), generator=g))])
+            levels.append(drawn_levels(mix[entry][1], g)[d])
+        states = torch.stack([slot_states(pair, lay, d) for pair in some]).to(device)
+        prompt = source([pair.number for pair in some]).to(device)
         return ode_loss(
-            dit,
-            lay,
-            states,
-            torch.stack(levels).to(device),
-            sigmas,
-            source(numbers).to(device),
-            config.loss_on_anchors,
+            dit, lay, states, torch.stack(levels).to(device), sigmas, prompt, config.loss_on_anchors
         )
 
-    fit(config, dit, lays, loss_of, rank, world, device, "student")
-
-
-def train_cd(config: Config, rank: int, world: int, device: torch.device) -> None:
-    """Consistency distillation from an autoregressive teacher, without pairs."""
-    if not is_causal(config):
-        raise UserError(
-            f"--method cd follows an autoregressive teacher, not --teacher {config.teacher}; train one with train_ar.py and "
-            "name it as ar:FILE"
-        )
-    dit, average = (
-        network(config, config.weights, device),
-        network(config, config.weights, device, trained=False),
-    )
-    teacher = network(
-        config, teacher_file(config), device, trained=False, dtype=dtype_of(config.dtype)
-    )
-    c = dit.config
-    source = Prompts(config.prompts, c.text_dim, c.text_len)
-    clips, negative = (
-        Clips(config.latents, config.latent, c.in_dim, source),
-        source.embed([config.negative]).to(device),
-    )
-    grid = torch.tensor(ode_sigmas(KEEP[-1], config.shift), device=device)
-    lays = layouts(config, dit, True, device)
-
-    def loss_of(step: int, samples: list[int], d: int, lay: Layout) -> Tensor:
-        """Sample j of an iteration: a clip, its noise in each slot, and a level of the grid per step."""
-        numbers, index, noise = [], [], []
-        for j in samples:
-            g = generator(config.seed, 12, step, j, d)
-            numbers.append(int(torch.randint(len(clips), (1,), generator=g)))
-            index.append(torch.randint(len(grid) - 2, (max(lay.step) + 1,), generator=g))
-            noise.append(torch.randn(len(lay.latent), *clips[0].shape[1:], generator=g))
-        latent = [i if i >= 0 else ~i for i in lay.latent]
-        x0 = torch.stack([clips[n][latent] for n in numbers]).to(device)
-        return cd_loss(
-            dit,
-            average,
-            teacher,
-            lay,
-            x0,
-            torch.stack(noise).to(device),
-            torch.stack(index).to(device),
-            grid,
-            source(numbers).to(device),
-            negative,
-            config.guidance,
-            config.loss_on_anchors,
-        )
-
-    fit(config, dit, lays, loss_of, rank, world, device, "student", (EMA(dit, config.ema), average))
+    fit(config, dit, mix, loss_of, rank, world, device, "student")
 
 
 def main(config: Config) -> None:
     rank, world, device = start(config.device)
-    if len(config.latent) != 3 or min(config.latent) < 1:
-        raise UserError(f"--latent {config.latent} must be three numbers: latents, height, width")
-    if config.method not in ("ode", "cd"):
-        raise UserError(f"--method {config.method!r} must be ode or cd")
+    mix = mix_of(config)
+    if config.generate:
+        make_pairs(config, rank, world, device)
+        return
+    c = load_dit(config.teacher, None).config
+    source = Prompts(config.prompts, c.text_dim, c.text_len)
+    pairs = pairs_for(config, mix, source, trajectory_shapes(config, mix, c.in_dim))
     if config.check:
-        check_pairs(config)
-    elif config.generate:
-        generate_pairs(config, rank, world, device)
-    elif config.method == "cd":
-        train_cd(config, rank, world, device)
-    else:
-        train_ode(config, rank, world, device)
+        check_shards(Path(config.data), pairs, check_pair(config, mix, c.in_dim))
+        print(f"{sum(map(len, pairs.values()))} pairs of {len(pairs)} entries are good")
+        return
+    train(config, mix, pairs, config.teacher_forcing, rank, world, device)
 
 
 if __name__ == "__main__":

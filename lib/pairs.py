@@ -1,441 +1,229 @@
-"""The teacher's ODE, and what a student learns from it: pairs of a noisy state and the end point it flows to.
+"""Pairs on disk: states of a teacher's ODE at a student's noise levels, and the end points.
 
-`integrate` executes a plan as `sampler.rollout` does, but each step by 48 Euler steps with guidance. One function is
-the bidirectional teacher (a plan of one step that makes everything), the autoregressive teacher of `train_ar.py`
-(any plan), and the maker of its causal pairs (any plan, after clean latents of real clips instead of its own):
+    states [S, K+1, T, C, h, w]         a trajectory per latent, noisiest first, the end point last
+or  clean [S, T, C, h, w] and plan0, plan1 ... [S, K+1, slots, C, h, w]
+                                        an autoregressive teacher's (zoo/causal_forcing.py): one per
+                                        slot of each plan's layout, after clean context
 
-    teacher          plan                  context      kept at the student's four levels and the end
-    bidirectional    one step              none         states            [S, 5, T, C, h, w], a trajectory per latent
-    autoregressive   forward, backward     real clips   forward, backward [S, 5, slots, C, h, w], one per slot of the
-                                                        plan's layout (an anchor has its own), and clean [S, T, C, h, w]
-
-Why two kinds: a bidirectional teacher's end point depends on noise that a causal student never sees, so the student
-learns a mean over it; an autoregressive teacher's end point is a function of what the student sees (Causal Forcing;
-`tests/test_injectivity.py` shows both in closed form). Files are whole or absent, hashed in an index, and say how they
-were made. Used by train_ode.py --generate and --check; nothing is trained here.
+A shard pairs-000064.safetensors holds the pairs from number 64 on, of one entry of the mix of plans,
+and says how it was made. Pair n belongs to prompt n and to noise n, whatever else is in the folder.
+What is there is compared with what is asked for; what does not fit is named. Who makes pairs, and
+what learns from them, is not known here.
 """
 
 import hashlib
 import json
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from anchors import Layout, Plan, both_directions, forward, layout
-from dit import DiT, load_dit
-from kvcache import KVCache
-from lib.common import UserError, atomic, dtype_of, generator, stop_signals
-from lib.text import Prompts
+from lib.common import UserError, atomic, stop_signals
 from lib.weights import read_json, read_tensors, write_safetensors
-from sampler import Noise, commit, guided, noise_from, ode_sigmas
-from tools.encode import Clips
 
-KEEP = (
-    0,
-    12,
-    24,
-    36,
-    48,
-)  # of the 49 states: the student's four levels, exactly, and the end point [Self-Forcing]
-DIRECTIONS = ("forward", "backward")
+GOLDEN = 0.6180339887498949  # multiples of it mod 1 fill [0, 1) evenly, however many there are
 
 
-# ---------------------------------------------------------------- the ODE
-@torch.no_grad()
-def integrate(
-    dit: DiT,
-    plan: Plan,
-    prompt: Tensor,
-    negative: Tensor,
-    noise: Noise,
-    guidance: float,
-    shift: float = 5.0,
-    context: Tensor | None = None,
-    keep: Sequence[int] = KEEP[-1:],
-    bar: tqdm | None = None,
-) -> Iterator[tuple[int, Tensor]]:
-    """Many denoising steps a block: for each step n of the plan yield (n, states [B, len(keep), own latents, C, h, w]).
-
-    prompt, negative: embeddings [B, L, text_dim];  noise: as in `sampler.rollout`, only its start is used
-    guidance: conventional, v = uncond + w (cond - uncond);  keep: which of the states 0 .. keep[-1] of that many Euler steps
-    context: latents [B, T, C, h, w] that later steps read instead of what was made here (teacher forcing)"""
-    sigmas, text = (
-        ode_sigmas(keep[-1], shift),
-        dit.text_kv(torch.cat([prompt, negative.expand_as(prompt)])),
-    )
-    B, _, _, h, w = noise(0, (0,)).shape
-    weight, cache = dit.patch_embedding.weight, None
-    if plan.last_read:
-        cache = KVCache(dit.config, 2 * B, plan.capacity, h, w, weight.dtype, weight.device)
-    for n, step in enumerate(plan.steps):
-        past, pos = (
-            cache and cache.read(step.reads, room=len(step.own)),
-            torch.tensor(step.pos, device=weight.device),
-        )
-        x = noise(0, step.own)
-        states = [x] if 0 in keep else []
-        for i, (sigma, below) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-            t = torch.full(x.shape[:2], 1000 * sigma, device=x.device)
-            x = x + (below - sigma) * guided(dit, x, t, text, pos, guidance, past=past)
-            if i + 1 in keep:
-                states.append(x)
-            if bar is not None:
-                bar.update(B)
-        if cache:
-            skip = len(step.anchors)
-            clean = (
-                x[:, skip:]
-                if context is None
-                else context[:, [i if i >= 0 else ~i for i in step.targets]]
-            )
-            commit(
-                dit, cache, plan, n, step.targets, torch.cat([clean, clean]), pos[skip:], text, past
-            )
-        yield n, torch.stack(states, dim=1)
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Names a network by its weights, whatever file they lie in: names, shapes, ends of each tensor."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        flat = x.flatten()
+        ends = torch.cat([flat[:1024], flat[-1024:]]).float().numpy().tobytes()
+        digest.update(f"{name}{tuple(x.shape)}".encode() + ends)
+    return digest.hexdigest()[:16]
 
 
-def many_steps(
-    dit: DiT,
-    plan: Plan | None,
-    prompt: Tensor,
-    negative: Tensor,
-    noise: Noise,
-    guidance: float,
-    shift: float = 5.0,
-    length: int = 21,
-) -> Tensor:
-    """Clips of a teacher, 48 steps a block: latents [B, T, C, h, w]. No plan: all latents at once, bidirectionally."""
-    made, plan = {}, plan or forward(length, length)
-    for n, states in integrate(dit, plan, prompt, negative, noise, guidance, shift):
-        step = plan.steps[n]
-        made.update(zip(step.targets, states[:, -1, len(step.anchors) :].unbind(1)))
-    return torch.stack([made[i] for i in range(plan.length)], dim=1)
+def kept_states(levels: Sequence[float], steps: int = 48) -> list[int]:
+    """Which states of an ODE of so many steps stand at these levels (of 1000), and the end point.
 
-
-# ---------------------------------------------------------------- making them
-def is_causal(config) -> bool:
-    """Whether the teacher of a stage-1 run is autoregressive: `ar` or `ar:FILE`."""
-    return config.teacher.split(":")[0] == "ar"
-
-
-def teacher_file(config) -> str:
-    """The checkpoint that --teacher names; plain `ar` is what train_ar.py writes by default."""
-    return (
-        (config.teacher[3:] or "out/ar/teacher.safetensors")
-        if is_causal(config)
-        else config.teacher
-    )
-
-
-def settings(config) -> dict:
-    """What a shard records: how it was made."""
-    names = ("teacher", "prompts", "guidance", "negative", "shift", "seed", "latent")
-    names += ("latents", "block", "anchors", "head") if is_causal(config) else ()
-    return {k: asdict(config)[k] for k in names} | {
-        "teacher": "ar:" * is_causal(config) + teacher_file(config)
-    }
-
-
-def pair_noise(config, channels: int, number: int, dummies: int = 0) -> Tensor:
-    """The noise [T + dummies, C, h, w] from which pair `number` starts."""
-    T, h, w = config.latent
-    return torch.randn(T + dummies, channels, h, w, generator=generator(config.seed, 3, number))
-
-
-def dummies_of(plans: Sequence[Plan]) -> int:
-    """How many rows of noise the dummies of these plans need behind those of the video."""
-    return max(-min(0, *(i for step in plan.steps for i in step.own)) for plan in plans)
-
-
-def plans_of(config) -> list[Plan]:
-    """The plans by which the teacher makes pairs: the student's, or all latents in one step."""
-    T = config.latent[0]
-    return (
-        both_directions(T, config.block, config.anchors, config.head)
-        if is_causal(config)
-        else [forward(T, T)]
-    )
-
-
-def pairs_in(shard: dict[str, Tensor]) -> int:
-    """How many pairs a shard holds."""
-    return len(shard["clean" if "clean" in shard else "states"])
-
-
-def slot_states(shard: dict[str, Tensor], i: int, lay: Layout, direction: int) -> Tensor:
-    """What pair i of a shard shows at each slot of a layout: [K+1, slots, C, h, w], the end point (or real clip) last."""
-    latent = torch.tensor([i if i >= 0 else ~i for i in lay.latent])
-    if "states" in shard:
-        return shard["states"][i][:, latent].float()
-    noisy = shard[DIRECTIONS[direction]][i].float()
-    clean = shard["clean"][i][latent[torch.tensor(lay.is_clean)]].float()
-    return torch.cat([clean.expand(len(noisy), *clean.shape), noisy], dim=1)
-
-
-def make_pairs(
-    config,
-    teacher: DiT,
-    plans: Sequence[Plan],
-    prompt: Tensor,
-    negative: Tensor,
-    noise: Tensor,
-    clean: Tensor | None,
-    bar: tqdm | None = None,
-) -> dict[str, Tensor]:
-    """Pairs of one batch, as the table above has them. noise: [B, T + dummies, C, h, w]; clean: [B, T, C, h, w] or None."""
-    start = noise_from(noise, length=config.latent[0])
-    if clean is None:
-        ((_, states),) = integrate(
-            teacher,
-            plans[0],
-            prompt,
-            negative,
-            start,
-            config.guidance,
-            config.shift,
-            keep=KEEP,
-            bar=bar,
-        )
-        return {"states": states}
-    made = {"clean": clean}
-    for name, plan in zip(DIRECTIONS, plans):
-        states = {
-            (n, i): x
-            for n, s in integrate(
-                teacher,
-                plan,
-                prompt,
-                negative,
-                start,
-                config.guidance,
-                config.shift,
-                clean,
-                KEEP,
-                bar,
-            )
-            for i, x in zip(plan.steps[n].own, s.unbind(2))
-        }
-        lay = layout(plan, teacher_forcing=True)
-        made[name] = torch.stack(
-            [states[n, i] for n, i, c in zip(lay.step, lay.latent, lay.is_clean) if not c], dim=2
-        )
-    return made
-
-
-def generate_pairs(config, rank: int, world: int, device: torch.device) -> None:
-    """Write the missing shards; process r makes shards r, r + world, ...; at the end rank 0 writes the index."""
-    folder, dtype, T = Path(config.data), dtype_of(config.dtype), config.latent[0]
-    plans = plans_of(config)
-    shards = range(0, config.pairs, config.shard)
-    todo = [
-        s
-        for n, s in enumerate(shards)
-        if n % world == rank and not (folder / f"pairs-{s:06d}.safetensors").exists()
-    ]
-    teacher = load_dit(teacher_file(config), dtype, device)
-    c, (T, h, w) = teacher.config, config.latent
-    source = Prompts(config.prompts, c.text_dim, c.text_len)
-    negative = source.embed([config.negative]).to(device)
-    clips = Clips(config.latents, config.latent, c.in_dim, source) if is_causal(config) else None
-    if clips and len(clips) < config.pairs:
+    kept_states((1000, 750, 500, 250)) -> [0, 12, 24, 36, 48]. raises: UserError"""
+    places = [steps * (1 - level / 1000) for level in levels]
+    if any(abs(place - round(place)) > 1e-6 for place in places):
         raise UserError(
-            f"{config.latents} holds {len(clips)} clips; use --pairs {len(clips)} or encode more with latents.py"
+            f"--denoising {' '.join(f'{level:g}' for level in levels)}: a teacher's {steps} steps "
+            f"pass through multiples of 1000 / {steps} only"
         )
-    micro, steps = config.micro or 16, KEEP[-1] * sum(len(plan.steps) for plan in plans)
-    shapes = (
-        torch.zeros(2 * micro, T, c.in_dim, h, w, device=device),
-        torch.zeros(2 * micro, T, device=device),
-    )
-    for _ in range(2):  # the first pass warms up
-        began = time.perf_counter()
-        teacher(
-            *shapes, negative.expand(2 * micro, -1, -1), torch.arange(T, device=device)
-        ).sum().item()
-    cost = timedelta(
-        seconds=round(
-            (time.perf_counter() - began) * KEEP[-1] * len(plans) * len(todo) * config.shard / micro
-        )
-    )
-    kept = len(KEEP) * sum(len(step.own) for plan in plans for step in plan.steps) + (
-        T if clips else 0
-    )
-    print(
-        f"{config.pairs} pairs in {len(shards)} shards, {len(todo)} to make here: about {cost} (h:mm:ss) and "
-        f"{config.pairs * kept * c.in_dim * h * w * 2 / 1e9:.2g} GB on disk in all",
-        flush=True,
-    )
-    with (
-        tqdm(total=len(todo) * config.shard * steps, desc=f"pairs {rank}", unit="step") as bar,
-        stop_signals() as stop,
-    ):
-        for s in todo:
-            parts, numbers = [], range(s, min(s + config.shard, config.pairs))
-            for a in range(s, numbers.stop, micro):
+    return [*map(round, places), steps]
+
+
+@dataclass(frozen=True)
+class Where:
+    """A folder of pairs, and what its shards must be. settings: how they are made, as plain values."""
+
+    folder: Path
+    pairs: int
+    shard: int
+    settings: dict
+    entry_of: Callable[[float], int]  # a number in [0, 1) -> the mix's entry that a shard is of
+    words: Callable[[int], str]  # pair -> its prompt
+
+    def ranges(self) -> list[range]:
+        return [range(s, min(s + self.shard, self.pairs)) for s in range(0, self.pairs, self.shard)]
+
+    def path(self, numbers: range) -> Path:
+        return self.folder / f"pairs-{numbers.start:06d}.safetensors"
+
+    def entry(self, numbers: range) -> int:
+        return self.entry_of((0.5 + GOLDEN * (numbers.start // self.shard)) % 1)
+
+    def record(self, numbers: range) -> dict:
+        """What a shard says about itself."""
+        words = "\n".join(self.words(n) for n in numbers)
+        return self.settings | {
+            "first": numbers.start,
+            "count": len(numbers),
+            "entry": self.entry(numbers),
+            "words": hashlib.sha256(words.encode()).hexdigest()[:16],
+        }
+
+
+def difference(made: dict | None, asked: dict, keys: Sequence[str] | None = None) -> str:
+    """What differs between how something was made and what is asked for now; "" if nothing does."""
+    made, asked = json.loads(json.dumps(made or {})), json.loads(json.dumps(asked))
+    differ = [k for k in keys or asked if made.get(k) != asked[k]]
+    return ", ".join(f"{k} is {made.get(k)!r}, not {asked[k]!r}" for k in differ)
+
+
+# ---------------------------------------------------------------- making
+Make = Callable[[int, range], dict[str, Tensor]]  # (entry of the mix, pairs) -> tensors
+
+
+def missing_shards(where: Where) -> list[range]:
+    """The shards that are not there or not whole. raises: UserError for one that is of another run"""
+    listed, todo = {where.path(numbers) for numbers in where.ranges()}, []
+    for path in shard_files(where.folder):
+        if path not in listed:
+            raise UserError(
+                f"{path} is not one of {where.pairs} pairs in shards of {where.shard}: give the "
+                "--pairs and --shard it was made with (--pairs may grow), or another --data"
+            )
+    for numbers in where.ranges():
+        path = where.path(numbers)
+        if not path.exists():
+            todo.append(numbers)
+            continue
+        made, asked = read_tensors(path)[1] or {}, where.record(numbers)
+        if wrong := difference(made, asked, list(where.settings)):
+            raise UserError(f"{path} was made otherwise: {wrong}; delete it, or use another --data")
+        if wrong := difference(made, asked):
+            print(f"{path.name} is made again: {wrong}", flush=True)
+            todo.append(numbers)
+    return todo
+
+
+def shard_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("pairs-*.safetensors") if not p.name.startswith("."))
+
+
+def write_pairs(where: Where, todo: list[range], make: Make, micro: int, bar: tqdm) -> bool:
+    """Make and write these shards, `micro` pairs at a time; False if a signal ended it between two."""
+    with stop_signals() as stop:
+        for numbers in todo:
+            parts = []
+            for a in range(numbers.start, numbers.stop, micro):
                 some = range(a, min(a + micro, numbers.stop))
-                noise = torch.stack(
-                    [pair_noise(config, c.in_dim, i, dummies_of(plans)) for i in some]
-                ).to(device)
-                clean = torch.stack([clips[i] for i in some]).to(device) if clips else None
-                made = make_pairs(
-                    config, teacher, plans, source(some).to(device), negative, noise, clean, bar
+                parts.append(
+                    {k: v.half().cpu() for k, v in make(where.entry(numbers), some).items()}
                 )
-                parts.append({k: v.half().cpu() for k, v in made.items()})
-                if stop():
-                    return print(
-                        f"stopped; {folder} keeps its whole shards, run the same command to go on"
+                bar.update(len(some))
+                if stop() and some.stop < numbers.stop:
+                    print(f"stopped; {where.folder} keeps its whole shards, run it again to go on")
+                    return False
+            tensors = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+            for name, x in tensors.items():
+                if not x.isfinite().all():
+                    raise FloatingPointError(
+                        f"the teacher's {name} of pairs {numbers.start} to {numbers.stop - 1} are "
+                        "not finite; nothing was written for them"
                     )
-            sigmas = torch.tensor([ode_sigmas(KEEP[-1], config.shift)[k] for k in KEEP])
-            write_safetensors(
-                folder / f"pairs-{s:06d}.safetensors",
-                {k: torch.cat([p[k] for p in parts]) for k in parts[0]} | {"sigmas": sigmas},
-                settings(config),
-            )
-    if dist.is_initialized():
-        dist.barrier()
-    if rank == 0:
-        names = sorted(p.name for p in folder.glob("pairs-*.safetensors"))
-        index = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
-        with atomic(folder / "index.json") as tmp:
-            tmp.write_text(
-                json.dumps(
-                    {"pairs": config.pairs, "shard": config.shard, "shards": index}, indent=1
-                )
-            )
-        print(f"wrote {len(index)} shards and {folder / 'index.json'}")
+            write_safetensors(where.path(numbers), tensors, where.record(numbers))
+            if stop():
+                return False
+    return True
 
 
-# ---------------------------------------------------------------- reading them
-def read_index(folder: Path) -> dict[str, str]:
-    """Shard -> its hash. raises: UserError"""
-    if not (folder / "index.json").is_file():
+def write_index(where: Where) -> None:
+    """index.json: the hash of each shard."""
+    shards = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in shard_files(where.folder)
+    }
+    with atomic(where.folder / "index.json") as tmp:
+        tmp.write_text(json.dumps({"pairs": where.pairs, "shards": shards}, indent=1))
+    print(f"wrote {len(shards)} shards and {where.folder / 'index.json'}")
+
+
+# ---------------------------------------------------------------- reading
+@dataclass(frozen=True)
+class Pair:
+    """Where a pair lies: its number, its shard's tensors (memory-mapped) and its row there."""
+
+    number: int
+    shard: dict[str, Tensor]
+    row: int
+
+
+def read_pairs(
+    folder: Path, settings: dict, words: Callable[[int], str], shapes: Callable[[int], dict]
+) -> dict[int, list[Pair]]:
+    """Entry of the mix -> its pairs.
+
+    settings: those that must agree;  shapes: entry -> tensor -> its shape after the first axis
+    raises: UserError where a shard is missing, damaged, or not what is asked for"""
+    index = folder / "index.json"
+    if not index.is_file():
         raise UserError(
-            f"{folder / 'index.json'} does not exist: make pairs first with python train_ode.py --generate --data {folder}"
+            f"{index} does not exist: make pairs first, with --generate --data {folder}"
         )
-    shards = read_json(folder / "index.json").get("shards")
-    if (
-        not shards
-        or not isinstance(shards, dict)
-        or not all(Path(name).name == name for name in shards)
-    ):
-        raise UserError(
-            f"{folder / 'index.json'} names no shards; delete it and run --generate again"
-        )
-    return shards
-
-
-def has_shapes(config, tensors: dict[str, Tensor]) -> bool:
-    """Whether a shard holds what its kind of teacher leaves behind, for the run's plans and latents."""
-    (T, h, w), some = config.latent, tensors.get("clean", tensors.get("states"))
-    if some is None or some.ndim < 5:
-        return False
-    S, C = len(some), some.shape[-3]
-    slots = [sum(len(step.own) for step in plan.steps) for plan in plans_of(config)]
-    want = {"sigmas": (len(KEEP),), "states": (S, len(KEEP), T, C, h, w)}
-    if is_causal(config):
-        want = {"sigmas": (len(KEEP),), "clean": (S, T, C, h, w)} | {
-            k: (S, len(KEEP), n, C, h, w) for k, n in zip(DIRECTIONS, slots)
-        }
-    return {k: tuple(x.shape) for k, x in tensors.items()} == want
-
-
-def read_pairs(config) -> tuple[list[dict[str, Tensor]], dict]:
-    """All shards, memory-mapped, and the settings they were made with. raises: UserError where these are not the run's."""
-    folder, shards, first = Path(config.data), [], None
-    want = torch.tensor([ode_sigmas(KEEP[-1], config.shift)[k] for k in KEEP])
-    for name in read_index(folder):
+    names = read_json(index).get("shards")
+    if not names or not isinstance(names, dict) or not all(Path(n).name == n for n in names):
+        raise UserError(f"{index} names no shards; delete it and run --generate again")
+    if unlisted := {p.name for p in shard_files(folder)} - names.keys():
+        raise UserError(f"{index} does not name {sorted(unlisted)[0]}; run --generate again")
+    entries: dict[int, list[Pair]] = {}
+    for name in sorted(names):
         tensors, made = read_tensors(folder / name)
-        if not made or "teacher" not in made or "sigmas" not in tensors:
+        if not made or type(made.get("first")) is not int or type(made.get("entry")) is not int:
             raise UserError(f"{name} is not a shard of pairs; delete it and run --generate again")
-        if tensors["sigmas"].shape != want.shape or (tensors["sigmas"] - want).abs().max() > 1e-6:
+        if wrong := difference(made, settings):
             raise UserError(
-                f"{name} has noise levels {tensors['sigmas'].tolist()}, but shift {config.shift} needs {want.tolist()}"
+                f"{name} was made otherwise: {wrong}; give the same flags, or --data for other pairs"
             )
-        for key in (
-            ("teacher", "latent", "block", "anchors", "head")
-            if is_causal(config)
-            else ("teacher", "latent", "prompts")
-        ):
-            ours = settings(config)[key]
-            if made.get(key) != (list(ours) if isinstance(ours, tuple) else ours):
-                theirs, ours = (
-                    " ".join(map(str, x)) if isinstance(x, (list, tuple)) else x
-                    for x in (made.get(key), ours)
-                )
-                raise UserError(
-                    f"{name} was made with --{key} {theirs}, but --{key} is {ours}; use the same, or --data for other pairs"
-                )
-        if made.keys() != settings(config).keys() or not has_shapes(config, tensors):
+        numbers = range(made["first"], made["first"] + made.get("count", 0))
+        spoken = hashlib.sha256("\n".join(map(words, numbers)).encode()).hexdigest()[:16]
+        if spoken != made.get("words"):
             raise UserError(
-                f"{name} is not a whole shard of pairs for --latent {' '.join(map(str, config.latent))}; delete it and run "
+                f"{name} was made for other prompts than --prompts has at {numbers.start} to "
+                f"{numbers.stop - 1}; give the same ones"
+            )
+        want = {k: (len(numbers), *shape) for k, shape in shapes(made["entry"]).items()}
+        if {k: tuple(x.shape) for k, x in tensors.items()} != want:
+            raise UserError(
+                f"{name} does not hold what its plans leave behind, {want}; delete it and run "
                 "--generate again"
             )
-        if differ := [k for k in made if made[k] != (first := first or made)[k]]:
-            raise UserError(
-                f"{name} differs from the other shards in {', '.join(f'{k}={made[k]!r}' for k in differ)}; delete it "
-                "and run --generate again"
-            )
-        shards.append(tensors)
-    return shards, made
+        rows = [Pair(n, tensors, row) for row, n in enumerate(numbers)]
+        entries.setdefault(made["entry"], []).extend(rows)
+    return entries
 
 
-def check_pairs(config) -> None:
-    """Validate every shard: its hash, its noise levels, finite numbers, the first state is the seeded noise, and the
-    share of noise falls from state to state to the end point."""
-    folder, T = Path(config.data), config.latent[0]
-    shards, made = read_pairs(config)
-    causal = is_causal(config)
-    plans = plans_of(config)
-    for (name, digest), tensors in zip(
-        read_index(folder).items(), tqdm(shards, desc="check", unit="shard")
-    ):
+def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[int, Pair], str]):
+    """Hashes, finite numbers, and what `check` finds wrong with a pair. raises: UserError"""
+    index = read_json(folder / "index.json")["shards"]
+    for name, digest in tqdm(index.items(), desc="check", unit="shard"):
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             raise UserError(
-                f"{name} is not the file the index names (its hash differs); delete it and run --generate again"
+                f"{name} is not the file that the index names (its hash differs); delete it and "
+                "run --generate again"
             )
-        first = int(name[6:12])
-        for key, plan in zip(DIRECTIONS if causal else ("states",), plans):
-            x = tensors[key]
-            lay = layout(plan, teacher_forcing=causal)
-            own = tuple(i for i, c in zip(lay.latent, lay.is_clean) if not c)
-            noise = torch.stack(
-                [
-                    pair_noise(config, x.shape[3], first + i, dummies_of(plans))
-                    for i in range(len(x))
-                ]
-            )
-            noise = noise_from(noise, length=T)(0, own).flatten(1)
-            if not torch.isfinite(x).all():
-                raise UserError(
-                    f"{name} holds NaN or infinite latents; delete it and run --generate again"
-                )
-            flat = x.float().flatten(2)
-            if (flat[:, 0] - noise).abs().max() > 2e-3:
-                raise UserError(
-                    f"{name} does not start from the noise of seed {config.seed}; was it made with another --seed?"
-                )
-            share = torch.stack(
-                [torch.nn.functional.cosine_similarity(flat[:, k], noise) for k in range(len(KEEP))]
-            ).mean(1)
-            near = torch.stack(
-                [
-                    torch.nn.functional.cosine_similarity(flat[:, k], flat[:, -1])
-                    for k in range(len(KEEP))
-                ]
-            ).mean(1)
-            if not (share.diff() < 0).all() or not (near.diff() > 0).all():
-                raise UserError(
-                    f"{name}: the states do not fall from noise to a clean end (likeness to the noise "
-                    f"{share.tolist()}, to the end {near.tolist()})"
-                )
-    print(
-        f"{sum(map(pairs_in, shards))} pairs in {len(shards)} "
-        f"shards are good: made by {made['teacher']}, guidance {made['guidance']}, shift {made['shift']}, likeness to the noise from 1 "
-        f"to {share[-1]:.2f}"
-    )
+    for entry, some in pairs.items():
+        for pair in some:
+            for key, x in pair.shard.items():
+                if not x[pair.row].isfinite().all():
+                    raise UserError(f"the {key} of pair {pair.number} are not finite; delete it")
+            if wrong := check(entry, pair):
+                raise UserError(f"pair {pair.number}: {wrong}")

@@ -146,16 +146,16 @@ def mean_over_processes(value: float, device: torch.device) -> float:
 
 
 def finite_means(
-    sums: list[float], lost: list[int], what: str, device: torch.device
-) -> list[float]:
-    """The mean over the processes of each direction's loss, forward and backward.
+    sums: dict[str, float], lost: list[int], what: str, device: torch.device
+) -> dict[str, float]:
+    """Each value's mean over the processes.
 
     lost: this process's samples whose loss is not finite. raises: FloatingPointError, on all processes, that names them"""
-    means = [mean_over_processes(x, device) for x in sums]
-    if not all(map(math.isfinite, means)):
+    means = {name: mean_over_processes(x, device) for name, x in sums.items()}
+    if not all(map(math.isfinite, means.values())):
         where = f"sample {', '.join(map(str, lost))}" if lost else "a sample of another process"
         raise FloatingPointError(
-            f"{what} is {means} (forward, backward), through {where}; the last saved state is good"
+            f"{what} is {means}, through {where}; the last saved state is good"
         )
     return means
 

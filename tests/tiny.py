@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import anchors
-from anchors import Step
+import scenes
+from anchors import Step, View
 from dit import DiT, DiTConfig, Visible, save_dit
 from lib.common import run
 from lib.weights import read_tensors
@@ -22,27 +23,27 @@ ROOT = Path(__file__).resolve().parent.parent
 SINKS = ("none", "past", "future", "both")
 PLANS = {
     "forward": anchors.forward(9),
-    "forward, ragged window": anchors.forward(12, window=4, past_sink=True, future_sink=True),
+    "forward, ragged window": anchors.forward(12, view=View(4, True, True)),
     **{f"backward P={p}": anchors.backward(9, anchors=p) for p in range(4)},
     "backward, dummy": anchors.backward(9, anchors=0, dummy=True),
     "backward, B=6, head 3": anchors.backward(15, block=6, anchors=0, head=3),
-    "inbetween": anchors.inbetween(3, 6, 3),
-    "inbetween, given": anchors.inbetween(3, 6, 3, given=True),
+    "inbetween": anchors.inbetween(12),
+    "inbetween, given": anchors.inbetween(12, given=True),
     "loop": anchors.loop(9),
-    "transition": anchors.transition(6, 3, 6),
-    "story": anchors.story((3, 6, 3), gap=3),
-    "timeline, middle of a shot": anchors.timeline(15, [(6, 9)]),
+    "transition": scenes.transition(15, gap=3),
+    "story": scenes.story(18, gap=3),
+    "timeline, middle of a shot": scenes.timeline(15, [(6, 9)]),
     "timeline, held latents": anchors.with_given(
-        anchors.timeline(11, [(2, 5), (6, 8)]), [0, 3, 6, 7]
+        scenes.timeline(11, [(2, 5), (6, 8)]), [0, 3, 6, 7]
     ),
     "timeline, one shot": anchors.with_given(
-        anchors.timeline(12, [(0, 3), (7, 12)], joined=True), [*range(3), *range(7, 12)]
+        scenes.timeline(12, [(0, 3), (7, 12)], joined=True), [*range(3), *range(7, 12)]
     ),
     "timeline, in another order": anchors.switch(
-        anchors.timeline(13, [(1, 4), (6, 9), (9, 12)], order=(2, 0, 1)), (3, 9)
+        scenes.timeline(13, [(1, 4), (6, 9), (9, 12)], order=(2, 0, 1)), (3, 9)
     ),
-    "timeline, wide gap": anchors.timeline(22, [(0, 1), (19, 22)], block=2, anchors=2),
-    "timeline, long": anchors.timeline(27, [(9, 15)], window=6, past_sink=True, future_sink=True),
+    "timeline, wide gap": scenes.timeline(22, [(0, 1), (19, 22)], block=2, anchors=2),
+    "timeline, long": scenes.timeline(27, [(9, 15)], view=View(6, True, True)),
     "forward, held latent": anchors.with_given(anchors.forward(9), [0]),
     **{f"long forward, {s} sink": anchors.long(18, "forward", sink=s) for s in SINKS},
     **{f"long backward, {s} sink": anchors.long(18, "backward", sink=s) for s in SINKS},

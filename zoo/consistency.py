@@ -1,0 +1,129 @@
+"""Causal consistency distillation (Causal Forcing++): stage 1 without pairs.
+
+The student at one of 48 levels must agree with its own average one level lower, where one step of
+the autoregressive teacher's ODE leads, after clean context of real clips:
+
+    x_k = (1 - sigma_k) x0 + sigma_k noise            x_(k+1) = one guided Euler step of the teacher
+    loss = |G(x_k) - G_average(x_(k+1))|^2            k uniform per step of the plan
+
+What is handed on is the average, as published. Costs a teacher pass an iteration, needs no disk.
+
+    python -m zoo.consistency            # after tools/encode.py and zoo/ar_teacher.py
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anchors import Layout
+from dit import DiT
+from lib.clips import Clips
+from lib.common import Stream, UserError, dtype_of, generator, run, start
+from lib.text import Prompts
+from lib.training import EMA, inference
+from sampler import ODE_STEPS, cfg_velocity, ode_sigmas
+from train_ode import (
+    denoise,
+    fit,
+    mean_over,
+    mix_of,
+    network,
+    per_slot,
+    prepared_layouts,
+    scored_slots,
+)
+from zoo import causal_ode
+from zoo.ar_teacher import clip_at_slots
+
+
+@dataclass
+class Config(causal_ode.Config):
+    """Stage 1 by consistency distillation from an autoregressive teacher, without pairs."""
+
+    PRESETS = {
+        "toy": {},
+        "toy64": {"latent": (21, 8, 8)},
+        "wan": causal_ode.Config.PRESETS["wan"]
+        | {"guidance": 3.0, "steps": 3000, "betas": (0.0, 0.999)},  # [Causal Forcing++]
+    }
+    preset: str = "toy"  # toy, toy64 or wan: the published numbers
+    out: str = "out/cd"  # folder of student.safetensors, log.jsonl and the resume state
+    ema: float = 0.99  # of the average that is agreed with, and handed on [Causal Forcing++]
+
+
+def cd_loss(
+    dit: DiT,
+    average: DiT,
+    teacher: DiT,
+    lay: Layout,
+    x0: Tensor,
+    noise: Tensor,
+    index: Tensor,
+    grid: Tensor,
+    prompt: Tensor,
+    negative: Tensor,
+    guidance: float,
+    loss_on_anchors: bool = False,
+) -> Tensor:
+    """Agree with the average one level lower on the teacher's ODE, after clean context: [B].
+
+    x0, noise: [B, slots, C, h, w];  index: [B, steps of the plan], in 0 .. K-2
+    grid: [K+1] noise levels from 1 to 0"""
+    sigma, below = per_slot(lay, grid[index], 0.0), per_slot(lay, grid[index + 1], 0.0)
+    high, low = sigma[..., None, None, None], below[..., None, None, None]
+    x = (1 - high) * x0 + high * noise
+    with inference():
+        pos = torch.tensor(lay.pos, device=x.device)
+        cond_uncond = torch.cat([prompt, negative.expand_as(prompt)])
+        v = cfg_velocity(teacher, x, 1000 * sigma, cond_uncond, pos, guidance, visible=lay.visible)
+        target = denoise(average, lay, x + (low - high) * v, below, prompt)
+    error = (denoise(dit, lay, x, sigma, prompt) - target).square()
+    return mean_over(error, scored_slots(lay, loss_on_anchors))
+
+
+def main(config: Config) -> None:
+    rank, world, device = start(config.device)
+    if config.generate or config.check:
+        raise UserError("consistency distillation has no pairs: leave out --generate and --check")
+    mix = mix_of(config)
+    dit = network(config, config.weights, device, trained=True)
+    average = network(config, config.weights, device, trained=False)
+    dtype = dtype_of(config.dtype)
+    teacher = network(config, config.teacher, device, trained=False, dtype=dtype)
+    c = dit.config
+    source = Prompts(config.prompts, c.text_dim, c.text_len)
+    clips = Clips(config.clips, config.latent, c.in_dim, source)
+    negative = source.embed([config.negative]).to(device)
+    grid = torch.tensor(ode_sigmas(ODE_STEPS, config.shift), device=device)
+    layouts = prepared_layouts(config, mix, dit, True, device)
+
+    def loss_of(step: int, samples: list[int], entry: int, d: int) -> Tensor:
+        """Sample j of an iteration: a clip, its noise in each slot, and a level per step."""
+        lay, numbers, index, noise = layouts(entry)[d], [], [], []
+        for j in samples:
+            g = generator(config.seed, Stream.CD, step, j, d)
+            numbers.append(int(torch.randint(len(clips), (1,), generator=g)))
+            steps = len(mix[entry][1][d].steps)
+            index.append(torch.randint(len(grid) - 2, (steps,), generator=g))
+            noise.append(torch.randn(len(lay.latent), *clips[0].shape[1:], generator=g))
+        return cd_loss(
+            dit,
+            average,
+            teacher,
+            lay,
+            clip_at_slots(clips, numbers, lay).to(device),
+            torch.stack(noise).to(device),
+            torch.stack(index).to(device),
+            grid,
+            source(numbers).to(device),
+            negative,
+            config.guidance,
+            config.loss_on_anchors,
+        )
+
+    fit(config, dit, mix, loss_of, rank, world, device, "student", (EMA(dit, config.ema), average))
+
+
+if __name__ == "__main__":
+    run(main, Config)

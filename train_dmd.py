@@ -1,4 +1,4 @@
-"""Stage 2: the student learns from its own rollouts, in every order, by distribution matching (DMD).
+"""Stage 2: the student learns from its own rollouts by distribution matching (DMD).
 
 Three networks of one class: the *student* G generates block by block with its cache; the frozen
 *teacher* f_real and the trained *critic* f_fake score whole videos, seeing everything. An iteration
@@ -33,10 +33,11 @@ from torch import Tensor
 
 import sampler
 from dit import DiT
+from lib import presets
 from lib.clips import Clips
 from lib.common import Stream, dtype_of, generator, run, start
 from lib.media import write_sheet
-from lib.text import NEGATIVE, Prompts
+from lib.text import Prompts
 from lib.training import (
     EMA,
     clip_gradients,
@@ -59,40 +60,8 @@ from vae import load_vae
 class Config:
     """Stage 2: distribution matching on the student's own rollouts, in every order."""
 
-    PRESETS = {
-        "toy": {},
-        "toy64": {"latent": (21, 8, 8)},
-        "wan": {  # [paper App. A.1]
-            "student": "out/ode/student.safetensors",
-            "teacher": "Wan2.1-T2V-14B",
-            "critic": "Wan2.1-T2V-1.3B",
-            "vae": "Wan2.1-T2V-1.3B",
-            "prompts": "prompts.safetensors",
-            "negative": NEGATIVE,
-            "latent": (21, 60, 104),
-            "plans": "paper",
-            "guidance": 4.0,
-            "steps": 600,
-            "batch": 64,
-            "micro": 1,
-            "lr": 2e-6,
-            "lr_critic": 4e-7,
-            "ratio": 5,
-            "ema": 0.99,
-            "ema_start": 200,
-            "parallel": "fsdp",
-            "checkpointing": True,
-        },
-    }
-    PRESETS["wan-any"] = PRESETS["wan"] | {"plans": "any"}  # [ours]
-    PRESETS["wan-small-teacher"] = PRESETS["wan"] | {"teacher": "Wan2.1-T2V-1.3B"}
-    PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}  # [Causal Forcing]
-    PRESETS["wan-2step"] = PRESETS["wan-framewise"] | {  # [Causal Forcing++]
-        "denoising": (1000.0, 500.0),
-        "first_denoising": (1000.0, 750.0, 500.0, 250.0),
-    }
-    PRESETS["wan-1step"] = PRESETS["wan-2step"] | {"denoising": (1000.0,)}
-    preset: str = "toy"  # toy, toy64, wan (the paper's), wan-any, wan-small-teacher, wan-framewise, wan-2step, wan-1step
+    PRESETS = presets.DMD
+    preset: str = "toy"  # toy, toy64, wan (the paper's), wan-any ... (lib/presets.py)
     student: str = "toy/weights/ode.safetensors"  # what the student starts from: stage 1
     teacher: str = "toy/weights/teacher.safetensors"  # the frozen real score
     critic: str = "toy/weights/teacher.safetensors"  # what the fake score starts from
@@ -277,7 +246,7 @@ def roll(world: World, student: DiT, drawn: Draw, entry: int, d: int, generate: 
 
 # ---------------------------------------------------------------- an iteration
 class Trained(NamedTuple):
-    """Networks with their optimisers: one, or one for each direction (plan d uses d mod their number)."""
+    """Networks with their optimisers: one, or one a direction (plan d uses d mod their number)."""
 
     networks: list[DiT]
     optimisers: list[torch.optim.Optimizer]

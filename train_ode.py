@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from anchors import Layout, Plan, forward, layout
 from dit import DiT, load_dit
+from lib import presets
 from lib.common import Stream, UserError, dtype_of, generator, run, start
 from lib.pairs import (
     Pair,
@@ -44,7 +45,7 @@ from lib.pairs import (
     write_index,
     write_pairs,
 )
-from lib.text import NEGATIVE, Prompts
+from lib.text import Prompts
 from lib.training import (
     clip_gradients,
     computing,
@@ -64,30 +65,7 @@ from sampler import Recipe, many_steps, noise_from, student_sigmas
 class Config:
     """Stage 1: make ODE pairs (--generate, --check), or train on them."""
 
-    PRESETS = {
-        "toy": {},
-        "toy64": {"latent": (21, 8, 8)},
-        "wan": {  # [paper App. A.1]
-            "teacher": "Wan2.1-T2V-14B",
-            "weights": "Wan2.1-T2V-1.3B",
-            "prompts": "prompts.safetensors",
-            "negative": NEGATIVE,
-            "latent": (21, 60, 104),
-            "plans": "paper",
-            "pairs": 16000,
-            "guidance": 3.0,
-            "shard": 16,
-            "steps": 6000,
-            "batch": 128,
-            "micro": 1,
-            "lr": 2e-6,
-            "warmup": 0,
-            "decay": 0.0,
-            "parallel": "fsdp",
-            "checkpointing": True,
-        },
-    }
-    PRESETS["wan-any"] = PRESETS["wan"] | {"plans": "any"}  # [ours]
+    PRESETS = presets.ODE
     preset: str = "toy"  # toy, toy64 (64 pixels), wan (the paper's numbers), wan-any (every length)
     teacher: str = "toy/weights/teacher.safetensors"  # makes the pairs
     weights: str = "toy/weights/teacher.safetensors"  # what the student starts from

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from lib.common import UserError, atomic, run, start, stop_signals
 from lib.clips import Clips  # noqa: F401
+from lib.common import UserError, atomic, run, start, stop_signals
 from lib.media import load_clip
-from lib.text import Prompts, toy_caption
+from lib.text import toy_caption
 from lib.weights import read_tensors, write_safetensors
 from toy import world
 from vae import load_vae

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from anchors import Layout
 from dit import DiT
+from lib import presets
 from lib.clips import Clips
 from lib.common import Stream, generator, run, start
 from lib.media import write_sheet
@@ -37,29 +38,7 @@ from vae import load_vae
 class Config:
     """Train the autoregressive teacher on latents of real clips."""
 
-    PRESETS = {
-        "toy": {},
-        "toy64": {"latent": (21, 8, 8)},
-        "wan": {  # [Causal Forcing]
-            "weights": "Wan2.1-T2V-1.3B",
-            "vae": "",
-            "prompts": "out/latents/prompts.safetensors",
-            "latent": (21, 60, 104),
-            "plans": "paper",
-            "steps": 2000,
-            "batch": 64,
-            "micro": 1,
-            "lr": 2e-6,
-            "warmup": 0,
-            "decay": 0.0,
-            "betas": (0.0, 0.999),
-            "dropout": 0.0,
-            "shift": 5.0,
-            "parallel": "fsdp",
-            "checkpointing": True,
-        },
-    }
-    PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}
+    PRESETS = presets.AR_TEACHER
     preset: str = "toy"  # toy, toy64 (64 pixels), wan or wan-framewise: the published numbers
     weights: str = "toy/weights/teacher.safetensors"  # the bidirectional teacher it starts from
     clips: str = "out/latents"  # folder of real clips' latents, made by tools/encode.py

@@ -21,6 +21,7 @@ from torch import Tensor
 import train_ode
 from anchors import Plan, layout
 from dit import DiT, load_dit
+from lib import presets
 from lib.clips import Clips
 from lib.common import UserError, dtype_of, run, start
 from lib.pairs import Pair, check_shards, kept_states
@@ -34,20 +35,7 @@ from train_ode import generate_pairs, mix_of, pair_noise, pairs_for, train, wher
 class Config(train_ode.Config):
     """Stage 1 from an autoregressive teacher: make causal pairs (--generate, --check), or train."""
 
-    PRESETS = {
-        "toy": {},
-        "toy64": {"latent": (21, 8, 8)},
-        "wan": train_ode.Config.PRESETS["wan"]
-        | {  # [Causal Forcing]
-            "teacher": "out/ar/teacher.safetensors",
-            "weights": "out/ar/teacher.safetensors",
-            "prompts": "out/latents/prompts.safetensors",
-            "guidance": 6.0,
-            "steps": 1000,
-            "batch": 64,
-        },
-    }
-    PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}
+    PRESETS = presets.CAUSAL_ODE
     preset: str = "toy"  # toy, toy64, wan or wan-framewise: the published numbers
     teacher: str = "out/ar/teacher.safetensors"  # makes the pairs (zoo/ar_teacher.py)
     weights: str = "out/ar/teacher.safetensors"  # what the student starts from

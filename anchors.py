@@ -449,7 +449,7 @@ def layout(plan: Plan, teacher_forcing: bool = False) -> Layout:
     home = {
         s.latent: n for n, s in enumerate(slots) if s.is_target and s.is_clean == teacher_forcing
     }
-    # A key is a slot at a position. Each slot is one at its own; a latent read elsewhere is another.
+    # A key is a slot at a position: each slot at its own, and again where it is read elsewhere.
     keys = [(n, s.pos) for n, s in enumerate(slots)]
     for step in plan.steps:
         for i, p in step.reads:

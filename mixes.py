@@ -23,7 +23,7 @@ def both_directions(
     """The forward and the backward plan that train a student (paper App. B.1 and B.2).
 
     head: size of the forward blocks and of the block of latent 0 (0: block). Without anchors,
-        backward blocks of the forward size could be taken for a beginning, so a dummy comes first"""
+        backward blocks of the forward size could be taken for a beginning: a dummy comes first"""
     head = head or block
     dummy = not anchors and head == block
     return forward(length, head), backward(length, block, anchors, head=head, dummy=dummy)

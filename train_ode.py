@@ -344,7 +344,7 @@ def fit(
 ) -> None:
     """Train on the mean of `loss_of` in every plan of an entry; write `name`.safetensors.
 
-    average: (EMA, the network that holds it), kept up to date for the loss; it is what is written"""
+    average: (EMA, the network that holds it), kept up to date for the loss; this is written"""
     micro, rounds = split_batch(config.batch, config.micro, rank, world)
     optimiser = torch.optim.AdamW(
         dit.parameters(), config.lr, config.betas, weight_decay=config.weight_decay

@@ -5,8 +5,8 @@ or  clean [S, T, C, h, w] and plan0, plan1 ... [S, K+1, slots, C, h, w]
                                         an autoregressive teacher's (zoo/causal_forcing.py): one per
                                         slot of each plan's layout, after clean context
 
-A shard pairs-000064.safetensors holds the pairs from number 64 on, of one entry of the mix of plans,
-and says how it was made. Pair n belongs to prompt n and to noise n, whatever else is in the folder.
+A shard pairs-000064.safetensors holds the pairs from number 64 on, of one entry of the mix of
+plans, and says how it was made. Pair n belongs to prompt n and to noise n, whatever else is in the folder.
 What is there is compared with what is asked for; what does not fit is named. Who makes pairs, and
 what learns from them, is not known here.
 """
@@ -28,7 +28,7 @@ GOLDEN = 0.6180339887498949  # multiples of it mod 1 fill [0, 1) evenly, however
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Names a network by its weights, whatever file they lie in: names, shapes, ends of each tensor."""
+    """Name a network by its weights, whatever file they lie in: names, shapes, ends of tensors."""
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         flat = x.flatten()
@@ -52,7 +52,7 @@ def kept_states(levels: Sequence[float], steps: int = 48) -> list[int]:
 
 @dataclass(frozen=True)
 class Where:
-    """A folder of pairs, and what its shards must be. settings: how they are made, as plain values."""
+    """A folder of pairs, and what its shards must be; settings: how they are made."""
 
     folder: Path
     pairs: int
@@ -93,7 +93,7 @@ Make = Callable[[int, range], dict[str, Tensor]]  # (entry of the mix, pairs) ->
 
 
 def missing_shards(where: Where) -> list[range]:
-    """The shards that are not there or not whole. raises: UserError for one that is of another run"""
+    """The shards that are not there, or not whole. raises: UserError for one of another run"""
     listed, todo = {where.path(numbers) for numbers in where.ranges()}, []
     for path in shard_files(where.folder):
         if path not in listed:
@@ -120,7 +120,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def write_pairs(where: Where, todo: list[range], make: Make, micro: int, bar: tqdm) -> bool:
-    """Make and write these shards, `micro` pairs at a time; False if a signal ended it between two."""
+    """Make and write these shards, `micro` pairs at a time; False if a signal ended it early."""
     with stop_signals() as stop:
         for numbers in todo:
             parts = []
@@ -191,7 +191,7 @@ def read_pairs(
             raise UserError(f"{name} is not a shard of pairs; delete it and run --generate again")
         if wrong := difference(made, settings):
             raise UserError(
-                f"{name} was made otherwise: {wrong}; give the same flags, or --data for other pairs"
+                f"{name} was made otherwise: {wrong}; give the same flags, or another --data"
             )
         numbers = range(made["first"], made["first"] + made.get("count", 0))
         spoken = hashlib.sha256("\n".join(map(words, numbers)).encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ each block after the clean latents of a *real clip*; stage 1 then shows the stud
     pairs     clean [S, T, ...] and, for each plan, states at every slot (an anchor has its own)
     training  train_ode.py's, with all context clean: [clean | noisy]
 
-    python -m zoo.causal_ode --generate && python -m zoo.causal_ode         # after zoo/ar_teacher.py
+    python -m zoo.causal_ode --generate && python -m zoo.causal_ode     # after zoo/ar_teacher.py
 """
 
 from collections.abc import Callable
@@ -91,8 +91,8 @@ def make_pairs(config: Config, rank: int, world: int, device: torch.device) -> N
     clips = Clips(config.clips, config.latent, c.in_dim, source)
     if len(clips) < config.pairs:
         raise UserError(
-            f"{config.clips} holds {len(clips)} clips; use --pairs {len(clips)} or encode more with "
-            "tools/encode.py"
+            f"{config.clips} holds {len(clips)} clips; use --pairs {len(clips)}, or encode more "
+            "with tools/encode.py"
         )
     negative = source.embed([config.negative]).to(device)
     keep = kept_states(config.denoising)

@@ -87,9 +87,10 @@ def prefix_mix(length: int = 21) -> Mix:
     return tuple(entries)
 
 
-def dummies_of(plans: Sequence[Plan]) -> int:
-    """How many rows of noise the dummies of these plans need behind those of the video."""
-    return max(-min(0, *plan.made_at) for plan in plans)
+def rows_of(plans: Sequence[Plan]) -> int:
+    """How many rows of noise these plans need: latents, dummies, and as many again for anchors."""
+    dummies = max(-min(0, *plan.made_at) for plan in plans)
+    return 2 * (plans[0].length + dummies)
 
 
 def without_given(mix: Mix) -> Mix:

@@ -4,8 +4,8 @@
 
 A scene is a run of latents with a prompt of its own, made forward and blind to the others, or
 given by the user (`anchors.with_given`). When all scenes are there, the gaps between them are
-filled, each seeing both of its sides; then the video grows forward after the last scene and
-backward, with anchors, before the first. Your own clip is a plan with one scene. No files and no videos here.
+filled, each seeing both of its sides; then the video grows forward after the last scene, and
+backward, with anchors, before the first. Your own clip is a plan with one scene. No videos here.
 
     python -c "import anchors, scenes; print(anchors.text_picture(scenes.story()))"
 """

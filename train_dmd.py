@@ -50,7 +50,7 @@ from lib.training import (
     whole_state,
 )
 from lib.weights import read_dit, write_safetensors
-from mixes import Mix, draw, dummies_of, without_given
+from mixes import Mix, draw, rows_of, without_given
 from sampler import cfg_velocity, noise_from, shift_sigma
 from train_ode import mix_of, network, recipe_of
 from vae import load_vae
@@ -194,7 +194,7 @@ def draw_round(world: World, role: Stream, step: int, r: int, entry: int, d: int
     """Round r of plan d: everything random is a function of (seed, role, iteration, sample, d)."""
     config, plan = world.config, world.mix[entry][1][d]
     shape = (world.channels, *config.latent[1:])
-    rows = 2 * (plan.length + dummies_of([plan]))
+    rows = rows_of([plan])
     uses_clips = any(s.given for s in plan.steps)
     numbers, noise, u, score_noise = [], [], [], []
     for j in samples_of(world, r):
@@ -361,7 +361,7 @@ def sheet(world: World, students: Trained, step: int, generate: Generate) -> Non
     """Fixed prompts and noise, all levels: two clips by each plan of the first entry."""
     config, drawn = world.config, []
     for d, plan in enumerate(world.mix[0][1]):
-        rows = 2 * (plan.length + dummies_of([plan]))
+        rows = rows_of([plan])
         shape = (max(world.levels), rows, world.channels, *config.latent[1:])
         gs = [generator(config.seed, Stream.SHEET, i) for i in range(2)]
         noise = torch.stack([torch.randn(shape, generator=g) for g in gs], 1).to(world.device)

@@ -26,9 +26,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from anchors import Layout, Plan, forward, layout
 from dit import DiT, load_dit
@@ -36,14 +34,14 @@ from lib import presets
 from lib.common import Stream, UserError, dtype_of, generator, run, start
 from lib.pairs import (
     Pair,
-    Where,
     check_shards,
-    fingerprint,
     kept_states,
-    missing_shards,
+    pair_noise,
+    pairs_where,
     read_pairs,
-    write_index,
-    write_pairs,
+    slot_states,
+    write_missing,
+    wrong_states,
 )
 from lib.text import Prompts
 from lib.training import (
@@ -56,8 +54,8 @@ from lib.training import (
     training_steps,
     whole_state,
 )
-from lib.weights import read_dit, write_safetensors
-from mixes import MIXES, Mix, draw, dummies_of
+from lib.weights import write_safetensors
+from mixes import MIXES, Mix, draw, rows_of
 from sampler import Recipe, many_steps, noise_from, student_sigmas
 
 
@@ -180,30 +178,8 @@ def ode_loss(
 
 
 # ---------------------------------------------------------------- pairs
-def settings_of(config) -> dict:
-    """How pairs are made: what a shard records and a later run is compared with."""
-    names = ("prompts", "guidance", "negative", "shift", "seed", "latent", "denoising")
-    plans = ("plans", "block", "anchors", "head", "share_noise")
-    teacher = fingerprint(read_dit(config.teacher)[1])
-    return {k: asdict(config)[k] for k in names + plans} | {"teacher": teacher}
-
-
-def where_pairs_lie(config, mix: Mix, source: Prompts) -> Where:
-    settings = settings_of(config)
-    folder = Path(config.data)
-    return Where(folder, config.pairs, config.shard, settings, lambda u: draw(mix, u), source.words)
-
-
-def pair_noise(config, channels: int, number: int, plans: Sequence[Plan]) -> Tensor:
-    """The noise [rows, C, h, w] from which pair `number` starts: video, dummies, their anchors."""
-    T, h, w = config.latent
-    rows = 2 * (T + dummies_of(plans))
-    return torch.randn(rows, channels, h, w, generator=generator(config.seed, Stream.PAIR, number))
-
-
-def make_pairs(config: Config, rank: int, world: int, device: torch.device) -> None:
+def make_pairs(config: Config, mix: Mix, rank: int, world: int, device: torch.device) -> None:
     """The bidirectional teacher's trajectories: one step that makes all latents of a plan."""
-    mix = mix_of(config)
     teacher = load_dit(config.teacher, dtype_of(config.dtype), device)
     c = teacher.config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
@@ -211,81 +187,37 @@ def make_pairs(config: Config, rank: int, world: int, device: torch.device) -> N
     keep = kept_states(config.denoising)
 
     def make(entry: int, numbers: range) -> dict[str, Tensor]:
-        plans = mix[entry][1]
+        plans, prompt, states = mix[entry][1], source(numbers).to(device), {}
         T = plans[0].length
-        rows = [pair_noise(config, c.in_dim, n, plans)[:T] for n in numbers]
-        prompt = source(numbers).to(device)
+        noise = torch.stack([pair_noise(config, c.in_dim, n, rows_of(plans))[:T] for n in numbers])
         text = teacher.text_kv(torch.cat([prompt, negative.expand_as(prompt)]))
-        states = {}
-        solve = many_steps(
-            teacher,
-            [text],
-            noise_from(torch.stack(rows).to(device)),
-            config.guidance,
-            config.shift,
-            record=lambda _, k, x: states.update({k: x}) if k in keep else None,
-        )
+
+        def record(_: int, k: int, x: Tensor) -> None:
+            if k in keep:
+                states[k] = x
+
+        noise = noise_from(noise.to(device))
+        solve = many_steps(teacher, [text], noise, config.guidance, config.shift, record=record)
         solve(0, forward(T, T).steps[0], None, None, None)
         return {"states": torch.stack([states[k] for k in keep], dim=1)}
 
-    generate_pairs(config, where_pairs_lie(config, mix, source), make, rank, world)
-
-
-def generate_pairs(config, where: Where, make: Callable, rank: int, world: int) -> None:
-    """Write the missing shards, every process its share; at the end rank 0 writes the index."""
-    todo = missing_shards(where)
-    mine = todo[rank::world]
-    if rank == 0:
-        print(
-            f"{config.pairs} pairs in {len(where.ranges())} shards, {len(todo)} to make", flush=True
-        )
-    with torch.no_grad(), tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair") as bar:
-        done = write_pairs(where, mine, make, config.micro or 16, bar)
-    if dist.is_initialized():
-        flag = torch.tensor(float(done))
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        done = bool(flag)
-    if rank == 0 and done:
-        write_index(where)
-
-
-def pairs_for(config, mix: Mix, source: Prompts, shapes: Callable) -> dict[int, list[Pair]]:
-    """The pairs in --data, by entry of the mix. raises: UserError where they are not this run's"""
-    return read_pairs(Path(config.data), settings_of(config), source.words, shapes)
+    where = pairs_where(config, source.words, lambda u: draw(mix, u))
+    write_missing(where, make, trajectory_shapes(config, mix, c.in_dim), config.micro, rank, world)
 
 
 def trajectory_shapes(config, mix: Mix, channels: int) -> Callable[[int], dict]:
     """entry -> what the bidirectional teacher leaves of each pair."""
     levels, (_, h, w) = len(config.denoising) + 1, config.latent
-    sigmas = {}
-    return lambda entry: sigmas | {"states": (levels, mix[entry][1][0].length, channels, h, w)}
-
-
-def slot_states(pair: Pair, lay: Layout, d: int) -> Tensor:
-    """What a pair shows at each slot of plan d's layout: [K+1, slots, C, h, w], the end point last.
-
-    In an autoregressive teacher's pairs the clean slots hold the real clip at every level."""
-    latent = torch.tensor([i if i >= 0 else ~i for i in lay.latent])
-    if "states" in pair.shard:
-        return pair.shard["states"][pair.row][:, latent].float()
-    noisy = pair.shard[f"plan{d}"][pair.row].float()  # (K+1, noisy slots, C, h, w)
-    clean = pair.shard["clean"][pair.row][latent[torch.tensor(lay.is_clean)]].float()
-    return torch.cat([clean.expand(len(noisy), *clean.shape), noisy], dim=1)
+    return lambda entry: {"states": (levels, mix[entry][1][0].length, channels, h, w)}
 
 
 def check_pair(config, mix: Mix, channels: int) -> Callable[[int, Pair], str]:
     """What can be wrong with a trajectory: it starts elsewhere, or does not fall to its end."""
 
     def check(entry: int, pair: Pair) -> str:
-        states = pair.shard["states"][pair.row].float().flatten(1)  # (K+1, all)
-        start = pair_noise(config, channels, pair.number, mix[entry][1])
-        start = start[: mix[entry][1][0].length].flatten()
-        if (states[0] - start).abs().max() > 2e-3:
-            return f"it does not start from the noise of seed {config.seed}"
-        likeness = torch.cosine_similarity(states, start, dim=1)
-        if not (likeness.diff() < 0).all():
-            return f"its states do not fall from noise to a clean end, {likeness.tolist()}"
-        return ""
+        plans = mix[entry][1]
+        start = pair_noise(config, channels, pair.number, rows_of(plans))[: plans[0].length]
+        return wrong_states(pair.shard["states"][pair.row], start, config.seed)
 
     return check
 
@@ -439,11 +371,11 @@ def main(config: Config) -> None:
     rank, world, device = start(config.device)
     mix = mix_of(config)
     if config.generate:
-        make_pairs(config, rank, world, device)
+        make_pairs(config, mix, rank, world, device)
         return
     c = load_dit(config.teacher, None).config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
-    pairs = pairs_for(config, mix, source, trajectory_shapes(config, mix, c.in_dim))
+    pairs = read_pairs(config, source.words, trajectory_shapes(config, mix, c.in_dim))
     if config.check:
         check_shards(Path(config.data), pairs, check_pair(config, mix, c.in_dim))
         print(f"{sum(map(len, pairs.values()))} pairs of {len(pairs)} entries are good")

@@ -13,16 +13,18 @@ what learns from them, is not known here.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.common import UserError, atomic, stop_signals
-from lib.weights import read_json, read_tensors, write_safetensors
+from lib.common import Stream, UserError, atomic, generator, stop_signals
+from lib.weights import read_dit, read_json, read_tensors, write_safetensors
 
 GOLDEN = 0.6180339887498949  # multiples of it mod 1 fill [0, 1) evenly, however many there are
 
@@ -81,6 +83,26 @@ class Where:
         }
 
 
+def settings_of(config) -> dict:
+    """How pairs are made: what a shard records and a later run is compared with."""
+    names = ("prompts", "guidance", "negative", "shift", "seed", "latent", "denoising")
+    plans = ("plans", "block", "anchors", "head", "share_noise")
+    teacher = fingerprint(read_dit(config.teacher)[1])
+    return {k: asdict(config)[k] for k in names + plans} | {"teacher": teacher}
+
+
+def pairs_where(config, words: Callable[[int], str], entry_of: Callable[[float], int]) -> Where:
+    """Where a run's pairs lie. config: of train_ode.py;  words: pair -> prompt"""
+    folder, settings = Path(config.data), settings_of(config)
+    return Where(folder, config.pairs, config.shard, settings, entry_of, words)
+
+
+def pair_noise(config, channels: int, number: int, rows: int) -> Tensor:
+    """The noise [rows, C, h, w] from which pair `number` starts (`mixes.rows_of`)."""
+    g = generator(config.seed, Stream.PAIR, number)
+    return torch.randn(rows, channels, *config.latent[1:], generator=g)
+
+
 def difference(made: dict | None, asked: dict, keys: Sequence[str] | None = None) -> str:
     """What differs between how something was made and what is asked for now; "" if nothing does."""
     made, asked = json.loads(json.dumps(made or {})), json.loads(json.dumps(asked))
@@ -119,30 +141,62 @@ def shard_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("pairs-*.safetensors") if not p.name.startswith("."))
 
 
-def write_pairs(where: Where, todo: list[range], make: Make, micro: int, bar: tqdm) -> bool:
-    """Make and write these shards, `micro` pairs at a time; False if a signal ended it early."""
-    with stop_signals() as stop:
-        for numbers in todo:
-            parts = []
-            for a in range(numbers.start, numbers.stop, micro):
-                some = range(a, min(a + micro, numbers.stop))
-                parts.append(
-                    {k: v.half().cpu() for k, v in make(where.entry(numbers), some).items()}
-                )
-                bar.update(len(some))
-                if stop() and some.stop < numbers.stop:
-                    print(f"stopped; {where.folder} keeps its whole shards, run it again to go on")
-                    return False
-            tensors = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-            for name, x in tensors.items():
-                if not x.isfinite().all():
-                    raise FloatingPointError(
-                        f"the teacher's {name} of pairs {numbers.start} to {numbers.stop - 1} are "
-                        "not finite; nothing was written for them"
-                    )
-            write_safetensors(where.path(numbers), tensors, where.record(numbers))
-            if stop():
-                return False
+def write_missing(
+    where: Where, make: Make, shapes: Callable[[int], dict], micro: int, rank: int, world: int
+) -> None:
+    """Make what is missing, every process its share; at the end rank 0 writes the index.
+
+    shapes: entry -> tensor -> its shape for one pair;  micro: pairs made at a time, 0: 16"""
+    todo = missing_shards(where)
+    if rank == 0:
+        numbers = sum(
+            len(r) * sum(math.prod(shape) for shape in shapes(where.entry(r)).values())
+            for r in where.ranges()
+        )
+        print(
+            f"{where.pairs} pairs in {len(where.ranges())} shards, {2 * numbers / 1e9:.2g} GB in "
+            f"all; {len(todo)} shards to make",
+            flush=True,
+        )
+    mine = todo[rank::world]
+    done = True
+    with (
+        torch.no_grad(),
+        stop_signals() as stop,
+        tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair") as bar,
+    ):
+        for numbers in mine:
+            done = done and write_shard(where, numbers, make, micro or 16, stop, bar)
+    if dist.is_initialized():  # a process that was stopped is enough to leave the index as it is
+        flag = torch.tensor(float(done))
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        done = bool(flag)
+    if rank == 0 and done:
+        write_index(where)
+    elif rank == 0:
+        print(f"stopped; {where.folder} keeps its whole shards, run the same command to go on")
+
+
+def write_shard(
+    where: Where, numbers: range, make: Make, micro: int, stop: Callable[[], bool], bar: tqdm
+) -> bool:
+    """Make and write one shard; False if a signal came before it was whole."""
+    parts = []
+    for a in range(numbers.start, numbers.stop, micro):
+        if stop():
+            return False
+        some = range(a, min(a + micro, numbers.stop))
+        made = make(where.entry(numbers), some)
+        parts.append({k: v.half().cpu() for k, v in made.items()})
+        bar.update(len(some))
+    tensors = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise FloatingPointError(
+                f"the teacher's {name} of pairs {numbers.start} to {numbers.stop - 1} are not "
+                "finite; nothing was written for them"
+            )
+    write_safetensors(where.path(numbers), tensors, where.record(numbers))
     return True
 
 
@@ -168,12 +222,13 @@ class Pair:
 
 
 def read_pairs(
-    folder: Path, settings: dict, words: Callable[[int], str], shapes: Callable[[int], dict]
+    config, words: Callable[[int], str], shapes: Callable[[int], dict]
 ) -> dict[int, list[Pair]]:
-    """Entry of the mix -> its pairs.
+    """Entry of the mix -> its pairs in --data.
 
-    settings: those that must agree;  shapes: entry -> tensor -> its shape after the first axis
+    words: pair -> its prompt;  shapes: entry -> tensor -> its shape for one pair
     raises: UserError where a shard is missing, damaged, or not what is asked for"""
+    folder, settings = Path(config.data), settings_of(config)
     index = folder / "index.json"
     if not index.is_file():
         raise UserError(
@@ -227,3 +282,26 @@ def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[in
                     raise UserError(f"the {key} of pair {pair.number} are not finite; delete it")
             if wrong := check(entry, pair):
                 raise UserError(f"pair {pair.number}: {wrong}")
+
+
+def slot_states(pair: Pair, lay: object, d: int) -> Tensor:
+    """What a pair shows at each slot of plan d's layout: [K+1, slots, C, h, w], the end point last.
+
+    lay: an `anchors.Layout`. The clean slots hold the real clip at every level."""
+    latent = torch.tensor([i if i >= 0 else ~i for i in lay.latent])
+    if "states" in pair.shard:
+        return pair.shard["states"][pair.row][:, latent].float()
+    noisy = pair.shard[f"plan{d}"][pair.row].float()  # (K+1, noisy slots, C, h, w)
+    clean = pair.shard["clean"][pair.row][latent[torch.tensor(lay.is_clean)]].float()
+    return torch.cat([clean.expand(len(noisy), *clean.shape), noisy], dim=1)
+
+
+def wrong_states(states: Tensor, start: Tensor, seed: int) -> str:
+    """What is wrong with states [K+1, ...] that should fall from `start` to a clean end; or ""."""
+    states, start = states.float().flatten(1), start.flatten()
+    if (states[0] - start).abs().max() > 2e-3:
+        return f"its states do not start from the noise of seed {seed}"
+    likeness = torch.cosine_similarity(states, start, dim=1)
+    if not (likeness.diff() < 0).all():
+        return f"its states do not fall from noise to a clean end, {likeness.tolist()}"
+    return ""

@@ -130,9 +130,7 @@ def rollout(
     device, imagined = dit.patch_embedding.weight.device, {}
     for n, step in enumerate(plan.steps):
         levels, last = first if first and n == 0 else (sigmas, exit_at)
-        past = cache.read(
-            step.reads, room=0 if torch.is_grad_enabled() else len(step.own)
-        )  # gradients keep the past: no slack
+        past = cache.read(step.reads)
         own = step.own
         skip = len(own) - len(step.targets)  # anchors come first
         pos, prompt = (
@@ -159,14 +157,8 @@ def rollout(
                     t[:, :skip] = 1000 * levels[0]
                 if held:
                     x[:, held], t[:, held] = mine, 0
-                # of anchors the last step's result is not needed
-                need = (
-                    len(step.targets)
-                    if skip and k + 1 == len(levels) and not (held or commit_anchors or warm)
-                    else len(own)
-                )
                 with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
-                    x0 = x[:, -need:] - sigma * dit(x, t, prompt, pos, past=past, need=need)
+                    x0 = x - sigma * dit(x, t, prompt, pos, past=past)
                 if held:
                     x0[:, held] = mine
         imagined = dict(zip(own[:skip], x0.unbind(1))) if warm else {}
@@ -203,7 +195,7 @@ def commit(
     keep = {i for i in plan.steps[n].targets if plan.last_read.get(i, -1) > n}
     cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
     if keep:
-        kv = dit(clean, clean.new_zeros(clean.shape[:2]), prompt, pos, past=past, need=0)
+        kv = dit(clean, clean.new_zeros(clean.shape[:2]), prompt, pos, past=past, keys_only=True)
         cache.write(tuple(i if i in keep else None for i in latents), kv)
 
 

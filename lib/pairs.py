@@ -76,7 +76,7 @@ def integrate(
         cache = KVCache(dit.config, 2 * B, plan.capacity, h, w, weight.dtype, weight.device)
     for n, step in enumerate(plan.steps):
         past, pos = (
-            cache and cache.read(step.reads, room=len(step.own)),
+            cache and cache.read(step.reads),
             torch.tensor(step.pos, device=weight.device),
         )
         x = noise(0, step.own)

@@ -71,7 +71,7 @@ def decode_in_order(
                         aside
                     )  # its memory is not free before the decoding has read it
             with torch.cuda.stream(aside):
-                video, state = vae.decode_chunk(torch.stack(part, dim=1), state, use_up=True)
+                video, state = vae.decode_chunk(torch.stack(part, dim=1), state, inplace=True)
             pieces.append(video)
             while len(pieces) > held:
                 yield next_piece()

@@ -11,6 +11,7 @@ loops share is in training.py.
     python -c "import common; help(common)"
 """
 
+import argparse
 import dataclasses
 import difflib
 import gc
@@ -260,14 +261,21 @@ def read_pickle(path: str | os.PathLike) -> dict:
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
+    plain = [argparse.Namespace]  # a bag of settings, which many training scripts put in
     try:
-        tree = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        with torch.serialization.safe_globals(plain):
+            tree = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except Exception as error:  # a damaged or hostile pickle may raise anything; weights_only keeps it from running
+        code = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        why = (
+            f"it holds {code[1]}, that is, code that would run; save its tensors alone, as safetensors"
+            if code
+            else f"{type(error).__name__}; copy it again or convert it to safetensors"
+        )
         raise UserError(
-            f"{path} is not a checkpoint that loads with weights_only=True "
-            f"({type(error).__name__}); copy it again or convert it to safetensors"
+            f"{path} is not a checkpoint that loads with weights_only=True: {why}"
         ) from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, not a dictionary of tensors")

@@ -138,10 +138,10 @@ def parts(
         torch.zeros(1, 18, device=clock.device),
         kv,
         torch.arange(18, device=clock.device),
-        need=0,
+        keys_only=True,
     )
     cache.write(tuple(range(18)), own)
-    past = cache.read(tuple((i, i) for i in range(18)), room=B)
+    past = cache.read(tuple((i, i) for i in range(18)))
     _, state = vae.decode_chunk(x[:, :1], None)
     return {
         "text: keys and values, once a prompt": median_of(clock, runs, lambda: dit.text_kv(text)),
@@ -151,7 +151,9 @@ def parts(
         "denoising step, 3 latents see 18": median_of(
             clock, runs, lambda: dit(x, t, kv, pos, past=past)
         ),
-        "commit pass": median_of(clock, runs, lambda: dit(x, 0 * t, kv, pos, past=past, need=0)),
+        "commit pass": median_of(
+            clock, runs, lambda: dit(x, 0 * t, kv, pos, past=past, keys_only=True)
+        ),
         "VAE, 3 latents": median_of(clock, runs, lambda: vae.decode_chunk(x, state)),
     }
 

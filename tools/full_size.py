@@ -93,7 +93,7 @@ def decode(latents: int) -> None:
         video, state = vae.decode_chunk(
             torch.randn(1, 1, 16, 60, 104, generator=torch.Generator().manual_seed(i)),
             state,
-            use_up=True,
+            inplace=True,
         )
         assert torch.isfinite(video).all() and video.shape[3:] == (480, 832)
         frames += video.shape[2]

@@ -212,7 +212,7 @@ def fused(name: str, config: DiTConfig, h: int) -> None:
         f"clean pass and next step in one pass, {name}, 6x{config.tokens(h, h)} tokens, against one after the other",
         lambda: dit(z, t, kv, pos),
         lambda: (
-            dit(z[:, :3], t[:, :3], kv, pos[:3], need=0),
+            dit(z[:, :3], t[:, :3], kv, pos[:3], keys_only=True),
             dit(z[:, 3:], t[:, 3:], kv, pos[3:]),
         ),
     )

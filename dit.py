@@ -378,6 +378,8 @@ class Head(nn.Module):
 class DiT(nn.Module):
     """Noisy latents, their times and positions, and a text -> their velocities. See the top of the file."""
 
+    recipe: dict | None = None  # how a student was trained, where its file says so
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         c = self.config = config

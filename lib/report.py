@@ -10,6 +10,7 @@ the one with less flicker (paper Table 9).
 import html
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 from lib.common import atomic
@@ -83,6 +84,18 @@ def markdown(rows: dict[str, dict[str, object]]) -> str:
             for name, row in rows.items()
         ]
     )
+
+
+def show(rows: dict[str, dict[str, object]], out: str = "") -> None:
+    """Print a table; where `out` names a .json, write its numbers there, too."""
+    print(markdown(rows))
+    if out:
+        plain = {
+            name: {k: asdict(x) if is_dataclass(x) else x for k, x in row.items()}
+            for name, row in rows.items()
+        }
+        with atomic(out) as tmp:
+            tmp.write_text(json.dumps(plain, indent=1))
 
 
 def timeline(

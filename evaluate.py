@@ -13,8 +13,8 @@ and reports the largest mean. Print motion beside it: a blurred, slow video has 
 Latent round trip [ours]: decode, encode again; the squared change of the first latent of each block
 over that of the others. A latent that does not fit its past does not come back. About 1 if all do.
 
-What was made first, and what last, is asked of the plan (`made`), not read off the clock: backward
-order makes the last seconds first. What a clip shows is asked of a world (lib/world.py).
+What was made first, and what last, is asked of the plan (`order_of`), not read off the clock:
+backward order makes the last seconds first. What a clip shows is asked of a world (lib/world.py).
 
     python evaluate.py --clips 32                # the student in toy/weights
     python evaluate.py --video clip.mp4          # or a folder of videos
@@ -75,10 +75,7 @@ def measure(video: Tensor, plan: Plan) -> Values:
     ratios = change_ratios(video)
     inter = torch.tensor(plan.boundaries()[1:])
     if ratios.shape[1] != len(inter):
-        raise UserError(
-            f"a video of {video.shape[2]} frames does not fit the plan {plan.name!r} "
-            f"of {plan.length} latents"
-        )
+        raise UserError(f"{video.shape[2]} frames do not fit {plan.name!r}, {plan.length} latents")
     into = [frame - 1 for frame in frames_of(made(plan)) if frame]
     return {
         "FR inter": ratios[:, inter],  # (B, boundaries, 4)
@@ -113,11 +110,15 @@ def measure_latents(vae: VAE, z: Tensor, video: Tensor, plan: Plan) -> Values:
 
 
 # ---------------------------------------------------------------- the order of generation
-def made(plan: Plan) -> list[int]:
-    """Latents in the order in which a plan makes them, without given ones and dummies.
+def order_of(plan: Plan) -> list[int]:
+    """Latents in a plan's order, without dummies; backward(9): [6, 7, 8, 3, 4, 5, 0, 1, 2]."""
+    return [i for step in plan.steps for i in step.targets if i >= 0]
 
-    made(backward(9)) is [6, 7, 8, 3, 4, 5, 0, 1, 2]."""
-    return [i for step in plan.steps for i in step.targets if i >= 0 and i not in step.given]
+
+def made(plan: Plan) -> list[int]:
+    """The same without those that are given."""
+    given = {i for step in plan.steps for i in step.given}
+    return [i for i in order_of(plan) if i not in given]
 
 
 def frames_of(latents: Iterable[int], time: int = 4) -> list[int]:
@@ -127,8 +128,8 @@ def frames_of(latents: Iterable[int], time: int = 4) -> list[int]:
 
 
 def ends(plan: Plan) -> tuple[list[int], list[int]]:
-    """The latents made first and those made last: 5 s of each, of shorter videos a third."""
-    order = made(plan)
+    """The latents that were there first, given or made, and last: 5 s each, of less a third."""
+    order = order_of(plan)
     count = HORIZON if len(order) >= 2 * HORIZON else max(len(order) // 3, 1)
     return order[:count], order[-count:]
 
@@ -136,10 +137,10 @@ def ends(plan: Plan) -> tuple[list[int], list[int]]:
 def drift(video: Tensor, plan: Plan, piece: int = HORIZON) -> Values:
     """What changes while a video [B, 3, F, H, W] is made, for each 5 s as made: [B, pieces].
 
-    colour offset: from what was made first, in grey levels of 255
-    contrast, sharpness, motion: over those of what was made first
+    colour offset: from what was there first, in grey levels of 255
+    contrast, sharpness, motion: over those of what was there first
     A last piece of less than half the length is left out."""
-    order = made(plan)
+    order = order_of(plan)
     parts = [frames_of(order[a : a + piece]) for a in range(0, len(order), piece)]
     parts = [part for part in parts if 2 * len(part) >= len(parts[0])]
     video = video.float()

@@ -279,13 +279,13 @@ def measure_made(
 
 @torch.no_grad()
 def measure_true(
-    maker: Maker, plan: Plan, captions: Sequence[str], world: World, seeds: Sequence[int]
+    vae: VAE, size: int, plan: Plan, captions: Sequence[str], world: World, seeds: Sequence[int]
 ) -> tuple[Values, Values]:
     """The world's own clips, to compare with: as they are, and through the VAE."""
-    true, decoded, vae = [], [], maker.vae
+    true, decoded = [], []
     for a in tqdm(range(0, len(seeds), BATCH), desc="true clips", leave=False):
         some = captions[a : a + BATCH]
-        video = world.render(some, seeds[a : a + BATCH], maker.size[0], 4 * plan.length - 3)
+        video = world.render(some, seeds[a : a + BATCH], size, 4 * plan.length - 3)
         z = torch.cat([vae.encode(clip[None].to(vae.conv2.weight.device)) for clip in video])
         again = torch.cat([vae.decode(x[None]).cpu() for x in z])
         shown = measure_words(world, video, plan, some)
@@ -325,7 +325,7 @@ def measure_files(config: Config) -> dict[str, dict[str, Stat]]:
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEOS and p.name[0] != ".")
     if not files:
         raise UserError(f"{path} holds no videos ({', '.join(VIDEOS)})")
-    rows: dict[str, dict[str, Stat]] = {}
+    rows = {}
     least = 4 * math.ceil(3 / block) * block - 3
     for file in files:
         video = read_frames(file)
@@ -360,9 +360,9 @@ def measure_student(config: Config, device: torch.device) -> dict[str, dict[str,
     if world:
         seeds, known = (numbers_of(world, config.clips, config.seed, k) for k in (False, True))
         captions = [world.caption(number) for number in seeds]
-        true, decoded = measure_true(student, plans["forward"], captions, world, seeds)
-        others = [number + OTHER for number in seeds]
-        floor = measure_true(student, plans["forward"], captions, world, others)[1]
+        what = vae, student.size[0], plans["forward"], captions, world
+        true, decoded = measure_true(*what, seeds)
+        floor = measure_true(*what, [number + OTHER for number in seeds])[1]
         rows["true clips, decoded"] = summary(decoded, true)
         rows["other true clips, decoded"] = summary(floor, true)
     else:
@@ -392,8 +392,8 @@ def main(config: Config) -> None:
     if config.share_noise not in ("", "none", "start", "all"):
         raise UserError(f"--share_noise {config.share_noise} must be none, start or all")
     orders = anchors.ORDERS.keys() - {"long"}  # which has no length by default
-    if unknown := set(config.orders) - orders:
-        raise UserError(f"--orders {min(unknown)} is none of {', '.join(sorted(orders))}")
+    if wrong := set(config.orders) - orders:
+        raise UserError(f"--orders {min(wrong)} is none of {', '.join(sorted(orders))}")
     measured = measure_files(config) if config.video else measure_student(config, device)
     report.show(measured, config.out)
 

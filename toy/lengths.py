@@ -1,7 +1,7 @@
 """At every length, in both orders, alone and beside a given clip: does it still hold?
 
-A student trained at one length can fail at all others, and no measure of a whole clip notices: the
-image latent comes out as a video latent, in other colours, for a few frames. So frame 0 is looked at
+A student trained at one length can fail at all others, and no measure of a whole clip notices:
+latent 0 comes out as a video latent, in other colours, for a few frames. So frame 0 is read
 alone, and captions in the 5 s made first and in the 5 s made last. A length counts the latents that
 are made; a given clip adds 12. Beyond 21 a window of two blocks and both sinks stay in view, as in
 generate.py. Held-out captions, which no training stream has, stand beside new clips of known ones.

@@ -121,6 +121,20 @@ class Settings:
     compile: bool = False  # torch.compile the transformer's blocks (CUDA; minutes on first use)
 
 
+def frame_size(size: tuple[int, ...], dit: DiT, vae: VAE) -> tuple[int, int]:
+    """Height and width of frames: --size, or 480 x 832 for Wan's VAE and 32 x 32 for the toy's.
+
+    raises: UserError"""
+    size = size or ((480, 832) if vae.config.dim == 96 else (32, 32))
+    unit = [vae.config.space * p for p in dit.config.patch_size[1:]]
+    if len(size) != 2 or min(size) < 1 or size[0] % unit[0] or size[1] % unit[1]:
+        raise UserError(
+            f"--size {' '.join(map(str, size))} must be a height and a width "
+            f"divisible by {unit[0]} and {unit[1]}"
+        )
+    return size
+
+
 def prepare(config: Settings) -> tuple[DiT, VAE, tuple[int, int]]:
     """The models, and the size (height, width) of the video. raises: UserError for what cannot work, before any work"""
     VideoWriter(config.out)
@@ -141,12 +155,7 @@ def prepare(config: Settings) -> tuple[DiT, VAE, tuple[int, int]]:
         device,
         dtype_of(config.vae_dtype, device, "vae_dtype"),
     )
-    size = config.size or ((480, 832) if vae.config.dim == 96 else (32, 32))
-    unit = [vae.config.space * p for p in dit.config.patch_size[1:]]
-    if len(size) != 2 or min(size) < 1 or size[0] % unit[0] or size[1] % unit[1]:
-        raise UserError(
-            f"--size {' '.join(map(str, size))} must be a height and a width divisible by {unit[0]} and {unit[1]}"
-        )
+    size = frame_size(config.size, dit, vae)
     if vae.config.z_dim != dit.config.in_dim:
         raise UserError(
             f"the VAE makes {vae.config.z_dim} channels but the transformer reads {dit.config.in_dim}; use a matching pair"

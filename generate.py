@@ -34,8 +34,7 @@ import anchors
 from anchors import HORIZON, Plan
 from film import Settings, film, prepare, prompted
 from lib.common import UserError, run
-from lib.media import load_clip
-from metrics import seam
+from lib.media import load_clip, seam
 from sampler import FPS
 from vae import VAE
 

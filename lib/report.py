@@ -10,6 +10,7 @@ the one with less flicker (paper Table 9).
 import html
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 from lib.common import atomic
@@ -72,17 +73,33 @@ def table(rows: dict[str, dict[str, object]]) -> str:
     return f"<div class=wide><table><tr><th>{head}{body}</table></div>"
 
 
-def markdown(rows: dict[str, dict[str, object]]) -> str:
+def markdown(rows: dict[str, dict[str, object]], columns: Sequence[str] = ()) -> str:
     """The same for a terminal or a README."""
-    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    columns = columns or list(dict.fromkeys(c for row in rows.values() for c in row))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(
-        lines
-        + [
-            f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |"
-            for name, row in rows.items()
-        ]
-    )
+    return "\n".join(lines + [markdown_row(name, row, columns) for name, row in rows.items()])
+
+
+def markdown_row(name: str, row: dict[str, object], columns: Sequence[str]) -> str:
+    """One line of it."""
+    return f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |"
+
+
+def write_json(rows: dict[str, dict[str, object]], path: str) -> None:
+    """Write a table's numbers as a .json."""
+    plain = {
+        name: {k: asdict(x) if is_dataclass(x) else x for k, x in row.items()}
+        for name, row in rows.items()
+    }
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(plain, indent=1))
+
+
+def show(rows: dict[str, dict[str, object]], out: str = "") -> None:
+    """Print a table; where `out` names a .json, write its numbers there, too."""
+    print(markdown(rows))
+    if out:
+        write_json(rows, out)
 
 
 def timeline(

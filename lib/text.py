@@ -28,14 +28,12 @@ from tqdm import tqdm
 
 from lib.common import Stream, UserError, generator, run, start
 from lib.weights import find, load_strict, read_tensors, read_umt5, write_safetensors
-from toy.world import VOCABULARY, random_captions
+from lib.world import TOY_DIM
+from toy.world import HELD_OUT, KNOWN, VOCABULARY  # noqa: F401
+from toy.world import caption as toy_caption
 
-TOY_DIM, TOY_LEN = 64, 12  # [ours] width of a toy word, words in a toy prompt
+TOY_LEN = 12  # [ours] words in a toy prompt
 WAN_LEN = 512  # [Wan] tokens
-HELD_OUT = (
-    1 << 30
-)  # clips of the toy world from this number on are never trained on, nor are their captions
-KNOWN = 1 << 31  # from this number on: new clips again, but of captions that are trained on
 NEGATIVE = (  # [Wan] its negative prompt, which the teacher's unconditional pass needs, to the letter
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
     "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
@@ -44,15 +42,6 @@ Rows = Callable[[str], Tensor]  # a prompt -> its embedding [L, width] without p
 
 
 # ---------------------------------------------------------------- the toy world's words
-def toy_caption(number: int) -> str:
-    """The caption with this number; the clip of the same number shows it (`toy/train_vae.py:clips`).
-
-    Below HELD_OUT and from KNOWN on it is one that training sees, between them one that it never does (`world.held_out`)."""
-    return random_captions(
-        1, generator(number, Stream.CAPTION), "new" if HELD_OUT <= number < KNOWN else "known"
-    )[0]
-
-
 @cache
 def toy_vector(what: str | int) -> Tensor:
     """The fixed random vector [TOY_DIM] of a word, by its hash, or of a place in the sentence."""

@@ -5,8 +5,9 @@ completely. One bright sprite crosses the frame and wraps round (so its directio
 faster, now slower, turning, and drifting between the other two walls. Behind it a small pale ball bounces,
 and behind that a dark wave of the ground colour pans. Colour words name sprite and ground alike, so word
 order matters. No word names the ball's tint or the waves: what a clip began with must be kept (`identity`).
-One caption in eight is held out, by a hash of its words: no training stream has it (`held_out`). `measure` reads the words back from pixels alone, so a generated clip is scored without a
-judge. Lengths are in units of 1/32 frame (a pixel at 32 px), times in frames; drawing is plain arithmetic on
+One caption in eight is held out, by a hash of its words: no training stream has it (`held_out`, `caption`).
+`measure` reads the words back from pixels alone, so a generated clip is scored without a judge. Lengths are
+in units of 1/32 frame (a pixel at 32 px), times in frames; drawing is plain arithmetic on
 [clips, frames, rows, columns].
 
 What it does not do: keep a data set on disk, move a camera, light a scene; `measure` knows this world only.
@@ -21,7 +22,10 @@ import math
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lib.common import Stream, generator
 
 PALETTE = {
     "red": (1, 0, 0),
@@ -57,10 +61,14 @@ BALL_GREY, BALL_TINT = (
     0.55,
     0.20,
 )  # [ours] ball = grey + tint * cos(hue - 0, 1/3, 2/3 of a turn): paler than any sprite
+BALL_DARKEST = 0.22  # [ours] the ball's lowest channel is above it, all other things' below
+GROUND_BRIGHTEST = 0.5  # [ours] the sprite's highest channel is above it, the ground's below
 SPEED_SWING = 0.4  # [ours] speed factor is 1 +- swing
 SCALARS = 21  # [ours] random numbers per clip
 RADII = (1, 2, 3, 4, 5, 6, 7, 8)  # [ours] circles on which `measure` looks at a shape
 BLURS = (1.0, 3.0, 5.0)  # [ours] widths of soft edge at which `measure` knows the shapes
+HELD_OUT = 1 << 30  # clips from this number on are never trained on, nor are their captions
+KNOWN = 1 << 31  # from this number on: new clips again, but of captions that are trained on
 
 
 def held_out(caption: str) -> bool:
@@ -83,6 +91,12 @@ def random_captions(
     return [some[i] for i in torch.randint(len(some), (n,), generator=generator).tolist()]
 
 
+def caption(number: int) -> str:
+    """The caption of clip `number`: below HELD_OUT and from KNOWN on one that training sees, between them one that it never does."""
+    part = "new" if HELD_OUT <= number < KNOWN else "known"
+    return random_captions(1, generator(number, Stream.CAPTION), part)[0]
+
+
 def parse(caption: str) -> dict[str, str]:
     """A caption's words as {colour, shape, direction, ground}; ValueError if it does not fit the grammar."""
     words = caption.split()
@@ -101,11 +115,16 @@ def parse(caption: str) -> dict[str, str]:
 
 
 def render(
-    captions: list[str], seeds: list[int] | Tensor, size: int = 32, frames: int = 81
+    captions: list[str],
+    seeds: list[int] | Tensor,
+    size: int = 32,
+    frames: int = 81,
+    speed: float = 1.0,
 ) -> Tensor:
     """Draw clips: float32 [B, 3, frames, size, size] in [-1, 1].
 
     Clip i depends only on (captions[i], seeds[i], size), never on the batch; `frames` only cuts the length.
+    speed: how much of the world's time passes from frame to frame; below 1 the same clips in slow motion
     """
     if not len(captions) == len(seeds) > 0:
         raise ValueError(
@@ -119,7 +138,7 @@ def render(
     draws = iter(
         scalars[..., None].unbind(1)
     )  # each [B, 1], against t [F]; float64 up to the pixels
-    t = torch.arange(frames, dtype=torch.float64)
+    t = torch.arange(frames, dtype=torch.float64) * speed
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * next(draws)
@@ -290,12 +309,79 @@ def measure(video: Tensor) -> list[dict[str, str]]:
     ]
 
 
-def accuracy(video: Tensor, captions: list[str]) -> dict[str, float]:
-    """Share of clips [B, 3, F, H, W] with each word as captioned, and `all`: colour, shape and direction."""
+def hits(video: Tensor, captions: list[str]) -> dict[str, Tensor]:
+    """Whether each word is as captioned in clips [B, 3, F, H, W], and `caption`: colour, shape and direction all are; bool [B]."""
     pairs = list(zip(measure(video), map(parse, captions), strict=True))
-    hits = [{key: seen[key] == word for key, word in said.items()} for seen, said in pairs]
-    hits = [{**hit, "all": hit["colour"] and hit["shape"] and hit["direction"]} for hit in hits]
-    return {key: sum(hit[key] for hit in hits) / len(hits) for key in hits[0]}
+    keys = ("colour", "shape", "direction", "ground")
+    found = {key: torch.tensor([seen[key] == said[key] for seen, said in pairs]) for key in keys}
+    return found | {"caption": found["colour"] & found["shape"] & found["direction"]}
+
+
+def accuracy(video: Tensor, captions: list[str]) -> dict[str, float]:
+    """Share of clips [B, 3, F, H, W] with each word as captioned, and with the whole `caption` right."""
+    return {key: hit.float().mean().item() for key, hit in hits(video, captions).items()}
+
+
+# ---------------------------------------------------------------- what no word says
+@torch.no_grad()
+def identity(video: Tensor) -> dict[str, Tensor]:
+    """What a clip keeps for ever though no word says it, from pixels [B, 3, F, H, W] in [-1, 1]; NaN where it is not to be seen.
+
+    ball: [B, 2], its tint, as the cosine and sine of its hue times its strength
+    ground: [B, 2], the pan of its waves (x, y), pixels a frame at 32 px
+    Two pieces of one clip have nearly the same numbers, two clips do not. (Which way the waves face would be
+    another, but the frame shows less than two of them: pieces of one clip differ as much as clips do.)
+    """
+    rgb = (video.float().cpu().nan_to_num().clamp(-1, 1) + 1) / 2
+    return {"ball": _ball_tint(rgb), "ground": _ground_pan(rgb.mean(1), _is_ground(rgb))}
+
+
+def _ball_tint(rgb: Tensor) -> Tensor:
+    """Mean chroma [B, 2] of the ball: alone of all things it has no dark channel, not even where it is blurred a little."""
+    weight = ((rgb.amin(1) - BALL_DARKEST) / 0.1).clamp(0, 1)  # (B, F, H, W)
+    thirds = torch.arange(3) * 2 * math.pi / 3
+    axes = torch.stack([thirds.cos(), thirds.sin()]) * 2 / 3  # grey has no part in either
+    share = weight.mean((1, 2, 3))[:, None]  # of the frame; a ball fills .027
+    chroma = torch.einsum("bcfhw,bfhw,ac->ba", rgb, weight, axes) / weight.sum((1, 2, 3))[:, None]
+    return torch.where((share > 0.002) & (share < 0.1), chroma, torch.nan)
+
+
+def _is_ground(rgb: Tensor) -> Tensor:
+    """1 where a pixel [B, 3, F, H, W] and those within 3 pixels of it are ground, else 0: [B, F, H, W]."""
+    other = (rgb.amax(1) > GROUND_BRIGHTEST) | (rgb.amin(1) > BALL_DARKEST)
+    return 1 - F.max_pool2d(other.float(), 7, stride=1, padding=3)
+
+
+def _ground_pan(light: Tensor, ground: Tensor, lag: int = 2) -> Tensor:
+    """How fast light [B, F, H, W] moves where `ground` is 1: (x, y) of each clip, [B, 2].
+
+    Least squares of light_t + pan . light_xy = 0 over all pixels and frames. Waves are long, so light is
+    blurred first: noise in gradients would make the pan look slow.
+    """
+    frames, size = light.shape[1], light.shape[-1]
+    if frames <= 2 * lag:
+        return light.new_full((len(light), 2), torch.nan)
+    light = F.avg_pool2d(light, 5, stride=1, padding=2)
+    inside = slice(3, size - 3)  # the blur is whole there
+    before, now, after = (
+        slice(0, frames - 2 * lag),
+        slice(lag, frames - lag),
+        slice(2 * lag, frames),
+    )
+    dx = (light[:, now, inside, 4 : size - 2] - light[:, now, inside, 2 : size - 4]) / 2
+    dy = (light[:, now, 4 : size - 2, inside] - light[:, now, 2 : size - 4, inside]) / 2
+    dt = (light[:, after, inside, inside] - light[:, before, inside, inside]) / (2 * lag)
+    valid = (ground[:, before] * ground[:, now] * ground[:, after])[..., inside, inside]
+
+    def total(product: Tensor) -> Tensor:
+        return (product * valid).sum((1, 2, 3)).double()
+
+    xx, xy, yy = total(dx * dx), total(dx * dy), total(dy * dy)
+    xt, yt = total(dx * dt), total(dy * dt)
+    determinant = xx * yy - xy * xy
+    pan = torch.stack([xy * yt - yy * xt, xy * xt - xx * yt], 1) / determinant[:, None]
+    known = determinant > 1e-6 * (xx + yy).square()  # gradients face more than one way
+    return torch.where(known[:, None], pan * UNITS / size, torch.nan).float()
 
 
 def main(path: str, clips: int = 8, size: int = 32, zoom: int = 3) -> None:

@@ -31,16 +31,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import anchors
-from anchors import HORIZON, Plan
+import scenes  # noqa: F401  (registers its orders)
+from anchors import HORIZON, Plan, View
 from dit import DiT, load_dit
 from film import frame_size, load_models
 from lib import report, text
 from lib.common import UserError, dtype_of, run, start
 from lib.media import STATIC, VIDEOS, frame_changes, read_frames, temporal_flickering
-from lib.pairs import is_causal, many_steps, teacher_file
 from lib.statistics import Stat, Values, frechet, joined, largest, over_files, stat
 from lib.world import OTHER, World, find_world, numbers_of
-from sampler import Recipe, generate, noise_seeded, student_sigmas
+from mixes import both_directions
+from sampler import Recipe, gather, generate, noise_seeded, teacher_blocks
 from vae import VAE
 
 BATCH = 16  # clips at a time
@@ -203,13 +204,13 @@ def summary(values: Values, true: Values | None = None) -> dict[str, Stat]:
 # ---------------------------------------------------------------- whose clips
 def recipe_of(dit: DiT) -> Recipe:
     """How a student was trained, and so how it is run; if its file is silent, the paper's way."""
-    return Recipe(**(dit.recipe or {}))
+    return Recipe.read(dit.recipe) or Recipe()
 
 
 def plans_of(recipe: Recipe) -> dict[str, Plan]:
     """The two plans a student was trained for; and its anchors kept as output (paper Fig. 9c)."""
     block, head = recipe.block, recipe.head or recipe.block
-    pair = anchors.both_directions(HORIZON, block, recipe.anchors, recipe.head)
+    pair = both_directions(HORIZON, block, recipe.anchors, recipe.head)
     plans = {"forward": pair[0], "backward": pair[1]}
     if recipe.anchors and (HORIZON - head) % (2 * block) == 0:
         plans["backward, anchors as output"] = anchors.backward(HORIZON, 2 * block, 0, head=head)
@@ -246,14 +247,24 @@ class Maker:
         h, w = (side // self.vae.config.space for side in self.size)
         seeds = [(self.seed, first + n, 0) for n in range(len(captions))]
         noise = noise_seeded(seeds, (c.in_dim, h, w), device)
-        if self.guidance is not None:
-            z = many_steps(self.dit, plan, words, torch.zeros_like(words), noise, self.guidance)
+        texts = [words] * plan.prompts()
+        recipe = recipe_of(self.dit)
+        recipe = replace(recipe, share_noise=self.share_noise or recipe.share_noise)
+        if self.guidance is None:
+            z = generate(self.dit, plan, texts, noise, recipe=recipe, given=given)
         else:
-            recipe = recipe_of(self.dit)
-            sigmas = student_sigmas(recipe.levels, recipe.shift)
-            share = self.share_noise or recipe.share_noise
-            texts = [words] * plan.prompts()
-            z = generate(self.dit, plan, texts, noise, sigmas, given, share_noise=share)
+            negative = torch.zeros_like(words[:1])
+            teacher = teacher_blocks(
+                self.dit,
+                plan,
+                texts,
+                negative,
+                noise,
+                self.guidance,
+                given,
+                share_noise=recipe.share_noise,
+            )
+            z = gather(plan, teacher)
         return z, torch.cat([self.vae.decode(x[None]).cpu() for x in z])
 
 
@@ -335,7 +346,7 @@ def measure_files(config: Config) -> dict[str, dict[str, Stat]]:
         latents = (there + 3) // 4 // block * block
         used = 4 * latents - 3
         print(f"{file.name}: the first {used} of {there} frames, {latents} latents by {block}")
-        blocks = anchors.forward(latents, block, window=0)  # who reads what does not matter
+        blocks = anchors.forward(latents, block, View(window=0))  # who reads what does not matter
         found = summary(measure(video[:, :, :used], blocks))
         if found["FR inter"].clips or found["FR intra"].clips:
             rows[file.name] = found | {"flicker (VBench)": stat(temporal_flickering(video))}
@@ -368,10 +379,10 @@ def measure_student(config: Config, device: torch.device) -> dict[str, dict[str,
     else:
         captions = text.lines_of(config.prompts)[: config.clips]
     if config.teacher:
-        dit = load_dit(teacher_file(config), torch.float32, device)
+        dit = load_dit(config.teacher.removeprefix("ar:"), torch.float32, device)
         teacher = replace(student, dit=dit, guidance=config.guidance)
         at_once = {"forward": anchors.forward(HORIZON, HORIZON)}
-        for name, plan in (plans if is_causal(config) else at_once).items():
+        for name, plan in (plans if config.teacher.startswith("ar:") else at_once).items():
             found = measure_made(teacher, plan, captions, world, plans[name])
             rows[f"teacher, {name}"] = summary(found, true)
     for name, plan in plans.items():
@@ -391,9 +402,8 @@ def main(config: Config) -> None:
         raise UserError(f"--clips {config.clips} must be at least 2, --block {config.block} 1")
     if config.share_noise not in ("", "none", "start", "all"):
         raise UserError(f"--share_noise {config.share_noise} must be none, start or all")
-    orders = anchors.ORDERS.keys() - {"long"}  # which has no length by default
-    if wrong := set(config.orders) - orders:
-        raise UserError(f"--orders {min(wrong)} is none of {', '.join(sorted(orders))}")
+    if wrong := set(config.orders) - anchors.ORDERS.keys():
+        raise UserError(f"--orders {min(wrong)} is none of {', '.join(anchors.ORDERS)}")
     measured = measure_files(config) if config.video else measure_student(config, device)
     report.show(measured, config.out)
 

@@ -23,8 +23,7 @@ from lib.media import seam, temporal_flickering
 from lib.statistics import Stat
 from lib.text import embed
 from lib.world import OTHER, numbers_of
-from sampler import guided as cfg_velocity
-from sampler import noise_seeded, ode_sigmas
+from sampler import cfg_velocity, noise_seeded, ode_sigmas
 from toy import world
 from vae import VAE
 

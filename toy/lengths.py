@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import anchors
-from anchors import HORIZON, Plan
+from anchors import EVERYTHING, HORIZON, Plan, View
 from dit import load_dit
 from evaluate import BATCH, Maker, made, measure, measure_words, recipe_of, summary
 from film import frame_size, load_models
@@ -28,7 +28,9 @@ from lib import report
 from lib.common import UserError, run, start
 from lib.statistics import Stat, Values, joined
 from lib.world import numbers_of
+from mixes import both_directions
 from sampler import Recipe
+from scenes import timeline
 from toy import world
 from vae import VAE
 
@@ -68,14 +70,14 @@ def plan_of(latents: int, direction: str, given: int, recipe: Recipe) -> Plan:
     """Make so many latents, forward after `given` ones or backward before them, as generate.py."""
     length, block = latents + given, recipe.block
     if not given and length <= HORIZON:
-        pair = anchors.both_directions(length, block, recipe.anchors, recipe.head)
+        pair = both_directions(length, block, recipe.anchors, recipe.head)
         return pair[direction == "backward"]
     window = 2 * block if length > HORIZON else None
     if not given:
         return anchors.long(length, direction, block, recipe.anchors, window, "both")
     scene = (0, given) if direction == "forward" else (latents, length)
-    sinks = window is not None
-    plan = anchors.timeline(length, [scene], block, recipe.anchors, window, sinks, sinks)
+    view = View(window, True, True) if window else EVERYTHING
+    plan = timeline(length, [scene], block, recipe.anchors, view)
     return replace(anchors.with_given(plan, range(*scene)), name=f"{direction}, given")
 
 

@@ -16,12 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anchors import draw, prefix_mix
+from anchors import forward
 from dit import PRESETS, DiT, save_dit
 from lib import text
 from lib.common import Stream, UserError, dtype_of, generator, run, start
 from lib.media import write_sheet
-from lib.pairs import many_steps
 from lib.training import (
     EMA,
     clip_gradients,
@@ -32,7 +31,8 @@ from lib.training import (
     sync_gradients,
     training_steps,
 )
-from sampler import noise_from, shift_sigma
+from mixes import draw, prefix_mix
+from sampler import gather, noise_from, shift_sigma, teacher_blocks
 from tools import encode as latents
 from toy import world
 from vae import VAE, load_vae
@@ -89,17 +89,11 @@ def report(dit: DiT, vae: VAE, config: Config, sheet: Path, n: int = 64) -> dict
         ]
     )
     prompts = text.embed(captions, dit.config.text_dim, dit.config.text_len)
-    parts = [
-        many_steps(
-            dit,
-            None,
-            p.to(device),
-            torch.zeros_like(p, device=device),
-            noise_from(x.to(device)),
-            config.guidance,
-        )
-        for p, x in zip(prompts.split(16), noise.split(16))
-    ]
+    plan, parts = forward(21, 21), []
+    for p, x in zip(prompts.to(device).split(16), noise.to(device).split(16)):
+        negative = torch.zeros_like(p[:1])
+        made = teacher_blocks(dit, plan, [p], negative, noise_from(x), config.guidance)
+        parts.append(gather(plan, made))
     video = torch.cat([vae.decode(z[None]).cpu() for z in torch.cat(parts)])
     write_sheet(sheet, video[:8], columns=11)
     return world.accuracy(video, captions) | {"motion": video.diff(dim=2).abs().mean().item()}

@@ -55,7 +55,7 @@ from lib.training import (
     whole_state,
 )
 from lib.weights import write_safetensors
-from mixes import MIXES, Mix, draw, rows_of
+from mixes import MIXES, Mix, draw
 from sampler import Recipe, many_steps, noise_from, student_sigmas
 
 
@@ -186,10 +186,9 @@ def make_pairs(config: Config, mix: Mix, rank: int, world: int, device: torch.de
     negative = source.embed([config.negative]).to(device)
     keep = kept_states(config.denoising)
 
-    def make(entry: int, numbers: range) -> dict[str, Tensor]:
-        plans, prompt, states = mix[entry][1], source(numbers).to(device), {}
-        T = plans[0].length
-        noise = torch.stack([pair_noise(config, c.in_dim, n, rows_of(plans))[:T] for n in numbers])
+    def make(T: int, numbers: range) -> dict[str, Tensor]:
+        prompt, states = source(numbers).to(device), {}
+        noise = torch.stack([pair_noise(config, c.in_dim, n, T) for n in numbers])
         text = teacher.text_kv(torch.cat([prompt, negative.expand_as(prompt)]))
 
         def record(_: int, k: int, x: Tensor) -> None:
@@ -201,22 +200,27 @@ def make_pairs(config: Config, mix: Mix, rank: int, world: int, device: torch.de
         solve(0, forward(T, T).steps[0], None, None, None)
         return {"states": torch.stack([states[k] for k in keep], dim=1)}
 
-    where = pairs_where(config, source.words, lambda u: draw(mix, u))
-    write_missing(where, make, trajectory_shapes(config, mix, c.in_dim), config.micro, rank, world)
+    length = length_of(mix)
+    where = pairs_where(config, source.words, lambda u: length(draw(mix, u)))
+    write_missing(where, make, trajectory_shapes(config, c.in_dim), config.micro, rank, world)
 
 
-def trajectory_shapes(config, mix: Mix, channels: int) -> Callable[[int], dict]:
-    """entry -> what the bidirectional teacher leaves of each pair."""
+def length_of(mix: Mix) -> Callable[[int], int]:
+    """entry of the mix -> how many latents its plans make: a trajectory depends on nothing else."""
+    return lambda entry: mix[entry][1][0].length
+
+
+def trajectory_shapes(config, channels: int) -> Callable[[int], dict]:
+    """length -> what the bidirectional teacher leaves of each pair."""
     levels, (_, h, w) = len(config.denoising) + 1, config.latent
-    return lambda entry: {"states": (levels, mix[entry][1][0].length, channels, h, w)}
+    return lambda T: {"states": (levels, T, channels, h, w)}
 
 
-def check_pair(config, mix: Mix, channels: int) -> Callable[[int, Pair], str]:
+def check_pair(config, channels: int) -> Callable[[int, Pair], str]:
     """What can be wrong with a trajectory: it starts elsewhere, or does not fall to its end."""
 
-    def check(entry: int, pair: Pair) -> str:
-        plans = mix[entry][1]
-        start = pair_noise(config, channels, pair.number, rows_of(plans))[: plans[0].length]
+    def check(T: int, pair: Pair) -> str:
+        start = pair_noise(config, channels, pair.number, T)
         return wrong_states(pair.shard["states"][pair.row], start, config.seed)
 
     return check
@@ -323,19 +327,18 @@ def train(
     config,
     mix: Mix,
     pairs: dict[int, list[Pair]],
+    group_of: Callable[[int], int],
     teacher_forcing: bool,
     rank: int,
     world: int,
     device: torch.device,
 ) -> None:
-    """Regress the end points of stored pairs."""
-    if absent := [entry for entry in range(len(mix)) if entry not in pairs]:
-        print(f"{len(absent)} of {len(mix)} entries of --plans {config.plans} have no pairs yet")
-        total = sum(mix[entry][0] for entry in pairs)
-        mix = tuple(
-            (share / total if entry in pairs else 0.0, plans)
-            for entry, (share, plans) in enumerate(mix)
-        )
+    """Regress the end points of stored pairs. group_of: entry of the mix -> its group of pairs"""
+    there = [group_of(entry) in pairs for entry in range(len(mix))]
+    if not all(there):
+        print(f"{there.count(False)} of {len(mix)} kinds of plans have no pairs yet: left out")
+        total = sum(share for (share, _), here in zip(mix, there) if here)
+        mix = tuple((share / total * here, plans) for (share, plans), here in zip(mix, there))
     dit = network(config, config.weights, device, trained=True)
     source = Prompts(config.prompts, dit.config.text_dim, dit.config.text_len)
     sigmas = torch.tensor([*student_sigmas(config.denoising, config.shift), 0.0], device=device)
@@ -353,10 +356,10 @@ def train(
         return levels
 
     def loss_of(step: int, samples: list[int], entry: int, d: int) -> Tensor:
-        lay, some, levels = layouts(entry)[d], [], []
+        lay, group, some, levels = layouts(entry)[d], pairs[group_of(entry)], [], []
         for j in samples:
             g = generator(config.seed, Stream.ODE, step, j)
-            some.append(pairs[entry][int(torch.randint(len(pairs[entry]), (1,), generator=g))])
+            some.append(group[int(torch.randint(len(group), (1,), generator=g))])
             levels.append(drawn_levels(mix[entry][1], g)[d])
         states = torch.stack([slot_states(pair, lay, d) for pair in some]).to(device)
         prompt = source([pair.number for pair in some]).to(device)
@@ -375,12 +378,12 @@ def main(config: Config) -> None:
         return
     c = load_dit(config.teacher, None).config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
-    pairs = read_pairs(config, source.words, trajectory_shapes(config, mix, c.in_dim))
+    pairs = read_pairs(config, source.words, trajectory_shapes(config, c.in_dim))
     if config.check:
-        check_shards(Path(config.data), pairs, check_pair(config, mix, c.in_dim))
-        print(f"{sum(map(len, pairs.values()))} pairs of {len(pairs)} entries are good")
+        check_shards(Path(config.data), pairs, check_pair(config, c.in_dim))
+        print(f"{sum(map(len, pairs.values()))} pairs of {len(pairs)} lengths are good")
         return
-    train(config, mix, pairs, config.teacher_forcing, rank, world, device)
+    train(config, mix, pairs, length_of(mix), config.teacher_forcing, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ or  clean [S, T, C, h, w] and plan0, plan1 ... [S, K+1, slots, C, h, w]
                                         an autoregressive teacher's (zoo/causal_forcing.py): one per
                                         slot of each plan's layout, after clean context
 
-A shard pairs-000064.safetensors holds the pairs from number 64 on, of one entry of the mix of
-plans, and says how it was made. Pair n belongs to prompt n and to noise n, whatever else is there.
+A shard pairs-000064.safetensors holds the pairs from number 64 on, of one group (trajectories: one
+length; causal pairs: one entry of the mix of plans), and says how it was made. Pair n belongs to prompt n and to noise n, whatever else is there.
 What is there is compared with what is asked for; what does not fit is named. Who makes pairs, and
 what learns from them, is not known here.
 """
@@ -60,7 +60,7 @@ class Where:
     pairs: int
     shard: int
     settings: dict
-    entry_of: Callable[[float], int]  # a number in [0, 1) -> the mix's entry that a shard is of
+    group_of: Callable[[float], int]  # a number in [0, 1) -> what a shard's pairs have in common
     words: Callable[[int], str]  # pair -> its prompt
 
     def ranges(self) -> list[range]:
@@ -69,8 +69,8 @@ class Where:
     def path(self, numbers: range) -> Path:
         return self.folder / f"pairs-{numbers.start:06d}.safetensors"
 
-    def entry(self, numbers: range) -> int:
-        return self.entry_of((0.5 + GOLDEN * (numbers.start // self.shard)) % 1)
+    def group(self, numbers: range) -> int:
+        return self.group_of((0.5 + GOLDEN * (numbers.start // self.shard)) % 1)
 
     def record(self, numbers: range) -> dict:
         """What a shard says about itself."""
@@ -78,23 +78,30 @@ class Where:
         return self.settings | {
             "first": numbers.start,
             "count": len(numbers),
-            "entry": self.entry(numbers),
+            "group": self.group(numbers),
             "words": hashlib.sha256(words.encode()).hexdigest()[:16],
         }
 
 
-def settings_of(config) -> dict:
+MADE_BY = ("prompts", "guidance", "negative", "shift", "seed", "latent", "denoising")
+PLANS = ("plans", "block", "anchors", "head", "share_noise")  # what causal pairs depend on, too
+
+
+def settings_of(config, names: Sequence[str]) -> dict:
     """How pairs are made: what a shard records and a later run is compared with."""
-    names = ("prompts", "guidance", "negative", "shift", "seed", "latent", "denoising")
-    plans = ("plans", "block", "anchors", "head", "share_noise")
     teacher = fingerprint(read_dit(config.teacher)[1])
-    return {k: asdict(config)[k] for k in names + plans} | {"teacher": teacher}
+    return {k: asdict(config)[k] for k in names} | {"teacher": teacher}
 
 
-def pairs_where(config, words: Callable[[int], str], entry_of: Callable[[float], int]) -> Where:
+def pairs_where(
+    config,
+    words: Callable[[int], str],
+    group_of: Callable[[float], int],
+    names: Sequence[str] = MADE_BY,
+) -> Where:
     """Where a run's pairs lie. config: of train_ode.py;  words: pair -> prompt"""
-    folder, settings = Path(config.data), settings_of(config)
-    return Where(folder, config.pairs, config.shard, settings, entry_of, words)
+    folder, settings = Path(config.data), settings_of(config, names)
+    return Where(folder, config.pairs, config.shard, settings, group_of, words)
 
 
 def pair_noise(config, channels: int, number: int, rows: int) -> Tensor:
@@ -111,7 +118,7 @@ def difference(made: dict | None, asked: dict, keys: Sequence[str] | None = None
 
 
 # ---------------------------------------------------------------- making
-Make = Callable[[int, range], dict[str, Tensor]]  # (entry of the mix, pairs) -> tensors
+Make = Callable[[int, range], dict[str, Tensor]]  # (group, pairs) -> tensors
 
 
 def missing_shards(where: Where) -> list[range]:
@@ -146,11 +153,11 @@ def write_missing(
 ) -> None:
     """Make what is missing, every process its share; at the end rank 0 writes the index.
 
-    shapes: entry -> tensor -> its shape for one pair;  micro: pairs made at a time, 0: 16"""
+    shapes: group -> tensor -> its shape for one pair;  micro: pairs made at a time, 0: 16"""
     todo = missing_shards(where)
     if rank == 0:
         numbers = sum(
-            len(r) * sum(math.prod(shape) for shape in shapes(where.entry(r)).values())
+            len(r) * sum(math.prod(shape) for shape in shapes(where.group(r)).values())
             for r in where.ranges()
         )
         print(
@@ -186,7 +193,7 @@ def write_shard(
         if stop():
             return False
         some = range(a, min(a + micro, numbers.stop))
-        made = make(where.entry(numbers), some)
+        made = make(where.group(numbers), some)
         parts.append({k: v.half().cpu() for k, v in made.items()})
         bar.update(len(some))
     tensors = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
@@ -222,13 +229,16 @@ class Pair:
 
 
 def read_pairs(
-    config, words: Callable[[int], str], shapes: Callable[[int], dict]
+    config,
+    words: Callable[[int], str],
+    shapes: Callable[[int], dict],
+    names: Sequence[str] = MADE_BY,
 ) -> dict[int, list[Pair]]:
-    """Entry of the mix -> its pairs in --data.
+    """Group -> its pairs in --data.
 
-    words: pair -> its prompt;  shapes: entry -> tensor -> its shape for one pair
+    words: pair -> its prompt;  shapes: group -> tensor -> its shape for one pair
     raises: UserError where a shard is missing, damaged, or not what is asked for"""
-    folder, settings = Path(config.data), settings_of(config)
+    folder, settings = Path(config.data), settings_of(config, names)
     index = folder / "index.json"
     if not index.is_file():
         raise UserError(
@@ -239,10 +249,10 @@ def read_pairs(
         raise UserError(f"{index} names no shards; delete it and run --generate again")
     if unlisted := {p.name for p in shard_files(folder)} - names.keys():
         raise UserError(f"{index} does not name {sorted(unlisted)[0]}; run --generate again")
-    entries: dict[int, list[Pair]] = {}
+    groups: dict[int, list[Pair]] = {}
     for name in sorted(names):
         tensors, made = read_tensors(folder / name)
-        if not made or type(made.get("first")) is not int or type(made.get("entry")) is not int:
+        if not made or type(made.get("first")) is not int or type(made.get("group")) is not int:
             raise UserError(f"{name} is not a shard of pairs; delete it and run --generate again")
         if wrong := difference(made, settings):
             raise UserError(
@@ -255,15 +265,15 @@ def read_pairs(
                 f"{name} was made for other prompts than --prompts has at {numbers.start} to "
                 f"{numbers.stop - 1}; give the same ones"
             )
-        want = {k: (len(numbers), *shape) for k, shape in shapes(made["entry"]).items()}
+        want = {k: (len(numbers), *shape) for k, shape in shapes(made["group"]).items()}
         if {k: tuple(x.shape) for k, x in tensors.items()} != want:
             raise UserError(
                 f"{name} does not hold what its plans leave behind, {want}; delete it and run "
                 "--generate again"
             )
         rows = [Pair(n, tensors, row) for row, n in enumerate(numbers)]
-        entries.setdefault(made["entry"], []).extend(rows)
-    return entries
+        groups.setdefault(made["group"], []).extend(rows)
+    return groups
 
 
 def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[int, Pair], str]):
@@ -275,12 +285,12 @@ def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[in
                 f"{name} is not the file that the index names (its hash differs); delete it and "
                 "run --generate again"
             )
-    for entry, some in pairs.items():
+    for group, some in pairs.items():
         for pair in some:
             for key, x in pair.shard.items():
                 if not x[pair.row].isfinite().all():
                     raise UserError(f"the {key} of pair {pair.number} are not finite; delete it")
-            if wrong := check(entry, pair):
+            if wrong := check(group, pair):
                 raise UserError(f"pair {pair.number}: {wrong}")
 
 

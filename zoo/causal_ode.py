@@ -25,6 +25,8 @@ from lib import presets
 from lib.clips import Clips
 from lib.common import UserError, dtype_of, run, start
 from lib.pairs import (
+    MADE_BY,
+    PLANS,
     Pair,
     check_shards,
     kept_states,
@@ -120,7 +122,7 @@ def make_pairs(config: Config, mix: Mix, rank: int, world: int, device: torch.de
             made[f"plan{d}"] = plan_states(teacher, plan, text, noise, clean, keep, config)
         return made
 
-    where = pairs_where(config, source.words, lambda u: draw(mix, u))
+    where = pairs_where(config, source.words, lambda u: draw(mix, u), MADE_BY + PLANS)
     write_missing(where, make, causal_shapes(config, mix, c.in_dim), config.micro, rank, world)
 
 
@@ -171,12 +173,12 @@ def main(config: Config) -> None:
         return
     c = load_dit(config.teacher, None).config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
-    pairs = read_pairs(config, source.words, causal_shapes(config, mix, c.in_dim))
+    pairs = read_pairs(config, source.words, causal_shapes(config, mix, c.in_dim), MADE_BY + PLANS)
     if config.check:
         check_shards(Path(config.data), pairs, check_pair(config, mix, c.in_dim))
         print(f"{sum(map(len, pairs.values()))} pairs of {len(pairs)} entries are good")
         return
-    train(config, mix, pairs, True, rank, world, device)
+    train(config, mix, pairs, lambda entry: entry, True, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ or  clean [S, T, C, h, w] and plan0, plan1 ... [S, K+1, slots, C, h, w]
                                         an autoregressive teacher's (zoo/causal_forcing.py): one per
                                         slot of each plan's layout, after clean context
 
-A shard pairs-000064.safetensors holds the pairs from number 64 on, of one group (trajectories: one
-length; causal pairs: one entry of the mix of plans), and says how it was made. Pair n belongs to prompt n and to noise n, whatever else is there.
-What is there is compared with what is asked for; what does not fit is named. Who makes pairs, and
-what learns from them, is not known here.
+A shard pairs-000064.safetensors holds the pairs from number 64 on, of one group (trajectories: of
+one length; causal pairs: of one entry of the mix of plans), and says how it was made. Pair n belongs
+to prompt n and to noise n, whatever else is there. What is there is compared with what is asked for;
+what does not fit is named. Who makes pairs, and what learns from them, is not known here.
 """
 
 import hashlib

@@ -117,7 +117,7 @@ def make(
 
 def held_out(clips: int) -> list[str]:
     """Captions that no script trains on."""
-    return [text.toy_caption(text.HELD_OUT + n) for n in range(clips)]
+    return [world.caption(text.HELD_OUT + n) for n in range(clips)]
 
 
 def real_clips(config: "Config", device: torch.device) -> Tensor:

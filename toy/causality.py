@@ -18,7 +18,7 @@ from tqdm import tqdm
 import anchors
 from lib import report
 from lib.common import UserError, run, start
-from lib.text import HELD_OUT, toy_caption
+from lib.text import HELD_OUT
 from metrics import flickering_ratio, round_trip, stat
 from toy import world
 from vae import VAE, load_vae
@@ -57,7 +57,7 @@ def main(config: Config) -> None:
         load_vae(config.weights, device=device),
         [HELD_OUT + n for n in range(config.clips)],
     )
-    video = world.render([toy_caption(n) for n in numbers], numbers).to(device)
+    video = world.render([world.caption(n) for n in numbers], numbers).to(device)
     plan = anchors.forward(anchors.HORIZON, config.block)
     inter, rows = torch.tensor(plan.boundaries()), {}
     firsts = [i + 1 for i, b in enumerate(plan.boundaries()) if b]

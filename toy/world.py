@@ -23,6 +23,9 @@ import sys
 import torch
 from torch import Tensor
 
+from lib.common import Stream, generator
+from lib.text import HELD_OUT, KNOWN
+
 PALETTE = {
     "red": (1, 0, 0),
     "green": (0, 1, 0),
@@ -81,6 +84,14 @@ def random_captions(
     """n captions of a part of them (`captions_of`), uniform and independent."""
     some = captions_of(part)
     return [some[i] for i in torch.randint(len(some), (n,), generator=generator).tolist()]
+
+
+def caption(number: int) -> str:
+    """The caption with this number; the clip of the same number shows it.
+
+    From HELD_OUT to KNOWN it is one that no training sees, else one that training does."""
+    part = "new" if HELD_OUT <= number < KNOWN else "known"
+    return random_captions(1, generator(number, Stream.CAPTION), part)[0]
 
 
 def parse(caption: str) -> dict[str, str]:

@@ -32,6 +32,7 @@ from dit import DiT, load_dit
 from lib.common import UserError, dtype_of, generator, run, start
 from lib.media import write_sheet
 from lib.pairs import dummies_of
+from lib.states import whole_state
 from lib.text import NEGATIVE, Prompts
 from lib.training import (
     EMA,
@@ -43,7 +44,6 @@ from lib.training import (
     split_batch,
     sync_gradients,
     training_steps,
-    whole_state,
 )
 from lib.weights import read_dit, write_safetensors
 from sampler import generate, guided, noise_from, shift_sigma, student_sigmas
@@ -354,14 +354,14 @@ def main(config: Config) -> None:
                 size[d] += sizes.mean().item() / rounds
                 moved[d] += x.detach().diff(dim=1).abs().mean().item() / rounds
                 lost += bad(sizes, r)
-        size = finite_means(size, lost, f"step {step}: the DMD gradient", device)
+        named = dict(zip(("dmd_forward", "dmd_backward"), size))
+        size = finite_means(named, lost, f"step {step}: the DMD gradient", device)
         norm = update(students, step, "student")
         for average, m in zip(averages.values(), students):
             average.decay = config.ema if step >= config.ema_start else 0.0
             average.update(m)
         return {
-            "dmd_forward": size[0],
-            "dmd_backward": size[1],
+            **size,
             "norm_student": norm,
             "motion_forward": moved[0],
             "motion_backward": moved[1],
@@ -381,10 +381,8 @@ def main(config: Config) -> None:
                 loss.mean().backward()
                 losses[d] += loss.mean().item()
                 lost += bad(loss, r)
-        losses = finite_means(losses, lost, f"step {step}: the critic's loss", device)
-        return {
-            "critic_forward": losses[0],
-            "critic_backward": losses[1],
+        named = dict(zip(("critic_forward", "critic_backward"), losses))
+        return finite_means(named, lost, f"step {step}: the critic's loss", device) | {
             "norm_critic": update(critics, step, "critic"),
         }
 

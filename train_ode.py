@@ -32,6 +32,7 @@ from torch import Tensor
 
 from anchors import Layout, both_directions, layout
 from dit import DiT, load_dit
+from lib.clips import Clips
 from lib.common import UserError, dtype_of, generator, run, start
 from lib.pairs import (
     KEEP,
@@ -43,6 +44,7 @@ from lib.pairs import (
     slot_states,
     teacher_file,
 )
+from lib.states import whole_state
 from lib.text import NEGATIVE, Prompts
 from lib.training import (
     EMA,
@@ -54,11 +56,9 @@ from lib.training import (
     split_batch,
     sync_gradients,
     training_steps,
-    whole_state,
 )
 from lib.weights import write_safetensors
 from sampler import guided, ode_sigmas, student_sigmas
-from tools.encode import Clips
 
 
 @dataclass
@@ -283,10 +283,9 @@ def fit(
                         sample for sample, x in zip(samples, loss.tolist()) if not math.isfinite(x)
                     ]
             sync_gradients(dit, config.parallel)
-            losses = finite_means(losses, lost, f"step {step}: the loss", device)
+            named = dict(zip(("forward", "backward"), losses))
+            row |= finite_means(named, lost, f"step {step}: the loss", device)
             row |= {
-                "forward": losses[0],
-                "backward": losses[1],
                 "norm": clip_gradients(dit, config.clip, f"step {step}"),
             }
             optimiser.step()

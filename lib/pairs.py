@@ -31,11 +31,11 @@ from tqdm import tqdm
 from anchors import Layout, Plan, both_directions, forward, layout
 from dit import DiT, load_dit
 from kvcache import KVCache
+from lib.clips import Clips
 from lib.common import UserError, atomic, dtype_of, generator, stop_signals
 from lib.text import Prompts
 from lib.weights import read_json, read_tensors, write_safetensors
 from sampler import Noise, commit, guided, noise_from, ode_sigmas
-from tools.encode import Clips
 
 KEEP = (
     0,

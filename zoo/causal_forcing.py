@@ -21,12 +21,12 @@ from torch import Tensor
 
 from anchors import Layout, both_directions
 from dit import DiT
+from lib.clips import Clips
 from lib.common import UserError, generator, run, start
 from lib.media import write_sheet
 from lib.pairs import many_steps
 from lib.text import HELD_OUT, Prompts
 from sampler import noise_seeded, shift_sigma
-from tools.encode import Clips
 from train_ode import fit, layouts, mean_over, network, per_slot
 from vae import load_vae
 

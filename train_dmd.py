@@ -37,6 +37,7 @@ from lib import presets
 from lib.clips import Clips
 from lib.common import Stream, dtype_of, generator, run, start
 from lib.media import write_sheet
+from lib.states import whole_state
 from lib.text import Prompts
 from lib.training import (
     EMA,
@@ -47,7 +48,6 @@ from lib.training import (
     split_batch,
     sync_gradients,
     training_steps,
-    whole_state,
 )
 from lib.weights import read_dit, write_safetensors
 from mixes import Mix, draw, rows_of, without_given

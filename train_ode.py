@@ -43,6 +43,7 @@ from lib.pairs import (
     write_missing,
     wrong_states,
 )
+from lib.states import whole_state
 from lib.text import Prompts
 from lib.training import (
     clip_gradients,
@@ -52,7 +53,6 @@ from lib.training import (
     split_batch,
     sync_gradients,
     training_steps,
-    whole_state,
 )
 from lib.weights import write_safetensors
 from mixes import MIXES, Mix, draw

@@ -19,6 +19,7 @@ from torch import Tensor
 from anchors import forward
 from dit import PRESETS, DiT, save_dit
 from lib import text
+from lib.clips import Clips
 from lib.common import Stream, UserError, dtype_of, generator, run, start
 from lib.media import write_sheet
 from lib.training import (
@@ -78,7 +79,7 @@ def teacher_loss(
 def report(dit: DiT, vae: VAE, config: Config, sheet: Path, n: int = 64) -> dict[str, float]:
     """Sample n held-out captions, write a sheet of eight, read the captions back."""
     device = dit.patch_embedding.weight.device
-    captions = [text.toy_caption(text.HELD_OUT + i) for i in range(n)]
+    captions = [world.caption(text.HELD_OUT + i) for i in range(n)]
     side = config.size // vae.config.space
     noise = torch.stack(
         [
@@ -125,7 +126,7 @@ def main(config: Config) -> None:
         text.Prompts("toy", dit.config.text_dim, dit.config.text_len),
         config.size // vae.config.space,
     )
-    clips = latents.Clips(
+    clips = Clips(
         str(out / "latents"), (vae.config.latents(FRAMES), side, side), vae.config.z_dim, source
     )
     mix, sizes = prefix_mix(vae.config.latents(FRAMES)), (config.batch, config.pictures)
@@ -158,7 +159,7 @@ def main(config: Config) -> None:
                 )
             losses.mean().backward()
             if step % 20 == 0:
-                row[plan.name] = mean_over_processes(losses.mean().item(), device)
+                row |= mean_over_processes({plan.name: losses.mean().item()}, device)
         sync_gradients(dit, "ddp")
         norm = clip_gradients(dit, 1.0, f"step {step}")
         optimiser.step()

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.common import Stream, generator
+from lib.text import HELD_OUT, KNOWN
 
 PALETTE = {
     "red": (1, 0, 0),
@@ -67,8 +68,6 @@ SPEED_SWING = 0.4  # [ours] speed factor is 1 +- swing
 SCALARS = 21  # [ours] random numbers per clip
 RADII = (1, 2, 3, 4, 5, 6, 7, 8)  # [ours] circles on which `measure` looks at a shape
 BLURS = (1.0, 3.0, 5.0)  # [ours] widths of soft edge at which `measure` knows the shapes
-HELD_OUT = 1 << 30  # clips from this number on are never trained on, nor are their captions
-KNOWN = 1 << 31  # from this number on: new clips again, but of captions that are trained on
 
 
 def held_out(caption: str) -> bool:
@@ -92,7 +91,9 @@ def random_captions(
 
 
 def caption(number: int) -> str:
-    """The caption of clip `number`: below HELD_OUT and from KNOWN on one that training sees, between them one that it never does."""
+    """The caption with this number; the clip of the same number shows it.
+
+    From HELD_OUT to KNOWN it is one that no training sees, else one that training does."""
     part = "new" if HELD_OUT <= number < KNOWN else "known"
     return random_captions(1, generator(number, Stream.CAPTION), part)[0]
 

@@ -189,12 +189,7 @@ def estimate(
 ) -> dict[str, float]:
     """The same from two and three layers of each network, extended: every layer more adds the same, and saves you minutes."""
     two, three = (
-        peaks(
-            config,
-            replace(student, num_layers=min(n, student.num_layers)),
-            replace(teacher, num_layers=2),
-            direction,
-        )
+        peaks(config, replace(student, num_layers=n), replace(teacher, num_layers=2), direction)
         for n in (2, 3)
     )
     found = {k: two[k] + (student.num_layers - 2) * (three[k] - two[k]) for k in two}

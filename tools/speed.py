@@ -1,16 +1,15 @@
 """Speed as ratios, in one process, on equal threads: ours against diffusers', cached against recomputed.
 
 The contestants take turns, so a slow minute of the machine slows both; medians of the turns are compared. Random
-weights: speed does not depend on them. Not a test (a busy machine would make it fail); the README quotes its output.
+weights: speed does not depend on them. Not a test (a busy machine would make it fail); docs/speed.md quotes its output.
 
-    make bench
+    python -m tools.speed
 """
 
 import contextlib
 import copy
 import io
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,21 +28,24 @@ from dit import PRESETS, DiT, DiTConfig
 from film import Settings, film, load_models
 from lib import cpu
 from sampler import generate, noise_from, student_sigmas
+from tools.bench import Clock, matmul_rate, medians, processor
 from vae import VAE, VAEConfig
+
+CLOCK = Clock(torch.device("cpu"))
 
 
 def race(name: str, ours: Callable, other: Callable, turns: int = 9) -> None:
     """Print the median times and how many times faster ours is."""
-    times: dict[int, list[float]] = {0: [], 1: []}
-    for turn in range(turns + 1):  # the first turn warms up
-        for who, run in enumerate((ours, other)):
-            start = time.perf_counter()
-            run()
-            if turn:
-                times[who].append(time.perf_counter() - start)
-    a, b = (statistics.median(t) for t in times.values())
-    pairs = statistics.median(y / x for x, y in zip(*times.values()))
-    print(f"| {name} | {a * 1e3:.0f} ms | {b * 1e3:.0f} ms | {pairs:.2f} |", flush=True)
+    a, b = medians(CLOCK, turns, ours, other)
+    print(f"| {name} | {a * 1e3:.0f} ms | {b * 1e3:.0f} ms | {b / a:.2f} |", flush=True)
+
+
+def products() -> None:
+    """Print the rate of large matrix products, by oneDNN (what `lib/cpu.py` takes) and by torch's own choice."""
+    rate = matmul_rate(CLOCK, torch.float32) / 1e9
+    with mock.patch.object(cpu, "ONEDNN", False):
+        own = matmul_rate(CLOCK, torch.float32) / 1e9
+    print(f"matrix products: oneDNN {rate:.0f}, torch's choice {own:.0f} GFLOP/s\n")
 
 
 def longer(way: str) -> None:
@@ -96,8 +98,9 @@ def transformers(
 
 
 def floor(run: Callable) -> Callable:
-    """The matrix products, attention calls and convolutions of a run, all of them and nothing else, each shape on one and the same
-    input, which the caches of the machine then hold."""
+    """The matrix products, attention calls and convolutions of a run, all of them and nothing else.
+
+    Each shape is run on one and the same input, which the caches of the machine then hold."""
     calls, inputs = [], {}
     real = {
         (where, name): getattr(where, name)
@@ -204,7 +207,7 @@ def rollouts(name: str, dit: DiT) -> None:
 
 
 def fused(name: str, config: DiTConfig, h: int) -> None:
-    """What fusing a block's clean pass with the next one's first step would save: twice the tokens in one pass, or one after the other."""
+    """What fusing a block's clean pass with the next one's first step would save: one pass of both, or one after the other."""
     dit = DiT(config).eval().requires_grad_(False)
     z, t, pos = torch.randn(1, 6, config.in_dim, h, h), torch.zeros(1, 6), torch.arange(6)
     kv = dit.text_kv(torch.randn(1, config.text_len, config.text_dim))
@@ -220,7 +223,8 @@ def fused(name: str, config: DiTConfig, h: int) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
+    print(f"{processor()}, torch {torch.__version__}, float32")
+    products()
     print("| what | ours | other | other / ours |\n|---|---|---|---|")
     for way in ("forward", "backward"):
         longer(way)

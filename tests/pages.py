@@ -12,7 +12,8 @@ LAUNCHERS = ("python", "torchrun", ".venv/bin/python", ".venv/bin/torchrun")
 
 def blocks(page: str, language: str = "") -> list[str]:
     """The fenced blocks of a page in this language, without their fences."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page, re.M | re.S)
+    return [text for name, text in fenced if name == language]
 
 
 def prose(page: str) -> str:
@@ -51,3 +52,9 @@ def tables(page: str) -> list[tuple[str, str, list[str]]]:
         for table in re.finditer(r"^(\|.*\n)\|[-|]+\n((?:\|.*\n?)+)", section, re.M):
             found.append((section[: table.start()], table[1], table[2].splitlines()))
     return found
+
+
+def anchors_of(page: str) -> set[str]:
+    """What GitHub makes of headings: "## 1. A new order" -> "1-a-new-order"."""
+    headings = re.findall(r"^#+ (.*)$", page, re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}

@@ -6,10 +6,20 @@ import re
 import subprocess
 
 import pytest
-from pages import PAGES, README, ROOT, commands, inline_commands, prose, script_of, tables
+from pages import (
+    PAGES,
+    README,
+    ROOT,
+    anchors_of,
+    commands,
+    inline_commands,
+    prose,
+    script_of,
+    tables,
+)
 
 from lib import common
-from tools.count import METHOD, file_table, lines, python_files
+from tools.house import METHOD, file_table, lines, python_files
 
 MODULES = [
     file.removesuffix(".py").replace("/", ".")
@@ -139,16 +149,16 @@ def test_links_lead_somewhere():
     assert not broken
 
 
-def anchors_of(page: str) -> set[str]:
-    """What GitHub makes of headings: "## 1. A new order" -> "1-a-new-order"."""
-    headings = re.findall(r"^#+ (.*)$", page, re.M)
-    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
-
-
 def test_docs_are_reached():
     """Every page of docs/ is linked from README or from a page that is."""
     linked = set(re.findall(r"([\w-]+\.md)", "".join(PAGES.values())))
     assert set(PAGES) - {"README.md"} <= linked
+
+
+def test_pictures_are_shown():
+    """Every picture of assets/ is on a page."""
+    shown = set(re.findall(r"assets/([\w.]+)\)", "".join(PAGES.values())))
+    assert {path.name for path in (ROOT / "assets").iterdir()} <= shown
 
 
 # ---------------------------------------------------------------- numbers
@@ -157,7 +167,7 @@ def test_readme_has_the_reading_order():
     rows = re.findall(r"^\| (\d) \| `(\w+\.py)` \| (\d+) \|", README, re.M)
     assert [file for _, file, _ in rows] == [*METHOD, "generate.py"]
     for _, file, number in rows:
-        assert abs(int(number) - lines(file)) <= 15, f"{file}: run python -m tools.count --write"
+        assert abs(int(number) - lines(file)) <= 15, f"{file}: run python -m tools.house --write"
     total = re.search(r"The first eight are ([\d,]+) lines", README)[1]
     assert abs(int(total.replace(",", "")) - sum(map(lines, METHOD))) <= 40
 
@@ -168,9 +178,9 @@ def test_the_file_table_is_the_tree():
     said, true = (
         {f: (n, w) for f, n, w in row.findall(t)} for t in (PAGES["files.md"], file_table())
     )
-    assert said.keys() == true.keys(), "run python -m tools.count --write true"
+    assert said.keys() == true.keys(), "run python -m tools.house --write true"
     for file, (number, words) in said.items():
-        assert words == true[file][1], f"{file}: run python -m tools.count --write true"
+        assert words == true[file][1], f"{file}: run python -m tools.house --write true"
         assert abs(int(number) - int(true[file][0])) <= 15
 
 

@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 
 import pytest
 
-from tools.count import METHOD, ROOT, house, nested_comprehensions, python_files
+from tools.house import METHOD, ROOT, house, nested_comprehensions, python_files
 
 FILES = [file for file in python_files() if not file.startswith("tests/")]
 MODULES = {file.removesuffix(".py").replace("/", "."): file for file in FILES}

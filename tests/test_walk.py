@@ -91,11 +91,13 @@ def walk(tmp_path_factory) -> Walk:
     """One iteration of stage 2, both updates, from the first line of the loop to its end."""
     folder = tmp_path_factory.mktemp("walk")
     files = tiny_checkpoints(folder)
+    (folder / "prompts.txt").write_text("a red disc moves left over a green wave\n")
     config = train_dmd.Config(
         student=files["student"],
         teacher=files["teacher"],
         critic=files["teacher"],
         vae=files["vae"],
+        prompts=str(folder / "prompts.txt"),
         latent=(6, 4, 4),
         steps=1,
         batch=2,

@@ -1,4 +1,4 @@
-"""The picture on top of README is what it says: small, made by its script, backward, anchors vanish."""
+"""The picture on top of README: small, made by its script, backward, and its anchors vanish."""
 
 import imageio.v3 as iio
 import numpy as np

@@ -309,6 +309,18 @@ def backward(
     return Plan("backward", length, tuple(steps))
 
 
+def both_directions(
+    length: int = 21, block: int = 3, anchors: int = 3, head: int = 0
+) -> tuple[Plan, Plan]:
+    """The forward and the backward plan that train a student (paper App. B.1 and B.2).
+
+    head: size of the forward blocks and of the block of latent 0 (0: block). Without anchors,
+        backward blocks of the forward size could be taken for a beginning: a dummy comes first"""
+    head = head or block
+    dummy = not anchors and head == block
+    return forward(length, head), backward(length, block, anchors, head=head, dummy=dummy)
+
+
 def inbetween(length: int = 21, block: int = 3, anchors: int = 3, given: bool = False) -> Plan:
     """Head, then tail, then all of the gap as one block that sees both (paper A.2).
 

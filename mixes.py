@@ -11,22 +11,10 @@ sinks, and plans around given clips. A new order joins the training by a line in
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from anchors import EVERYTHING, Plan, View, backward, forward, with_given
+from anchors import EVERYTHING, Plan, View, backward, both_directions, forward, with_given
 from scenes import timeline
 
 Mix = tuple[tuple[float, tuple[Plan, ...]], ...]  # (share, the plans of one iteration)
-
-
-def both_directions(
-    length: int = 21, block: int = 3, anchors: int = 3, head: int = 0
-) -> tuple[Plan, Plan]:
-    """The forward and the backward plan that train a student (paper App. B.1 and B.2).
-
-    head: size of the forward blocks and of the block of latent 0 (0: block). Without anchors,
-        backward blocks of the forward size could be taken for a beginning: a dummy comes first"""
-    head = head or block
-    dummy = not anchors and head == block
-    return forward(length, head), backward(length, block, anchors, head=head, dummy=dummy)
 
 
 def paper_mix(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -> Mix:

@@ -130,7 +130,7 @@ def context(
     device = dit.patch_embedding.weight.device
     cache = KVCache(dit.config, 1, reads, h, w, dtype, device)
     x, pos = torch.randn(1, reads, dit.config.in_dim, h, w, device=device), torch.arange(reads)
-    clean = dit(x, torch.zeros(1, reads, device=device), kv, pos.to(device), need=0)
+    clean = dit(x, torch.zeros(1, reads, device=device), kv, pos.to(device), keys_only=True)
     cache.write(tuple(range(reads)), clean)
     return cache, tuple((i, i) for i in range(reads))
 
@@ -152,7 +152,7 @@ def parts(
         "text: keys and values, once a prompt": lambda: dit.text_kv(text),
         "cache: turn 18 latents' keys, once a block": lambda: cache.read(reads),
         "denoising step, 3 latents see 21": lambda: dit(x, t, kv, pos, past=past),
-        "commit pass": lambda: dit(x, 0 * t, kv, pos, past=past, need=0),
+        "commit pass": lambda: dit(x, 0 * t, kv, pos, past=past, keys_only=True),
         "VAE, 3 latents": lambda: vae.decode_chunk(x, state),
     }
     return {name: median_of(clock, runs, call) for name, call in calls.items()}

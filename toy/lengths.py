@@ -28,7 +28,6 @@ from lib import report
 from lib.common import UserError, run, start
 from lib.statistics import Stat, Values, joined
 from lib.world import numbers_of
-from mixes import both_directions
 from sampler import Recipe
 from scenes import timeline
 from toy import world
@@ -70,7 +69,7 @@ def plan_of(latents: int, direction: str, given: int, recipe: Recipe) -> Plan:
     """Make so many latents, forward after `given` ones or backward before them, as generate.py."""
     length, block = latents + given, recipe.block
     if not given and length <= HORIZON:
-        pair = both_directions(length, block, recipe.anchors, recipe.head)
+        pair = anchors.both_directions(length, block, recipe.anchors, recipe.head)
         return pair[direction == "backward"]
     window = 2 * block if length > HORIZON else None
     if not given:

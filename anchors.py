@@ -30,7 +30,7 @@ import torch
 
 from dit import Visible
 from lib.common import UserError, atomic, run
-from lib.media import draw_grid
+from lib.picture import draw_grid
 
 HORIZON = 21  # positions and latents the model has seen at once in training [paper Sec. 4.3]
 IMAGINED = (

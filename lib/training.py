@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
 from lib.common import UserError, atomic, read_pickle, stop_signals
-from lib.media import write_curves
+from lib.picture import write_curves
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

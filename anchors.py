@@ -335,13 +335,15 @@ def timeline(
     future_sink: bool = False,
     order: Sequence[int] = (),
     joined: bool = False,
+    split_gaps: bool = True,
 ) -> Plan:
     """Scenes (start, stop) first, in `order`, wherever they stand; then all that is missing: between, after, before them.
 
     A scene is forward, blind to the others, with its own prompt; if it does not begin the video, its first block has
     anchors and no past: that makes it the middle of a video. A gap sees 6 latents on either side and is one block if it
-    fits the horizon, else it first grows forward; it follows the prompt of the scene it leads to [ours]. After the last scene
-    come forward blocks, before the first backward blocks with anchors; window and sinks are theirs. joined: the first block
+    fits the horizon, else it first grows forward; it follows the prompt of the scene it leads to [ours]. split_gaps: the first
+    half of a gap of two blocks or more is made forward, sees only the scene before it and follows that one's prompt; the rest sees
+    both sides. Without it colours of both prompts mix in the gap [measured: 10 of 78 frames, 1 of 78 with it]. After the last scene come forward blocks, before the first backward blocks with anchors; window and sinks are theirs. joined: the first block
     of a later scene sees the end of the scene before it across the gap, if both fit the horizon (as in `inbetween`)."""
     edges = [i for scene in scenes for i in scene]
     if (
@@ -390,8 +392,14 @@ def timeline(
             else:
                 steps.append(_onward(b, range(start, b.start)[-(HORIZON - block) :], prompt=n))
     for n, ((_, at), (start, stop)) in enumerate(zip(scenes, scenes[1:]), 1):
-        while start - at > HORIZON - side:
-            steps.append(_onward(range(at, at + block), range(low, at)[-side:], prompt=n))
+        whole = start - at
+        alone = at  # up to here the gap sees only what lies before it
+        if split_gaps and not joined and whole >= 2 * block:
+            alone = at + max(whole // 2 // block, 1) * block
+        while at < alone or start - at > HORIZON - side:
+            seen = range(low, at)[-side:]
+            follows = n - 1 if at < alone else n
+            steps.append(_onward(range(at, at + block), seen, prompt=follows))
             at += block
         if gap := start - at:
             see = min((HORIZON - gap) // 2, side)
@@ -438,7 +446,11 @@ def timeline(
 
 
 def story(
-    scenes: Sequence[int] = (9, 9, 9), gap: int = 6, block: int = 3, anchors: int = 3
+    scenes: Sequence[int] = (9, 9, 9),
+    gap: int = 6,
+    block: int = 3,
+    anchors: int = 3,
+    split_gaps: bool = True,
 ) -> Plan:
     """Key scenes first, then the gaps between them, all of one size (`timeline`)."""
     if not scenes or gap < 1 or gap > HORIZON - 2 * block:
@@ -454,15 +466,21 @@ def story(
         [(at, at + n) for at, n in zip(starts, scenes)],
         block,
         anchors,
+        split_gaps=split_gaps,
     )
     return replace(plan, name="story")
 
 
 def transition(
-    first: int = 9, gap: int = 6, second: int = 9, block: int = 3, anchors: int = 3
+    first: int = 9,
+    gap: int = 6,
+    second: int = 9,
+    block: int = 3,
+    anchors: int = 3,
+    split_gaps: bool = True,
 ) -> Plan:
     """A story of two scenes."""
-    return replace(story((first, second), gap, block, anchors), name="transition")
+    return replace(story((first, second), gap, block, anchors, split_gaps), name="transition")
 
 
 def with_given(plan: Plan, latents: Sequence[int]) -> Plan:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lib.common import UserError
-from lib.media import VideoWriter, load_clip, read_frames, to_uint8, write_curves, write_sheet
+from lib.media import VideoWriter, load_clip, read_frames, to_uint8, write_sheet
+from lib.picture import write_curves
 
 
 def ramp(frames, height, width):
@@ -72,13 +73,13 @@ def test_writer_refuses_other_formats(tmp_path):
 
 
 def test_unreadable_clip_is_a_user_error(tmp_path):
-    """Absent, empty, garbage files, and pictures without colour, are the user's mistakes."""
-    import imageio.v3 as iio
-
-    iio.imwrite(tmp_path / "gray.png", np.zeros((32, 32), np.uint8))
+    """Absent, empty and garbage files, and folders, are the user's mistakes; grey pictures are none."""
+    iio.imwrite(tmp_path / "gray.png", np.full((32, 32), 7, np.uint8))
+    assert to_uint8(read_frames(tmp_path / "gray.png")[0]).tolist() == [[[[7] * 3] * 32] * 32]
+    (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "garbage.gif").write_bytes(bytes(range(256)))
-    for name in ("absent.mp4", "empty.mp4", "garbage.gif", "gray.png"):
+    for name in ("absent.mp4", "empty.mp4", "garbage.gif", "folder.mp4"):
         with pytest.raises(UserError, match=name):
             read_frames(tmp_path / name)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import anchors
 from anchors import Plan
 from dit import DiT, load_dit
-from film import load_models
+from generate import load_models
 from lib import report, text
 from lib.common import UserError, atomic, dtype_of, run, start
 from lib.media import VideoWriter, read_frames, write_sheet

@@ -16,6 +16,7 @@ batch, the device, the number of processes, or the order of generation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +27,20 @@ from kvcache import KVCache
 from lib.common import UserError, generator
 
 FPS = 16  # [Wan]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student was trained, and so how it is run."""
+
+    levels: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    first_levels: tuple[float, ...] = ()
+    shift: float = 5.0
+    block: int = 3
+    anchors: int = 3
+    head: int = 0
+    share_noise: str = "none"
+    plans: str = "paper"
 
 
 # ---------------------------------------------------------------- the flow schedule
@@ -116,6 +131,7 @@ def rollout(
     commit_anchors: bool = False,
     first: tuple[Sequence[float], int | None] | None = None,
     warm: int = 0,
+    share_noise: str = "all",
 ) -> Iterator[tuple[int, Tensor]]:
     """Generate block by block; yield (n, x0 [B, len(targets), C, h, w]) as step n of the plan is finished.
 
@@ -145,12 +161,12 @@ def rollout(
         if step.commits:
             x0 = mine
         else:
-            x, levels = noise(0, own), levels[: None if last is None else last + 1]
+            x, levels = noise(0, step.noise(share_noise, 0)), levels[: None if last is None else last + 1]
             start = warm if imagined.keys() == set(step.targets) else 0
             for k, sigma in enumerate(levels[start:], start):
                 t = torch.full(x.shape[:2], 1000 * sigma, device=device)
                 if k > start:
-                    x = (1 - sigma) * x0 + sigma * noise(k, own)
+                    x = (1 - sigma) * x0 + sigma * noise(k, step.noise(share_noise, k))
                 elif (
                     start
                 ):  # targets go on from what their neighbour imagined, their own anchors begin

@@ -8,7 +8,7 @@ from tiny import ROOT, rows
 
 import train_ode
 from evaluate import PLANS, held_out, make
-from film import load_models
+from generate import load_models
 from lib.text import HELD_OUT
 from metrics import flickering_ratio, measure, round_trip
 from toy import frames, world

@@ -11,7 +11,7 @@ from test_dit import inputs, run_wan, wan
 from tiny import command_line, distance, same, tiny_dit
 
 from dit import DiT, load_dit, save_dit
-from film import load_models
+from generate import load_models
 from lib import weights
 from lib.common import UserError
 from lib.weights import find, names_of_dit, read_dit, read_tensors, write_safetensors

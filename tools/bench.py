@@ -26,7 +26,7 @@ import train_dmd
 import train_ode
 from anchors import Plan
 from dit import PRESETS, DiT, DiTConfig
-from film import decode_in_order
+from generate import decode_in_order
 from kvcache import KVCache
 from lib.common import UserError, atomic, dtype_of, run, start
 from lib.cpu import linear

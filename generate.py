@@ -124,17 +124,15 @@ def make_blocks(
     the user's;  guidance: run it as a teacher instead, 48 steps a block;  negative: the teacher's
     unconditional prompt;  embeddings, weights: as `text.embed` takes them"""
     c, weight = dit.config, dit.patch_embedding.weight
-
-    def embed(words: str) -> Tensor:
-        return text.embed([words], c.text_dim, c.text_len, embeddings, weights).to(weight.device)
-
-    embedded = [embed(words) for words in prompts]  # (1, L, text_dim) each
+    if negative is None:
+        negative = "" if c.text_dim == text.TOY_DIM else text.NEGATIVE
+    words = [*prompts] if guidance is None else [*prompts, negative]
+    embedded = text.embed(words, c.text_dim, c.text_len, embeddings, weights).to(weight.device)
     noise = noise_seeded([(seed, 0, 0)], (c.in_dim, *size), weight.device)
     if guidance is not None:
-        if negative is None:
-            negative = "" if c.text_dim == text.TOY_DIM else text.NEGATIVE
         shift = (recipe or Recipe()).shift
-        for n, states in integrate(dit, plan, embedded[0], embed(negative), noise, guidance, shift):
+        made = integrate(dit, plan, embedded[:1], embedded[-1:], noise, guidance, shift)
+        for n, states in made:  # (1, 1, anchors + targets, C, h, w)
             yield n, states[:, -1, len(plan.steps[n].anchors) :]
         return
     recipe = recipe or recipe_of(dit)
@@ -144,7 +142,7 @@ def make_blocks(
     yield from rollout(
         dit,
         plan,
-        [dit.text_kv(e) for e in embedded],
+        [dit.text_kv(e[None]) for e in embedded],
         noise,
         sigmas,
         cache,
@@ -252,6 +250,8 @@ def check(config: Config) -> list[str]:
             raise UserError(f"--{name} {getattr(config, name)!r} must be {known}")
     if config.guidance is not None and config.denoising:
         raise UserError("--guidance runs a teacher, --denoising a student; leave out one of them")
+    if config.guidance is not None and len(config.prompt) > 1:
+        raise UserError(f"a teacher (--guidance) follows one prompt, got {len(config.prompt)}")
     if config.story and (config.prompt or config.switch or config.prompts):
         raise UserError(
             f"the prompts of --story {config.story} are in the file; leave out --prompt, --switch"
@@ -525,9 +525,10 @@ def main(config: Config) -> None:
     recipe, size = chosen_recipe(config, dit), size_of(config, dit, vae)
     if config.compile:
         dit.compile_blocks()
-    sources = [] if config.weights == "random" else [*weights_in(config.weights)]
-    sources += [Path(path).expanduser() for path in read if path != config.prompts]
-    job = Job(dit, vae, recipe, size, seed, {p.name: outputs.fingerprint(p) for p in sources})
+    used = [] if config.weights == "random" else [*weights_in(config.weights)]
+    sources = {path.name: outputs.fingerprint(path) for path in used}
+    sources |= {path: outputs.fingerprint(path) for path in read if path != config.prompts}
+    job = Job(dit, vae, recipe, size, seed, sources)
     with streams.sigterm_is_ctrl_c():
         for clip in clips:
             make_clip(clip, job)

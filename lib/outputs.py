@@ -56,7 +56,7 @@ def check_writable(folder: Path, flag: str, path: str) -> None:
 
 def fingerprint(path: str | Path) -> str:
     """The first 16 digits of a file's SHA-256, or of those of all weights in a folder."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]

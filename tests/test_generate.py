@@ -281,7 +281,7 @@ def test_help_says_which_way_it_goes(capsys):
     assert all(len(line.split("  [")[0].split(maxsplit=1)) == 2 for line in lines)
     where = {line.split()[0]: n for n, line in enumerate(lines)}
     assert "AFTER" in lines[where["--extend_after"]] and "BEFORE" in lines[where["--extend_before"]]
-    assert where["--exact"] < where["--out"] and "one for each part" in lines[where["--prompt"]]
+    assert "one per scene" in lines[where["--prompt"]] and "to the bit" in lines[where["--exact"]]
 
 
 # ---------------------------------------------------------------- decoding

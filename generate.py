@@ -19,8 +19,9 @@ are a teacher's, of 48 steps a block.
 
 import inspect
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ from lib.common import UserError, dtype_of, run, start
 from lib.media import FORMATS, VideoWriter, write_sheet
 from lib.pairs import integrate
 from lib.weights import config_from, find
-from sampler import FPS, Recipe, noise_seeded, rollout, student_sigmas
+from sampler import FPS, Noise, Recipe, noise_seeded, rollout, student_sigmas
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, load_vae
 
@@ -117,40 +118,65 @@ def make_blocks(
     embeddings: str = "",
     weights: str = "",
 ) -> Iterator[tuple[int, Tensor]]:
-    """Generate a plan: yield (n, latents [1, T, C, h, w]) as step n of the plan is finished.
+    """Generate a plan: (n, latents [1, T, C, h, w]) as step n of the plan is finished.
 
     prompts: one for each prompt of the plan;  size: h, w of the latents;  recipe: how the student
     is run, None: as it was trained;  given: latent -> [1, C, h, w] for those that the plan says are
     the user's;  guidance: run it as a teacher instead, 48 steps a block;  negative: the teacher's
     unconditional prompt;  embeddings, weights: as `text.embed` takes them"""
-    c, weight = dit.config, dit.patch_embedding.weight
+    c, device = dit.config, dit.patch_embedding.weight.device
     if negative is None:
         negative = "" if c.text_dim == text.TOY_DIM else text.NEGATIVE
     words = [*prompts] if guidance is None else [*prompts, negative]
-    embedded = text.embed(words, c.text_dim, c.text_len, embeddings, weights).to(weight.device)
-    noise = noise_seeded([(seed, 0, 0)], (c.in_dim, *size), weight.device)
+    embedded = text.embed(words, c.text_dim, c.text_len, embeddings, weights).to(device)
+    noise = noise_seeded([(seed, 0, 0)], (c.in_dim, *size), device)
     if guidance is not None:
         shift = (recipe or Recipe()).shift
-        made = integrate(dit, plan, embedded[:1], embedded[-1:], noise, guidance, shift)
-        for n, states in made:  # (1, 1, anchors + targets, C, h, w)
-            yield n, states[:, -1, len(plan.steps[n].anchors) :]
-        return
+        return teacher_blocks(dit, plan, embedded[:1], embedded[1:], noise, guidance, shift)
+    texts = [dit.text_kv(e[None]) for e in embedded]
+    return student_blocks(dit, plan, texts, noise, size, recipe, given, commit_anchors)
+
+
+@torch.no_grad()
+def student_blocks(
+    dit: DiT,
+    plan: Plan,
+    texts: Sequence,
+    noise: Noise,
+    size: tuple[int, int],
+    recipe: Recipe | None,
+    given: dict[int, Tensor] | None,
+    commit_anchors: bool,
+) -> Iterator[tuple[int, Tensor]]:
+    """A few steps a block, with the noise levels of the student's recipe."""
     recipe = recipe or recipe_of(dit)
-    sigmas = student_sigmas(recipe.levels, recipe.shift)
-    first = student_sigmas(recipe.first_levels or recipe.levels, recipe.shift)
-    cache = KVCache(c, 1, plan.capacity, *size, weight.dtype, weight.device)
+    weight = dit.patch_embedding.weight
     yield from rollout(
         dit,
         plan,
-        [dit.text_kv(e[None]) for e in embedded],
+        texts,
         noise,
-        sigmas,
-        cache,
+        student_sigmas(recipe.levels, recipe.shift),
+        KVCache(dit.config, 1, plan.capacity, *size, weight.dtype, weight.device),
         given,
         commit_anchors=commit_anchors,
-        first=(first, None),
+        first=(student_sigmas(recipe.first_levels or recipe.levels, recipe.shift), None),
         share_noise=recipe.share_noise,
     )
+
+
+def teacher_blocks(
+    dit: DiT,
+    plan: Plan,
+    prompt: Tensor,
+    negative: Tensor,
+    noise: Noise,
+    guidance: float,
+    shift: float,
+) -> Iterator[tuple[int, Tensor]]:
+    """Many steps a block: the teacher's ODE with guidance."""
+    for n, states in integrate(dit, plan, prompt, negative, noise, guidance, shift):
+        yield n, states[:, -1, len(plan.steps[n].anchors) :]  # the end point of the targets
 
 
 @torch.no_grad()
@@ -248,6 +274,9 @@ def check(config: Config) -> list[str]:
         if getattr(config, name) not in choices:
             known = " or ".join(filter(None, choices))
             raise UserError(f"--{name} {getattr(config, name)!r} must be {known}")
+    for name in ("window", "gap"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} {getattr(config, name)} must be at least 0")
     if config.guidance is not None and config.denoising:
         raise UserError("--guidance runs a teacher, --denoising a student; leave out one of them")
     if config.guidance is not None and len(config.prompt) > 1:
@@ -265,14 +294,7 @@ def check(config: Config) -> list[str]:
             ' "a red square moves left over a green wave"'
         )
     read = [path for path in (*files_of(config), config.prompts, config.embeddings) if path]
-    for path in read:
-        if not Path(path).expanduser().is_file():
-            raise UserError(f"{path} does not exist, or is a folder")
-    out = outputs.check_output(config.out, "--out", tuple(FORMATS), read)
-    if config.sheet:
-        outputs.check_output(config.sheet, "--sheet", (".png",), [*read, out])
-    if config.preview:
-        outputs.check_folder(config.preview, "--preview")
+    outputs.check_places(read, config.out, tuple(FORMATS), config.sheet, config.preview)
     return read
 
 
@@ -324,36 +346,43 @@ def size_of(config: Config, dit: DiT, vae: VAE) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------- which plan
-def length_of(config: Config, block: int) -> int:
-    """Latents of --frames or --seconds, in whole blocks; the first latent is one frame."""
-    if not config.frames:
+def length_of(config: Config, block: int, head: int) -> int:
+    """Latents of --frames or --seconds: those of the first block, and whole blocks."""
+    if config.frames:
+        latents = (config.frames + TIME - 1) / TIME  # the first latent is one frame
+    else:
         seconds = 5.0 if config.seconds is None else config.seconds
         seconds_to_latents(seconds, block)  # refuses what cannot be
-        return seconds_to_latents(seconds + (TIME - 1) / FPS, block)
-    unit = TIME * block  # frames of one block; a video of n blocks has n * unit - (TIME - 1) frames
-    if config.frames < 1 or (config.frames + TIME - 1) % unit:
-        below = max((config.frames + TIME - 1) // unit, 1) * unit - TIME + 1
+        latents = (seconds * FPS + TIME - 1) / TIME
+    blocks = max((latents - head) / block, 0)
+    if not config.frames:
+        return head + math.ceil(round(blocks, 6)) * block
+    if latents < head or blocks % 1:
+        below = TIME * (head + int(blocks) * block) - TIME + 1
         raise UserError(
             f"--frames {config.frames} is not 1 + {TIME}k frames in whole blocks of {block}"
-            f" latents; use {below} or {below + unit}"
+            f" latents; use {below} or {below + TIME * block}"
         )
-    return (config.frames + TIME - 1) // TIME
+    return int(latents)
 
 
 def make_plan(config: Config, recipe: Recipe) -> Plan:
     """The plan of --order, at the asked length: the function that anchors.ORDERS has under that
     name is called with what it takes. raises: UserError for lengths and options that do not fit"""
     if config.guidance is not None and not config.order:
-        return all_at_once(length_of(config, 1))
+        return all_at_once(length_of(config, 1, 1))
     if config.frames == 1:  # a picture
         recipe = replace(recipe, block=1, anchors=min(recipe.anchors, 1), head=0)
-    name = config.order or "forward"
-    block = recipe.head if name == "forward" and recipe.head else recipe.block
-    length = length_of(config, block)
+    name, block = config.order or "forward", recipe.block
+    head = recipe.head or block
+    if name != "backward":  # a head of its own belongs to backward plans
+        block = head = head if name == "forward" else block
+    length = length_of(config, block, head)
     options = {"length": length, "block": block, "anchors": recipe.anchors}
     options["split_gaps"] = len(config.prompt) > 1
     if name == "backward":
-        options |= {"head": recipe.head or block, "dummy": config.dummy}
+        as_trained = config.anchors is None and not recipe.anchors and head == block < length
+        options |= {"head": head, "dummy": config.dummy or as_trained}
     if config.gap:
         options["gap"] = config.gap
     if length > HORIZON or config.window:
@@ -410,25 +439,6 @@ class Job:
     sources: dict[str, str]  # files that were read -> their fingerprints
 
 
-def describe(config: Config, job: Job, plan: Plan, prompts: Sequence[str]) -> dict:
-    """All that a clip depends on: kept beside it, and compared before it is made again."""
-    left_out = ("prompts", "out", "sheet", "preview", "device", "compile", "seed", "weights")
-    names = [f.name for f in fields(Config) if f.name not in left_out]
-    return {
-        "prompt": list(prompts),
-        "seed": job.seed,
-        "plan": {
-            "order": plan.name,
-            "latents": plan.length,
-            "frames": job.vae.config.frames(plan.length),
-            "made": [list(step.targets) for step in plan.steps],
-        },
-        "recipe": None if config.guidance is not None else asdict(job.recipe),
-        "sources": job.sources,
-        "flags": {name: getattr(config, name) for name in names},
-    }
-
-
 def plan_clip(config: Config, job: Job, given: Given) -> tuple[Plan, Sequence[str]]:
     """What is made, and its prompts; the user's clips are read into `given`."""
     if asked(config):
@@ -438,9 +448,9 @@ def plan_clip(config: Config, job: Job, given: Given) -> tuple[Plan, Sequence[st
 
 
 def watched_blocks(
-    config: Config, job: Job, plan: Plan, prompts: Sequence[str], given: Given
+    config: Config, job: Job, plan: Plan, prompts: Sequence[str], given: Given, bar: tqdm
 ) -> Iterator[tuple[int, Tensor]]:
-    """The blocks of a plan, with a progress bar and previews; NaN ends them."""
+    """The blocks of a plan, counted and previewed; NaN ends them."""
     blocks = make_blocks(
         job.dit,
         plan,
@@ -455,8 +465,8 @@ def watched_blocks(
         config.embeddings,
         config.weights,
     )
-    blocks = tqdm(blocks, desc="blocks", total=len(plan.steps), unit="block")
     blocks = streams.only_finite(blocks, plan)
+    blocks = streams.counted(blocks, bar)
     if config.preview:
         blocks = streams.previewed(blocks, plan, job.vae, Path(config.preview).expanduser())
     return blocks
@@ -470,7 +480,8 @@ def make_clip(config: Config, job: Job) -> None:
     frames = vae.config.frames(plan.length)
     if out.suffix.lower() == ".png" and frames > 1:
         raise UserError(f"--out {config.out} is one picture, not {frames} frames; add --frames 1")
-    about = describe(config, job, plan, prompts)
+    recipe = None if config.guidance is not None else asdict(job.recipe)
+    about = outputs.describe(config, plan, frames, prompts, job.seed, recipe, job.sources)
     if config.prompts and outputs.is_made(out, about):
         print(f"{out} is there, made with the same settings: skipped")
         return
@@ -483,12 +494,13 @@ def make_clip(config: Config, job: Job) -> None:
     sheet = torch.linspace(0, frames - 1, min(16, frames)).round().int().tolist()
     seams = streams.Seams(given.frames, frames, config.exact, bool(config.loop), keep=sheet)
     waiting = {}
-    blocks = watched_blocks(config, job, plan, prompts, given)
-    pieces = decode_in_order(vae, plan, blocks, waiting=waiting)
-    pieces = seams.through(pieces)
-    pieces = streams.or_the_end(pieces, plan, vae, job.recipe.block, waiting)
     brief = {name: about[name] for name in ("prompt", "seed", "sources")} | {"plan": plan.name}
-    write_video(out, pieces, json.dumps(brief, ensure_ascii=False))
+    with tqdm(desc="blocks", total=len(plan.steps), unit="block") as bar:
+        blocks = watched_blocks(config, job, plan, prompts, given, bar)
+        pieces = decode_in_order(vae, plan, blocks, waiting=waiting)
+        pieces = seams.through(pieces)
+        pieces = streams.or_the_end(pieces, plan, vae, job.recipe.block, waiting)
+        write_video(out, pieces, json.dumps(brief, ensure_ascii=False))
 
     outputs.write_sidecar(out, about)
     print(f"wrote {out} and {outputs.sidecar(out).name}, which says how it was made")

@@ -7,6 +7,7 @@ import os
 import random
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from lib.common import UserError, atomic
@@ -32,6 +33,20 @@ def check_output(
             raise UserError(f"{flag} {path} is also read; choose another name for the result")
     check_writable(file.parent, flag, path)
     return file
+
+
+def check_places(
+    read: Sequence[str], out: str, suffixes: Sequence[str], sheet: str = "", preview: str = ""
+) -> None:
+    """Whether all that is read is there, and what is made of it has a place. raises: UserError"""
+    for path in read:
+        if not Path(path).expanduser().is_file():
+            raise UserError(f"{path} does not exist, or is a folder")
+    clip = check_output(out, "--out", suffixes, read)
+    if sheet:
+        check_output(sheet, "--sheet", (".png",), [*read, clip])
+    if preview:
+        check_folder(preview, "--preview")
 
 
 def check_folder(path: str, flag: str) -> Path:
@@ -63,6 +78,36 @@ def fingerprint(path: str | Path) -> str:
     kinds = (".safetensors", ".pt", ".pth", ".bin")
     parts = [fingerprint(p) for p in sorted(path.iterdir()) if p.suffix in kinds]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+NO_MATTER = ("prompts", "out", "sheet", "preview", "device", "compile", "seed", "weights")
+
+
+def describe(
+    config,
+    plan,
+    frames: int,
+    prompts: Sequence[str],
+    seed: int,
+    recipe: dict | None,
+    sources: dict[str, str],
+) -> dict:
+    """All that a clip depends on: kept beside it, and compared before it is made again.
+
+    sources: the files that were read -> their fingerprints;  recipe: None for a teacher"""
+    return {
+        "prompt": list(prompts),
+        "seed": seed,
+        "plan": {
+            "order": plan.name,
+            "latents": plan.length,
+            "frames": frames,
+            "made": [list(step.targets) for step in plan.steps],
+        },
+        "recipe": recipe,
+        "sources": sources,
+        "flags": {name: value for name, value in asdict(config).items() if name not in NO_MATTER},
+    }
 
 
 def sidecar(clip: Path) -> Path:

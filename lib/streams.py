@@ -34,6 +34,13 @@ def only_finite(blocks: Blocks, plan) -> Blocks:
         yield n, x0
 
 
+def counted(blocks: Blocks, bar) -> Blocks:
+    """Move a progress bar on."""
+    for block in blocks:
+        bar.update()
+        yield block
+
+
 def previewed(blocks: Blocks, plan, vae, folder: Path) -> Blocks:
     """Write each backward block, named by its first frame, once the block before it in time is
     made: that one serves as its past and is not shown itself."""
@@ -101,7 +108,7 @@ def shares(given: Iterable[int], frames: int, fade: int, is_loop: bool = False) 
     less and less, over `fade` frames or half of the clip. A picture that stands alone is shown
     whole.
 
-    frames 0 to 7 given, more to come, fade 2 -> 1 1 1 1 1 1 2/3 1/3"""
+    frames 0 to 7 given, more to come, fade 2 -> 1 1 1 1 1 1 1/2 0"""
     share = {f: 1.0 for f in given}
     for start in [f for f in share if f - 1 not in share]:
         stop = start
@@ -109,7 +116,7 @@ def shares(given: Iterable[int], frames: int, fade: int, is_loop: bool = False) 
             stop += 1
         n = min(fade, (stop - start) // 2)
         for i in range(n):
-            less = (i + 1) / (n + 1)
+            less = i / n  # at the seam itself a frame is decoded like its neighbour
             if start > 0 or is_loop:
                 share[start + i] = min(share[start + i], less)
             if stop < frames or is_loop:

@@ -240,7 +240,7 @@ def test_exact_false_decodes_everything(folder, tmp_path):
             extend_after=str(folder / "a.mkv"),
             out=str(tmp_path / "o.mkv"),
             exact=False,
-            **QUICK,
+            **QUICK | {"weights": WEIGHTS},
         )
     )
     video, original = read_frames(tmp_path / "o.mkv")[:, :, :HEAD], clip(folder, "a", HEAD, True)
@@ -261,7 +261,9 @@ def test_odd_media_are_used(folder, tmp_path, capsys):
     )
     pair = str(tmp_path / "vfr.mkv"), str(folder / "b.mkv")
     generate.main(
-        generate.Config(prompt=(A,), between=pair, fit="pad", out=str(tmp_path / "o.mkv"), **QUICK)
+        generate.Config(
+            prompt=(A,), between=pair, fit="pad", exact=True, out=str(tmp_path / "o.mkv"), **QUICK
+        )
     )
     printed = capsys.readouterr().out
     assert (
@@ -478,7 +480,6 @@ def test_prompts_switch_with_the_blocks():
         (["a", "b"], [0.0], "rising"),
         (["a", "b"], [9.0], "prompt 2 is never followed"),
         (["a", "b", "c"], [1.0, 1.1], "prompt 2 is never followed"),
-        (["a", " "], [1.0], "empty"),
     ):
         with pytest.raises(UserError, match=says):
             clips.prompted(anchors.forward(21), prompts, seconds)
@@ -615,7 +616,7 @@ def test_your_frames_fade_into_decoded_ones_at_seams():
     frames, made = 40, torch.linspace(-0.5, 0.5, 40).view(1, 1, 40, 1, 1).expand(1, 3, 40, 8, 8)
     for mine in (range(0, 20), range(20, 40), range(12, 30)):
         given = {f: made[0, :, f] + 0.2 for f in mine}
-        for exact, most in ((True, None), (None, 1.3), (False, 1.01)):
+        for exact, most in ((True, None), (None, 1.01), (False, 1.01)):
             seams = streams.Seams(given, frames, exact)
             pieces = [part.clone() for part in made.split(7, dim=2)]
             video = torch.cat(list(seams.through(pieces)), dim=2)
@@ -627,16 +628,16 @@ def test_your_frames_fade_into_decoded_ones_at_seams():
             whole = [f for f in whole if abs(mine.stop - 1 - f) >= 8 or mine.stop == frames]
             if exact is not False:
                 assert whole and all(torch.equal(video[0, :, f], given[f]) for f in whole)
-            assert not seams.views or exact is True or video.diff(dim=2).abs().max() < 0.06
+            assert not seams.views or exact is True or video.diff(dim=2).abs().max() < 0.055
 
 
 def test_shares_by_hand():
     """As in the docstring; short clips fade over half of them, lone pictures not at all, a loop at
     both ends."""
-    assert list(streams.shares(range(8), 12, 2).values()) == [1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3]
-    assert streams.shares([4, 5, 6], 12, 8) == {4: 0.5, 5: 1, 6: 0.5}
+    assert list(streams.shares(range(8), 12, 2).values()) == [1, 1, 1, 1, 1, 1, 0.5, 0]
+    assert streams.shares([4, 5, 6], 12, 8) == {4: 0, 5: 1, 6: 0}
     assert streams.shares([0, 7], 12, 8) == {0: 1, 7: 1}
-    assert streams.shares(range(4), 9, 8, True) == {0: 1 / 3, 1: 2 / 3, 2: 2 / 3, 3: 1 / 3}
+    assert streams.shares(range(4), 9, 8, True) == {0: 0, 1: 0.5, 2: 0.5, 3: 0}
     assert streams.seams(range(4), 9) == [4] and streams.seams(range(4), 9, True) == [4, 0]
 
 
@@ -777,7 +778,7 @@ def test_names_of_pictures_may_have_commas():
     """A comma ends a keyframe only where the next frame number follows."""
     assert read_keyframes("0:a, b.png,40: c.png") == [(0, "a, b.png"), (40, "c.png")]
     with pytest.raises(UserError, match="must be frame:picture"):
-        read_keyframes("0:a.png,:b.png,x")
+        read_keyframes("a.png,0:b.png")
 
 
 # ---------------------------------------------------------------- mistakes

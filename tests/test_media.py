@@ -268,7 +268,7 @@ def test_damaged_clips_end_where_the_damage_is(tmp_path):
     assert "damaged" not in load_clip(tmp_path / "b.mp4", (48, 64), frames=9)[1]
 
 
-# ---------------------------------------------------------------- what a file says about its picture
+# ---------------------------------------------------------------- what a file says of itself
 def grey(values):
     """[H, W] -> the picture's levels as read."""
     return np.tile(np.asarray(values), (48, 1))
@@ -357,7 +357,8 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path):
     """A disc stays a disc, whichever side its pixels are stretched to."""
     for name, width, height, ratio in (("a.mp4", 32, 64, "2/1"), ("b.mp4", 64, 32, "1/2")):
         disc = f"hypot((X-{width // 2})*{64 // width},(Y-{height // 2})*{64 // height})"
-        drawn = f"color=black:s={width}x{height}:r=16:d=1,geq=lum='if(lt({disc},20),255,0)':cb=128:cr=128"
+        drawn = f"color=black:s={width}x{height}:r=16:d=1"
+        drawn += f",geq=lum='if(lt({disc},20),255,0)':cb=128:cr=128"
         ffmpeg(
             "-f", "lavfi", "-i", f"{drawn},setsar={ratio}", "-pix_fmt", "yuv420p", tmp_path / name
         )

@@ -31,7 +31,7 @@ lint: .venv/dev
 
 DEMO := out/demo
 TORCHRUN := .venv/bin/torchrun --standalone --nproc_per_node=1
-CLIP := $(RUN) film.py --prompt "a red square moves left over a green wave"
+CLIP := $(RUN) generate.py --prompt "a red square moves left over a green wave"
 
 demo: export OMP_NUM_THREADS = 2
 demo: .venv/run

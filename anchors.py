@@ -415,7 +415,7 @@ def switch(plan: Plan, starts: Sequence[int]) -> Plan:
 
 
 # Registered here, an order is known to generate, evaluate and the pictures: order(length, block,
-# anchors) or fewer of these, and options of its own. (scenes.py adds stories.)
+# anchors) or fewer of these, and options of its own. (plans.py adds stories.)
 ORDERS: dict[str, Callable[..., Plan]] = {
     "forward": forward,
     "backward": backward,

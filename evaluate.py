@@ -31,13 +31,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import anchors
-import scenes  # noqa: F401  (registers its orders)
 from anchors import HORIZON, Plan, View
 from dit import DiT, load_dit
-from film import frame_size, load_models
+from generate import frame_size, load_models
 from lib import report, text
+from lib.changes import STATIC, frame_changes, temporal_flickering
 from lib.common import UserError, dtype_of, run, start
-from lib.media import STATIC, VIDEOS, frame_changes, read_frames, temporal_flickering
+from lib.media import VIDEOS, read_frames
 from lib.statistics import Stat, Values, frechet, joined, largest, over_files, stat
 from lib.world import OTHER, World, find_world, numbers_of
 from sampler import Recipe, gather, generate, noise_seeded, teacher_blocks

@@ -68,7 +68,7 @@ class Recipe:
     anchors: int = 3  # [paper]
     head: int = 0  # size of the block of latent 0 if not `block`
     share_noise: str = "none"
-    plans: str = "paper"  # the mix it was trained on (mixes.py)
+    plans: str = "paper"  # the mix it was trained on (plans.py)
 
     @classmethod
     def read(cls, values: dict | None) -> "Recipe | None":
@@ -312,7 +312,7 @@ def clean_pass(
 
 
 # ---------------------------------------------------------------- whole videos
-def blocks(
+def student_blocks(
     dit: DiT,
     plan: Plan,
     texts: Sequence[Text],
@@ -335,8 +335,8 @@ def blocks(
 def generate(dit: DiT, plan: Plan, texts: Sequence[Text], noise: Noise, **options) -> Tensor:
     """Run a whole rollout: latents [B, plan.length, C, h, w] in time, anchors and dummies dropped.
 
-    options: as for `blocks`"""
-    return gather(plan, blocks(dit, plan, texts, noise, **options))
+    options: as for `student_blocks`"""
+    return gather(plan, student_blocks(dit, plan, texts, noise, **options))
 
 
 def teacher_blocks(

@@ -50,7 +50,7 @@ from lib.training import (
     training_steps,
 )
 from lib.weights import read_dit, write_safetensors
-from mixes import Mix, draw, rows_of, without_given
+from plans import Mix, draw, rows_of, without_given
 from sampler import cfg_velocity, noise_from, shift_sigma
 from train_ode import mix_of, network, recipe_of
 from vae import load_vae
@@ -70,7 +70,7 @@ class Config:
     clips: str = ""  # folder of real clips' latents (tools/encode.py), for plans around given clips
     out: str = "out/dmd"  # folder of student.safetensors, log.jsonl, curves.png, sheets, state.pt
     latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
-    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (mixes.py) [ours]
+    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (plans.py) [ours]
     steps: int = 500  # iterations: critic updates [paper: 600]
     ratio: int = 5  # critic updates a student update [paper]
     batch: int = 8  # samples an update and plan, over all processes [paper: 64]

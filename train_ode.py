@@ -55,7 +55,7 @@ from lib.training import (
     training_steps,
 )
 from lib.weights import write_safetensors
-from mixes import MIXES, Mix, draw
+from plans import MIXES, Mix, draw
 from sampler import Recipe, many_steps, noise_from, student_sigmas
 
 
@@ -75,7 +75,7 @@ class Config:
     pairs: int = 1024  # how many pairs [paper: 16000]
     shard: int = 32  # pairs a file, all of one entry of the mix
     latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
-    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (mixes.py) [ours]
+    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (plans.py) [ours]
     guidance: float = 2.0  # conventional: uncond + w (cond - uncond) [paper: 3]
     negative: str = ""  # prompt of the unconditional pass
     denoising: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # noise levels, unshifted [paper]

@@ -105,7 +105,7 @@ def pairs_where(
 
 
 def pair_noise(config, channels: int, number: int, rows: int) -> Tensor:
-    """The noise [rows, C, h, w] from which pair `number` starts (`mixes.rows_of`)."""
+    """The noise [rows, C, h, w] from which pair `number` starts (`plans.rows_of`)."""
     g = generator(config.seed, Stream.PAIR, number)
     return torch.randn(rows, channels, *config.latent[1:], generator=g)
 

@@ -38,7 +38,7 @@ from lib.common import (
     say,
     stop_signals,
 )
-from lib.media import write_curves
+from lib.picture import write_curves
 from lib.states import EMA, Trained, load_state, save_state
 
 RANGES = {  # of the flags that trainings share; 0 is "off" for those that may be 0 and count

@@ -284,12 +284,21 @@ def test_transition_and_story_structure():
     )
     assert [len(step.anchors) for step in scenes] == [0, 3, 0, 3, 0, 0]
     assert [(s.targets, s.prompt) for s in gaps] == [
-        (tuple(range(3, 9)), 1),
-        (tuple(range(15, 21)), 2),
+        ((3, 4, 5), 0),  # the first half goes on from the scene before, blind to the next one
+        ((6, 7, 8), 1),
+        ((15, 16, 17), 1),
+        ((18, 19, 20), 2),
     ]
     assert [sorted(i for i, _ in s.reads) for s in gaps] == [
-        [0, 1, 2, *range(9, 15)],
-        [*range(9, 15), *range(21, 27)],
+        [0, 1, 2],
+        [*range(0, 6), *range(9, 15)],
+        [*range(9, 15)],
+        [*range(12, 18), *range(21, 27)],
+    ]
+    whole = anchors.story((3, 6, 9), gap=6, split_gaps=False).steps[6:]
+    assert [(s.targets, s.prompt) for s in whole] == [
+        (tuple(range(3, 9)), 1),
+        (tuple(range(15, 21)), 2),
     ]
     assert anchors.transition(9, 6, 12).steps == anchors.story((9, 12), 6).steps
 

@@ -4,13 +4,13 @@ import hashlib
 
 import pytest
 import torch
+from metrics import flickering_ratio, measure, round_trip
 from tiny import ROOT, rows
 
 import train_ode
 from evaluate import PLANS, held_out, make
-from film import load_models
+from generate import load_models
 from lib.text import HELD_OUT
-from metrics import flickering_ratio, measure, round_trip
 from toy import frames, world
 from toy.train_vae import clips
 

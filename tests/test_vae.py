@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchors
-from film import decode_in_order
+from generate import decode_in_order
 from lib.common import UserError, generator
 from lib.media import VideoWriter, read_frames
 from lib.weights import write_safetensors

@@ -18,7 +18,7 @@ from tiny import command_line, distance, randn, same, tiny_dit
 
 import anchors
 from dit import PRESETS, DiT, load_dit, save_dit
-from film import load_models
+from generate import load_models
 from lib import lora, weights
 from lib.common import UserError
 from lib.foreign import refuse_names

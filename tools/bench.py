@@ -24,7 +24,7 @@ import anchors
 import train_dmd
 from anchors import Plan, both_directions
 from dit import PRESETS, DiT, DiTConfig
-from film import decode_in_order
+from generate import decode_in_order
 from kvcache import KVCache
 from lib.common import UserError, atomic, dtype_of, run, start
 from lib.cpu import linear

@@ -18,7 +18,7 @@ import torch
 
 import anchors
 from anchors import COLOURS, Plan, Step
-from film import load_models
+from generate import load_models
 from lib import text
 from lib.common import UserError, atomic, run
 from lib.media import to_uint8, write_text

@@ -6,9 +6,7 @@ weights: speed does not depend on them. Not a test (a busy machine would make it
     python -m tools.speed
 """
 
-import contextlib
 import copy
-import io
 import re
 import tempfile
 import time
@@ -25,7 +23,7 @@ import anchors
 import vae as vae_module
 from anchors import Plan, layout
 from dit import PRESETS, DiT, DiTConfig
-from film import Settings, film, load_models
+from generate import decode_in_order, load_models, make_blocks, write_video
 from lib import cpu
 from sampler import generate, noise_from, student_sigmas
 from tools.bench import Clock, matmul_rate, medians, processor
@@ -56,9 +54,9 @@ def longer(way: str) -> None:
         for length in (42, 42, 402):  # the first turn warms up
             Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
             start = time.perf_counter()
-            config = Settings(("a red disc moves up over a blue wave",), out=f"{folder}/clip.mp4")
-            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
-                film(config, anchors.long(length, way), config.prompt, dit, vae, (32, 32))
+            plan = anchors.long(length, way)
+            blocks = make_blocks(dit, plan, ["a red disc moves up over a blue wave"], (4, 4))
+            write_video(f"{folder}/clip.mp4", decode_in_order(vae, plan, blocks))
             times.append(time.perf_counter() - start)
             peaks.append(
                 int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20

@@ -16,10 +16,10 @@ from torch import Tensor
 import anchors
 from dit import DiT, load_dit
 from evaluate import Maker, features, measure, measure_words, summary
-from film import load_models
+from generate import load_models
 from lib import report
+from lib.changes import seam, temporal_flickering
 from lib.common import UserError, run, start
-from lib.media import seam, temporal_flickering
 from lib.statistics import Stat
 from lib.text import embed
 from lib.world import OTHER, numbers_of

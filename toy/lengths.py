@@ -23,13 +23,13 @@ import anchors
 from anchors import EVERYTHING, HORIZON, Plan, View
 from dit import load_dit
 from evaluate import BATCH, Maker, made, measure, measure_words, recipe_of, summary
-from film import frame_size, load_models
+from generate import frame_size, load_models
 from lib import report
 from lib.common import UserError, run, start
 from lib.statistics import Stat, Values, joined
 from lib.world import numbers_of
+from plans import timeline
 from sampler import Recipe
-from scenes import timeline
 from toy import world
 from vae import VAE
 

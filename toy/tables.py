@@ -20,8 +20,8 @@ from anchors import HORIZON, Plan
 from dit import load_dit
 from evaluate import Maker, drift, measure_made, measure_true, measure_words, summary
 from lib import report
+from lib.changes import temporal_flickering
 from lib.common import UserError, run, start
-from lib.media import temporal_flickering
 from lib.statistics import Stat, Values, joined, over_runs
 from lib.world import OTHER, numbers_of
 from toy import inbetween, world

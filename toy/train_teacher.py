@@ -32,7 +32,7 @@ from lib.training import (
     sync_gradients,
     training_steps,
 )
-from mixes import draw, prefix_mix
+from plans import draw, prefix_mix
 from sampler import gather, noise_from, shift_sigma, teacher_blocks
 from tools import encode as latents
 from toy import world

@@ -28,7 +28,7 @@ from lib.clips import Clips
 from lib.common import Stream, generator, run, start
 from lib.media import write_sheet
 from lib.text import HELD_OUT, Prompts
-from mixes import Mix
+from plans import Mix
 from sampler import gather, noise_seeded, shift_sigma, teacher_blocks
 from train_ode import fit, mean_over, mix_of, network, per_slot, prepared_layouts, scored_slots
 from vae import load_vae
@@ -47,7 +47,7 @@ class Config:
     guidance: float = 2.0  # of these samples
     out: str = "out/ar"  # folder of teacher.safetensors, its sheet, log.jsonl and the resume state
     latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
-    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (mixes.py) [ours]
+    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (plans.py) [ours]
     shift: float = 3.0  # of the training times [ours; Causal Forcing: 5]
     dropout: float = 0.1  # share of prompts replaced by the empty one [Causal Forcing: 0]
     loss_on_anchors: bool = True  # and on dummies: the teacher's ODE moves them, too

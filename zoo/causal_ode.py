@@ -37,7 +37,7 @@ from lib.pairs import (
     wrong_states,
 )
 from lib.text import Prompts
-from mixes import Mix, draw, rows_of
+from plans import Mix, draw, rows_of
 from sampler import Noise, cache_for, clean_pass, many_steps, noise_from, rollout
 from train_ode import mix_of, train
 

@@ -564,12 +564,12 @@ def understood(config: dict, path: object) -> dict:
                 f"{path}: the config's {name} is {values[name]!r}; only Wan2.1's text-to-video"
                 f" transformer is supported, where it is {allowed[0]!r}"
             )
-    values = {k: v for k, v in values.items() if k not in FIXED}
+    values = {k: v for k, v in values.items() if k not in FIXED and (k == OURS or k[:1] != "_")}
     if "num_attention_heads" in values:
         values = from_diffusers(values, path)
     elif "dim" not in values:
         return {}  # of another network: Wan2.1_VAE.pth lies beside the transformer's config
-    strange = sorted(k for k in values if k not in FIELDS and k[0] != "_")
+    strange = sorted(values.keys() - set(FIELDS))
     if strange and "_class_name" in config:  # in a config of ours it would be a mistake
         shown = ", ".join(f"{k}={values.pop(k)!r}" for k in strange)
         print(f"note: {path}: fields of its config that mean nothing here: {shown}")

@@ -60,7 +60,7 @@ def test_product_equals_torchs(layout, monkeypatch):
     monkeypatch.setattr("lib.cpu.SMALL", 0)
     real, taken = cpu._product, []
     monkeypatch.setattr(
-        "cpu._product", lambda x, *more: (taken.append(x.flatten(0, -2)), real(x, *more))[1]
+        "lib.cpu._product", lambda x, *more: (taken.append(x.flatten(0, -2)), real(x, *more))[1]
     )
     results = []
     for dtype, call in ((torch.float64, F.linear), (torch.float32, linear)):

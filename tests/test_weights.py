@@ -158,10 +158,10 @@ def test_what_is_not_whole_is_not_exported(tmp_path, monkeypatch, capsys):
     and no file."""
     save_dit(tiny_dit(), tmp_path / "good.safetensors")
     state, config = read_tensors(tmp_path / "good.safetensors")
-    image = {"blocks.0.cross_attn.k_img.weight": torch.zeros(2)}
+    extra = {"blocks.0.extra": torch.zeros(2)}
     write_safetensors(
         tmp_path / "cut.safetensors",
-        {k: v for k, v in state.items() if k != "blocks.1.norm3.bias"} | image,
+        {k: v for k, v in state.items() if k != "blocks.1.norm3.bias"} | extra,
         config,
     )
     before = sorted(tmp_path.rglob("*"))
@@ -170,7 +170,7 @@ def test_what_is_not_whole_is_not_exported(tmp_path, monkeypatch, capsys):
             "cut",
             "native",
             "x.safetensors",
-            "missing 1 (blocks.1.norm3.bias); unexpected 1 (blocks.0.cross_attn.k_img.weight)",
+            "missing 1 (blocks.1.norm3.bias); unexpected 1 (blocks.0.extra)",
         ),
         ("good", "native", "x.pt", "x.pt must be a file that ends in .safetensors"),
         ("good", "self-forcing", "folder", "folder must be a file that ends in .pt"),
@@ -334,11 +334,11 @@ FOREIGN = {  # what is put into a whole student -> what is said
     "blocks.0.ffn.0.scale_weight": "is fp8 weights with a scale",
     "blocks.0.ffn.0.comfy_quant": "is fp8 weights with a scale",
     "blocks.0.ffn.0.weight_scale": "is fp8 weights with a scale",
-    "blocks.0.ffn.0.qweight": "quantised",
+    "blocks.0.ffn.0.qweight": "is quantised weights",
     "vace_blocks.0.before_proj.weight": "is VACE.*Wan2.1-T2V",
-    "blocks.0.cross_attn.k_img.weight": "image-to-video.*Wan2.1-T2V",
-    "img_emb.proj.0.weight": "image-to-video",
-    "control_adapter.conv.weight": "steered",
+    "blocks.0.cross_attn.k_img.weight": "is an image-to-video.*Wan2.1-T2V",
+    "img_emb.proj.0.weight": "is an image-to-video",
+    "control_adapter.conv.weight": "is a transformer that is steered",
 }
 
 

@@ -2,7 +2,7 @@
 
 The idea: a caption such as "a red disc moves left over a blue wave" and an integer seed fix a clip
 completely. One bright sprite crosses the frame and wraps round (so its direction holds at every
-moment), now faster, now slower, turning, and drifting between the other two walls. Behind it a small
+moment), now faster, now slower, turning, drifting between the other two walls. Behind it a small
 pale ball bounces, and behind that a dark wave of the ground colour pans. Colour words name sprite
 and ground alike, so word order matters. No word names the ball's tint or the waves: what a clip
 began with must be kept (`identity`). One caption in eight is held out, by a hash of its words: no
@@ -93,7 +93,7 @@ def random_captions(
 
 
 def caption(number: int) -> str:
-    """The caption of clip `number`: one that training never sees from HELD_OUT to KNOWN, else a known one."""
+    """The caption of a clip: one held out from HELD_OUT to KNOWN, else one training sees."""
     part = "new" if HELD_OUT <= number < KNOWN else "known"
     return random_captions(1, generator(number, Stream.CAPTION), part)[0]
 
@@ -215,7 +215,7 @@ def _turned(dx: Tensor, dy: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cover(shape: str, u: Tensor, v: Tensor, size: int, blur: float = 1.0) -> Tensor:
-    """How much of each pixel a shape covers, 0..1: the distance from its edge, `blur` pixels soft."""
+    """How much of each pixel a shape covers, 0..1: its edge is `blur` pixels soft."""
     if shape == "square":
         distance = torch.maximum(u.abs(), v.abs()) - 5.3
     elif shape == "triangle":
@@ -243,7 +243,7 @@ def _descriptor(cover: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 @functools.lru_cache
 def _references(size: int) -> Tensor:
-    """Mean descriptor over angles and places of each shape, by blur: [blurs * shapes, 2 * radii]."""
+    """Mean descriptors over angles and places: [blurs * shapes, 2 * radii]."""
     x, y = UNITS / 2 + torch.rand(2, 1, 64, generator=torch.Generator().manual_seed(0))
     u, v = _turned(*_offsets(x, y, size), torch.linspace(0, math.pi / 2, 64)[None])
     drawn = [_cover(shape, u, v, size, blur * size / UNITS) for blur in BLURS for shape in SHAPES]
@@ -283,7 +283,7 @@ def measure(video: Tensor) -> list[dict[str, str]]:
     velocity = velocity / seen.sum(1, keepdim=True).clamp_min(1e-6)
     progress, direction = (velocity @ torch.tensor(list(HEADINGS.values())).float().T).max(1)
 
-    # Shape: where pixels lie from ground to sprite colour, grey removed; linear: noise averages out.
+    # Shape: where pixels lie from ground to sprite colour, grey removed (linear: noise averages).
     sprite_rgb = _palette(COLOURS).flatten(1)[colour]
     pixels, near, far = (
         c - c.mean(1, keepdim=True) for c in (few.flatten(2), ground_rgb, sprite_rgb)
@@ -330,8 +330,9 @@ def accuracy(video: Tensor, captions: list[str]) -> dict[str, float]:
 # ---------------------------------------------------------------- what no word says
 @torch.no_grad()
 def identity(video: Tensor) -> dict[str, Tensor]:
-    """What a clip keeps though no word says it, from pixels [B, 3, F, H, W] in [-1, 1]; NaN: unseen.
+    """What a clip keeps though no word says it, from pixels [B, 3, F, H, W] in [-1, 1].
 
+    NaN where it is not to be seen.
     ball: [B, 2], its tint, as the cosine and sine of its hue times its strength
     ground: [B, 2], the pan of its waves (x, y), pixels a frame at 32 px
     Two pieces of one clip have nearly the same numbers, two clips do not. (The way the waves face

@@ -1,4 +1,5 @@
-"""The report in a browser: videos decode and play, nothing is logged, the A/B test counts and exports. Needs Chromium."""
+"""The report in a browser: videos decode and play, nothing is logged, the A/B test counts and
+exports. Needs Chromium."""
 
 import json
 import shutil
@@ -20,7 +21,10 @@ needs_chromium = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
     reason="needs chromium and chromedriver",
 )
-PLAYS = "const v=document.querySelector(arguments[0]); v.scrollIntoView(); return [v.readyState, v.videoWidth, v.currentTime]"
+PLAYS = (
+    "const v = document.querySelector(arguments[0]); v.scrollIntoView(); "
+    "return [v.readyState, v.videoWidth, v.currentTime]"
+)
 
 
 @pytest.fixture
@@ -71,7 +75,8 @@ def wait(condition, seconds=20):
 @needs_chromium
 @pytest.mark.parametrize("width", [390, 1280])
 def test_clips_play_and_nothing_overflows(width, clips, browser):
-    """On a phone and a laptop: each video decodes at its size and moves on; only wide tables scroll; the console is silent."""
+    """On a phone and a laptop: each video decodes at its size and moves on; only wide tables
+    scroll; the console is silent."""
     rows = {"forward": {f"column {n}": 1.0 for n in range(12)}}
     report.write_page(
         clips / "index.html",
@@ -104,7 +109,8 @@ def test_clips_play_and_nothing_overflows(width, clips, browser):
 
 @needs_chromium
 def test_choices_are_counted_and_exported(clips, browser):
-    """A viewer who always picks the clip named a: preference 1; the FR agrees with one of the two picks. The file says so too."""
+    """A viewer who always picks the clip named a: preference 1; the FR agrees with one of the two
+    picks. The file says so too."""
     pairs = [
         {"a": "0.mp4", "b": "1.mp4", "fr_a": 1.0, "fr_b": 1.4},
         {"a": "2.mp4", "b": "3.mp4", "fr_a": 1.3, "fr_b": 1.1},
@@ -172,8 +178,8 @@ def test_markdown_and_table_hold_every_cell():
 # ---------------------------------------------------------------- a student's page
 @pytest.mark.parametrize("without", [True, False])
 def test_student_is_shown(without, tmp_path, monkeypatch, capsys):
-    """Every clip, plan and pair that the pages name is there; the A/B test is with against without anchors if it can be, and says
-    what it compares."""
+    """Every clip, plan and pair that the pages name is there; the A/B test is with against without
+    anchors if it can be, and says what it compares."""
     folder, out = tmp_path / "weights", tmp_path / "r"
     save_dit(tiny_dit(1, **WORDED), folder / "student.safetensors")
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """The toy world's tables: students are trained by commands that exist, each row is what its seeds
-give, and the measures of lengths, of the middle of a clip and of a wrong past see what they should."""
+give, and the measures of lengths, of the middle of a clip and of a wrong past see what they
+should."""
 
 import importlib
 import json
@@ -56,7 +57,8 @@ def config_of(number: int, weights: Path, runs: Path, **changes) -> tables.Confi
 # ---------------------------------------------------------------- tables
 @pytest.mark.parametrize("number", [2, 3, 6])
 def test_table_has_its_rows_and_averages_over_seeds(number, runs, weights, monkeypatch):
-    """Each row: the paper's number, and the mean of what each seed alone gives, with both errors."""
+    """Each row: the paper's number, and the mean of what each seed alone gives, with both
+    errors."""
     monkeypatch.setitem(tables.TABLES, 2, tables.TABLES[2][1:3])
     long = tables.Row("long", "exp7", anchors.long(24, "backward"))
     monkeypatch.setitem(tables.TABLES, 3, (long,))
@@ -88,7 +90,8 @@ def test_a_table_has_the_columns_it_promises(runs, weights, monkeypatch):
 
 
 def test_every_seed_has_clips_and_noise_of_its_own(runs, weights, monkeypatch):
-    """The same student under two training seeds does not give the same numbers: the error over seeds is not of weights alone."""
+    """The same student under two training seeds does not give the same numbers: the error over
+    seeds is not of weights alone."""
     monkeypatch.setitem(tables.TABLES, 6, tables.TABLES[6][:1])
     first, second = (students.folder(str(runs), "exp10", s) / "student.safetensors" for s in (0, 1))
     second.write_bytes(first.read_bytes())
@@ -98,7 +101,8 @@ def test_every_seed_has_clips_and_noise_of_its_own(runs, weights, monkeypatch):
 
 
 def test_students_are_sampled_by_each_noise_rule(runs, weights):
-    """Three rows for a plan with anchors, one for a plan without; the rules differ, "none" is the default."""
+    """Three rows for a plan with anchors, one for a plan without; the rules differ, "none" is the
+    default."""
     rules = ("none", "start", "all")
     config = config_of(1, weights, runs, seeds=(0,), share_noise=rules)
     plain = tables.table(config_of(1, weights, runs, seeds=(0,)), CPU)
@@ -111,7 +115,8 @@ def test_students_are_sampled_by_each_noise_rule(runs, weights):
 
 
 def test_table_uses_the_student_of_its_direction(runs, weights, monkeypatch):
-    """Separate students: the forward row is made by forward.safetensors, the backward row by the other."""
+    """Separate students: the forward row is made by forward.safetensors, the backward row by the
+    other."""
     monkeypatch.setitem(tables.TABLES, 2, tables.TABLES[2][::3])  # separate forward and backward
     config = config_of(2, weights, runs, seeds=(0,))
     before = tables.table(config, CPU)
@@ -129,7 +134,8 @@ def test_missing_students_come_with_their_command(weights, tmp_path):
 
 
 def test_rows_without_students_are_left_out(runs, weights, monkeypatch, capsys):
-    """What is not trained is named with its command, the rest is measured; a row may have seeds of its own."""
+    """What is not trained is named with its command, the rest is measured; a row may have seeds of
+    its own."""
     monkeypatch.setitem(
         tables.TABLES, 10, tables.TABLES[10][3:12]
     )  # stage 2 of noisy context, and all of clean context
@@ -157,7 +163,8 @@ def test_bad_tables_are_one_sentence(flags, says, monkeypatch, capsys):
 
 
 def test_every_student_of_a_table_is_trained_by_some_command():
-    """The commands parse, write the file that ends them, and start stage 2 from the stage 1 of the same seed."""
+    """The commands parse, write the file that ends them, and start stage 2 from the stage 1 of the
+    same seed."""
     commands = students.commands("out", "w", "pairs", [4])
     ends = {end.parent.name for end, _, _ in commands}
     assert {f"{row.student}-4" for table in tables.TABLES.values() for row in table} <= ends
@@ -173,7 +180,8 @@ def test_every_student_of_a_table_is_trained_by_some_command():
 @pytest.mark.parametrize("given", [0, 12])
 @pytest.mark.parametrize("latents", [6, 21, 24])
 def test_plans_of_every_length(latents, direction, given):
-    """So many latents are made beside those given, which are the head or the tail; windows within the horizon."""
+    """So many latents are made beside those given, which are the head or the tail; windows within
+    the horizon."""
     plan = lengths.plan_of(latents, direction, given, Recipe())
     assert plan.length == latents + given and len(made(plan)) == latents
     forward = direction == "forward"
@@ -191,7 +199,8 @@ def test_plans_of_every_length(latents, direction, given):
 
 
 def test_lengths_print_every_row(weights, tmp_path, monkeypatch, capsys):
-    """A row a set of captions, length, direction and given; frame 0 of a given head is the user's."""
+    """A row a set of captions, length, direction and given; frame 0 of a given head is the
+    user's."""
     (weights / "teacher.safetensors").write_bytes((weights / "student.safetensors").read_bytes())
     flags = ["--weights", str(weights), "--clips", "2", "--lengths", "6", "24"]
     monkeypatch.setattr("sys.argv", ["lengths", *flags, "--out", str(tmp_path / "t.json")])
@@ -224,8 +233,9 @@ def test_shape_changes_are_counted():
 
 # ---------------------------------------------------------------- between two ends
 def test_teacher_fills_in_between_what_is_held():
-    """A teacher of constant velocity 1 (0 without prompt): known latents come back as given, the others are noise - guidance, and
-    at every step the known ones were shown at the level of the others."""
+    """A teacher of constant velocity 1 (0 without prompt): known latents come back as given, the
+    others are noise - guidance, and at every step the known ones were shown at the level of the
+    others."""
     shown = []
 
     def teacher(x, t, prompts, pos):
@@ -266,8 +276,8 @@ def test_end_flickering_by_hand():
 # ---------------------------------------------------------------- when do anchors help
 @pytest.mark.parametrize("p", [0, 1, 2])
 def test_only_the_firsts_of_blocks_get_a_wrong_past(p):
-    """Latents 3 and 6 are those of a clip that was glued together at the right frame; all others, and all with their whole past,
-    are the plain ones."""
+    """Latents 3 and 6 are those of a clip that was glued together at the right frame; all others,
+    and all with their whole past, are the plain ones."""
     vae, video = small_vae(), randn(0, 2, 3, 33, 16, 16).clamp(-1, 1)
     plain, wrong = vae.encode(video, chunk=99), with_wrong_past(vae, video, [3, 6], p)
     same_latents = [i for i in range(9) if i not in (3, 6)]

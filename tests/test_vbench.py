@@ -1,4 +1,5 @@
-"""Clips for VBench: named as it wants them, the same however many processes, and scored as it does."""
+"""Clips for VBench: named as it wants them, the same however many processes, and scored as it
+does."""
 
 import importlib.util
 import json
@@ -30,7 +31,8 @@ def weights(tmp_path_factory):
 
 
 def config_of(weights, folder, **changes):
-    """Three prompts, two clips each; what the model is told differs from what the files are called."""
+    """Three prompts, two clips each; what the model is told differs from what the files are
+    called."""
     (folder / "prompts.txt").write_text("one\ntwo words\nthree\n")
     (folder / "extended.txt").write_text("a red disc\na blue disc\na cyan disc\n")
     usual = {
@@ -44,7 +46,8 @@ def config_of(weights, folder, **changes):
 
 
 def test_export_names_every_clip_and_does_not_depend_on_processes(weights, tmp_path):
-    """Processes 0 and 1 of 2 together write, byte for byte, what one process writes: every prompt, every sample, no more."""
+    """Processes 0 and 1 of 2 together write, byte for byte, what one process writes: every prompt,
+    every sample, no more."""
     written = []
     for name, world_size in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
@@ -83,7 +86,8 @@ def judge(scores):
 
 
 def test_export_goes_on_and_is_scored_where_vbench_is(weights, tmp_path, monkeypatch, capsys):
-    """Clips that are there are not made again; the scores printed are those of VBench's own file, and what is missing is said."""
+    """Clips that are there are not made again; the scores printed are those of VBench's own file,
+    and what is missing is said."""
     config = config_of(weights, tmp_path)
     vbench.export(config, 1, 2, CPU)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "clips").iterdir()}
@@ -100,7 +104,8 @@ def test_export_goes_on_and_is_scored_where_vbench_is(weights, tmp_path, monkeyp
 
 
 def test_totals_by_hand(tmp_path, monkeypatch, capsys):
-    """All dimensions at the top of their range: 100 each; at the bottom: 0; dynamic degree alone at the top: .5 of 6.5, four fifths."""
+    """All dimensions at the top of their range: 100 each; at the bottom: 0; dynamic degree alone at
+    the top: .5 of 6.5, four fifths."""
     top = {name: high for name, (_, high, _) in EVERY.items()}
     bottom = {name: low for name, (low, _, _) in EVERY.items()}
     assert vbench.totals(top) == pytest.approx({"Quality": 100, "Semantic": 100, "Total": 100})

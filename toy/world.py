@@ -324,7 +324,7 @@ def hits(video: Tensor, captions: list[str]) -> dict[str, Tensor]:
 
 def accuracy(video: Tensor, captions: list[str]) -> dict[str, float]:
     """Share of clips [B, 3, F, H, W] with each word as captioned, and the whole `caption`."""
-    return {key: hit.float().mean().item() for key, hit in hits(video, captions).items()}
+    return {key: hit.double().mean().item() for key, hit in hits(video, captions).items()}
 
 
 # ---------------------------------------------------------------- what no word says

@@ -51,7 +51,7 @@ demo: .venv/run
 	$(CLIP) --order loop --out $(DEMO)/loop.mp4 --sheet $(DEMO)/loop.png
 	@echo "5/5 Measure 32 clips an order, anchors dropped and kept. Good: colour, direction and ground 1, shape above 0.7 (crosses"
 	@echo "    are too fine for this teacher); FR and round trip near 1, the round trip higher where anchors are kept as output."
-	$(RUN) evaluate.py --clips 32 --report $(DEMO)/report
+	$(RUN) -m tools.report --clips 32 --out $(DEMO)/report
 
 # Everything from nothing: a folder a stage. Stop it at will; run it again and it goes on. [ours]
 TOY := out/toy

@@ -353,9 +353,7 @@ def measure_files(config: Config) -> dict[str, dict[str, Stat]]:
             print(f"{file.name} is left out: it does not move, so it has no flickering ratio")
     if not rows:
         raise UserError(f"{path} does not move, so it has no flickering ratio")
-    if path.is_dir():
-        rows[f"all {len(rows)}"] = over_files(list(rows.values()))
-    return rows
+    return rows | ({f"all {len(rows)}": over_files(list(rows.values()))} if path.is_dir() else {})
 
 
 def measure_student(config: Config, device: torch.device) -> dict[str, dict[str, Stat]]:

@@ -241,7 +241,7 @@ def test_teacher_learns_and_writes_its_average(both, monkeypatch):
     train(a, train_teacher, steps=101, lr=3e-3, batch=4, ema=0.9)
     first, *_, last, scores = rows(a, "teacher.log.jsonl")
     assert last["step"] == 100 and last["loss"] < 0.8 * first["loss"]
-    assert {"all", "colour", "shape", "direction", "motion"} <= scores.keys()
+    assert {"caption", "colour", "shape", "direction", "motion"} <= scores.keys()
     assert (a / "teacher.png").read_bytes()[:4] == b"\x89PNG"
     assert load_dit(a / "teacher.safetensors").config == DiTConfig(**WORDED)
     train(

@@ -1,10 +1,10 @@
 """When do anchors help? If the first latent of a block has the wrong past, which measure sees it?
 
-No model is trained or sampled. True clips are encoded; the first latent of each block is replaced by
-what the encoder makes of the same frames after *another* clip's past, of which the last p latents are
-still its own. That is the mistake the paper ascribes to backward generation without anchors, in its
-purest form: right content, wrong past, p latents of it right. If PSNR falls while p is small, latents
-depend on their past; which of FR and round trip notices tells which can show what anchors are for.
+No model is trained or sampled. True clips are encoded; the first latent of each block is replaced
+by what the encoder makes of the same frames after another clip's past, of which the last p latents
+are still its own. That is the mistake the paper ascribes to backward generation without anchors, in
+its purest form: right content, wrong past, p latents of it right. If PSNR falls while p is small,
+latents depend on their past; which of FR and round trip notices tells what can show it.
 
 FR is a jump over the motion before it, so a fast world hides what a slow one shows: --speed 0.25
 renders the same clips in slow motion. Another clip's past is a larger mistake than a student makes:

@@ -91,7 +91,8 @@ def commands(
                     end,
                     student,
                     f"train_dmd.py --student {student} --teacher {teacher} --critic {teacher} "
-                    f"--vae {weights}/vae.safetensors --out {out} --seed {seed} {BUDGET[1]} {flags}",
+                    f"--vae {weights}/vae.safetensors --out {out} --seed {seed} "
+                    f"{BUDGET[1]} {flags}",
                 )
             )
     return todo

@@ -2,12 +2,12 @@
 
 Three kinds of cost, each with its own ceiling:
 
-    FLOPs       linear layers and attention, two a multiplication; formulas below, checked against torch's own counter
+    FLOPs       linear layers and attention, two a multiplication; formulas, tested against torch
     bytes       what kernels read from the GPU's memory and write to it, each tensor once a kernel
-    launches    kernels started from Python: the pass runs on the meta device, and operations that are no views are counted
+    launches    kernels started from Python: all operations of a pass that are no views
 
-"Least" times divide by a datasheet, so nothing can be faster, and much will be slower; `tools/gpu.py` measures. Ideas
-for more speed come last, each with the most that it could save.
+"Least" times divide by a datasheet, so nothing can be faster, and much will be slower;
+`tools/gpu.py` measures. Ideas for more speed come last, each with the most that it could save.
 
     python -m tools.count                          # the tables of docs/speed.md
     python -m tools.count --write docs/speed.md    # and put them there
@@ -47,7 +47,8 @@ BFLOAT = 2  # bytes
 
 # ---------------------------------------------------------------- formulas
 def pass_flops(c: DiTConfig, tokens: int, keys: int) -> float:
-    """Floating point operations of one pass over `tokens` that see `keys`, with the text's keys given.
+    """Floating point operations of one pass over `tokens` that see `keys`, with the text's keys
+    given.
 
     Two a weight and token in the linear layers, four a query, key and channel in attention."""
     linear = 2 * tokens * c.dim * (6 * c.dim + 2 * c.ffn_dim)
@@ -61,7 +62,8 @@ def clean_flops(c: DiTConfig, tokens: int, keys: int) -> float:
 
 
 def plan_flops(c: DiTConfig, plan: Plan, tokens: int, levels: float = LEVELS) -> float:
-    """Of a whole rollout: each step denoised at so many levels, and once clean if a later step reads it."""
+    """Of a whole rollout: each step denoised at so many levels, and once clean if a later step
+    reads it."""
     total = 0.0
     for n, step in enumerate(plan.steps):
         seen = len(step.reads)
@@ -85,7 +87,8 @@ def masked_flops(c: DiTConfig, plan: Plan, tokens: int) -> float:
 
 
 def text_flops() -> float:
-    """Of UMT5-XXL's encoder over 512 tokens: four square matrices and a gated net a layer, and attention."""
+    """Of UMT5-XXL's encoder over 512 tokens: four square matrices and a gated net a layer, and
+    attention."""
     n, width = 512, UMT5["dim"]
     weights = 4 * width**2 + 3 * width * UMT5["ffn"]
     return UMT5["layers"] * (2 * n * weights + 4 * n * n * width)
@@ -99,7 +102,8 @@ def text_kv_flops(c: DiTConfig) -> float:
 
 @cache
 def vae_flops(latents: int, first: bool = False) -> float:
-    """Of decoding so many latents of a stream (first: its image latent), counted by torch from the real network."""
+    """Of decoding so many latents of a stream (first: its image latent), counted by torch from the
+    real network."""
     with torch.device("meta"):
         vae = VAE()
         z = torch.empty(1, latents, vae.config.z_dim, H, W)
@@ -128,7 +132,8 @@ def latent_bytes(c: DiTConfig, tokens: int) -> int:
 
 # ---------------------------------------------------------------- kernels, counted from a real pass
 class Ledger(TorchDispatchMode):
-    """Count launches and bytes by family: every operation that is no view is a kernel, and reads and writes each tensor once."""
+    """Count launches and bytes by family: every operation that is no view is a kernel, and reads
+    and writes each tensor once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,6 +194,19 @@ FAMILIES = {
 
 
 @cache
+def vae_ledger(latents: int) -> Ledger:
+    """Launches and bytes of decoding so many latents in the middle of a stream, in bfloat16."""
+    book = Ledger()
+    with torch.device("meta"), torch.no_grad():
+        vae = VAE().to(torch.bfloat16)
+        z = torch.empty(1, latents, vae.config.z_dim, H, W)
+        state = vae.decode_chunk(z[:, :1])[1]
+        with book:
+            vae.decode_chunk(z, state)
+    return book
+
+
+@cache
 def ledger(own: int, seen: int, name: str = "wan1.3b") -> Ledger:
     """Launches and bytes of one denoising pass of `own` latents that see `seen` in all."""
     c, past = PRESETS[name], seen - own
@@ -229,15 +247,13 @@ def part_table(c: DiTConfig, n: int) -> str:
         ("denoising step, inbetween, 15 see 21", 15, 21),
     ]
     encoder = UMT5["layers"] * (4 * UMT5["dim"] ** 2 + 3 * UMT5["dim"] * UMT5["ffn"])
-    with torch.device("meta"):
-        vae_weights = 4 * sum(p.numel() for p in VAE().decoder.parameters())
     found = [
         ("text encoder, once a prompt", text_flops(), encoder * BFLOAT),
         ("text keys and values, once a prompt", text_kv_flops(c), weights // 8),
         *((name, pass_flops(c, n * a, n * b), weights + b * latent) for name, a, b in steps),
         ("clean pass, 3 see 21", clean_flops(c, 3 * n, 21 * n), weights + 21 * latent),
         ("cache: read 18 latents, turn their keys", 0.0, 2 * 18 * latent),
-        ("VAE, 3 latents", vae_flops(3), vae_weights),
+        ("VAE, 3 latents, every kernel's bytes", vae_flops(3), sum(vae_ledger(3).bytes.values())),
     ]
     rows = []
     for name, flop, size in found:
@@ -308,47 +324,57 @@ def kernel_table() -> str:
     return table(["kernels", "launches", "GB", "least ms by memory"], rows)
 
 
-def savings(c: DiTConfig, n: int) -> dict[str, tuple[str, float]]:
-    """What each idea could save at most, as a share of the least time of a step in the middle of a forward clip (and its VAE)."""
-    book, step = ledger(3, 12), pass_flops(c, 3 * n, 12 * n) / PEAK
-    moved = {
-        family: size / BANDWIDTH
-        for family, size in book.bytes.items()
-        if family not in ("linear layers", "attention")
-    }
-    denoising = step + sum(moved.values())
-    launches = sum(book.launches.values())
-    decoding = vae_flops(3) / PEAK
-    block = (LEVELS + 1) * denoising + decoding
-    linear = pass_flops(c, 3 * n, 0) / PEAK
-    linear -= c.num_layers * 4 * 3 * n * c.text_len * c.dim / PEAK
-    distant = c.num_layers * 4 * 3 * n * 9 * n * c.dim / PEAK
-    turned = 2 * 2 * 3 * n * c.dim * BFLOAT * c.num_layers / BANDWIDTH  # q and k, in and out
-    normed = 3 * 3 * n * c.dim * (4 + BFLOAT) * c.num_layers / BANDWIDTH
-    fused = moved["RoPE"] + moved["norms and modulation"] - turned - normed
-    return {
-        "CUDA graphs": (f"{launches} launches x 5 us, none hidden", launches * LAUNCH / denoising),
-        "CUDA graphs, where the host runs ahead": (
-            "launches - least time of the step, if above 0",
-            max(launches * LAUNCH - denoising, 0) / denoising,
+def moved(book: Ledger) -> dict[str, float]:
+    """Least seconds by family of what a pass does besides linear layers and attention: all of it is
+    bound by memory."""
+    busy = ("linear layers", "attention")
+    return {k: size / BANDWIDTH for k, size in book.bytes.items() if k not in busy}
+
+
+def fusable(c: DiTConfig, n: int) -> float:
+    """Least seconds of the norms, modulations and rotations of a step if each were one kernel: one
+    read, one write."""
+    turned = 2 * (BFLOAT + BFLOAT)  # q and k: norm and RoPE at once
+    modulated = 2 * (4 + BFLOAT) + (4 + BFLOAT)  # float32 in, bfloat16 out: three norms a layer
+    return (turned + modulated) * 3 * n * c.dim * c.num_layers / BANDWIDTH
+
+
+def savings(c: DiTConfig, n: int) -> list[tuple[str, str, float]]:
+    """Ideas: what each saves, and the most that it could, as a share of the least time of a
+    denoising step in the middle of a forward clip; of the last one, as a share of a whole block
+    with its VAE."""
+    book, other = ledger(3, 12), moved(ledger(3, 12))
+    step = pass_flops(c, 3 * n, 12 * n) / PEAK + sum(other.values())
+    launches = sum(book.launches.values()) * LAUNCH
+    linear = 2 * 3 * n * c.dim * (6 * c.dim + 2 * c.ffn_dim) * c.num_layers / PEAK
+    distant = 4 * 3 * n * 9 * n * c.dim * c.num_layers / PEAK
+    norms = other["RoPE"] + other["norms and modulation"] - fusable(c, n)
+    row = other["past and own keys in one row"]
+    decoding, passes = vae_flops(3) / PEAK, LEVELS + 1
+    aside = min(passes * sum(other.values()), decoding)
+    return [
+        ("CUDA graphs, if no launch were hidden", "launches x 5 us", launches / step),
+        (
+            "CUDA graphs, as the host runs ahead",
+            "launches x 5 us - step, if above 0",
+            max(launches / step - 1, 0),
         ),
-        "fp8 linear layers": ("half of their FLOPs' time", linear / 2 / denoising),
-        "fused norm, modulation and RoPE": ("bytes - one read, one write", fused / denoising),
-        "sparse attention": ("all attention to the 9 earlier latents", distant / denoising),
-        "keys of the past kept with room behind them": (
-            "the row of past and own keys",
-            moved["past and own keys in one row"] / denoising,
+        ("fp8 linear layers", "half of their time", linear / 2 / step),
+        ("norm, modulation and RoPE fused", "their bytes - one read, one write", norms / step),
+        ("sparse attention", "attention to the 9 earlier latents, all of it", distant / step),
+        ("room for own keys behind the past's", "the row of past and own keys", row / step),
+        (
+            "VAE on a stream of its own",
+            "memory-bound kernels of 5 passes, hidden behind it",
+            aside / (passes * step + decoding),
         ),
-        "VAE on a stream of its own": (
-            "5 passes' memory-bound kernels, against 5 passes and the VAE",
-            min((LEVELS + 1) * sum(moved.values()), decoding) / block,
-        ),
-    }
+    ]
 
 
 def idea_table(c: DiTConfig, n: int) -> str:
-    rows = [[name, why, f"{100 * x:.1f} %"] for name, (why, x) in savings(c, n).items()]
-    return table(["idea", "what it saves", "at most"], rows)
+    """The ideas, in Markdown."""
+    rows = [[name, why, f"{100 * x:.1f} %"] for name, why, x in savings(c, n)]
+    return table(["idea", "saves", "at most"], rows)
 
 
 def counted() -> str:
@@ -361,7 +387,8 @@ def counted() -> str:
 
 
 def put(path: str, name: str, text: str) -> None:
-    """Replace what stands between the lines `<!-- name -->` and `<!-- end -->` of a page. raises: UserError if it has none"""
+    """Replace what stands between the lines `<!-- name -->` and `<!-- end -->` of a page. raises:
+    UserError if it has none"""
     page, begin, end = Path(path).read_text(), f"<!-- {name} -->\n", "\n<!-- end -->"
     before, found, rest = page.partition(begin)
     if not found or end not in rest:

@@ -74,27 +74,39 @@ class Config:
 
 
 # ---------------------------------------------------------------- what a result belongs to
-def room_of(config: Config) -> Room:
-    """Device and sizes. raises: UserError for a size that is none"""
-    device = start(config.device)[2]
-    size = {"cuda": "full"}.get(device.type, "toy") if config.size == "auto" else config.size
+def sizes_of(size: str) -> dict[str, object]:
+    """The fields of a `Room` that say how large. raises: UserError for a size that is none"""
     if size == "full":
-        sizes = (
-            PRESETS["wan1.3b"],
-            PRESETS["wan14b"],
-            VAES["wan"],
-            480,
-            832,
-            3,
-            21,
-            (300.0, 64, FULL_VAE),
-        )
-    elif size == "toy":
-        small = replace(PRESETS["toy"], num_layers=2)
-        sizes = small, PRESETS["toy"], VAES["toy"], 32, 32, 1, 9, (1.0, 16, TOY_VAE)
-    else:
-        raise UserError(f"--size {size!r} must be full, toy or auto")
-    return Room(device, Path(config.out), *sizes)
+        return {
+            "c": PRESETS["wan1.3b"],
+            "teacher": PRESETS["wan14b"],
+            "vae": VAES["wan"],
+            "height": 480,
+            "width": 832,
+            "runs": 3,
+            "latents": 21,
+            "toy64": (300.0, 64, FULL_VAE),
+        }
+    if size == "toy":
+        return {
+            "c": replace(PRESETS["toy"], num_layers=2),
+            "teacher": PRESETS["toy"],
+            "vae": VAES["toy"],
+            "height": 32,
+            "width": 32,
+            "runs": 1,
+            "latents": 9,
+            "toy64": (1.0, 16, TOY_VAE),
+        }
+    raise UserError(f"--size {size!r} must be full, toy or auto")
+
+
+def room_of(config: Config) -> Room:
+    """Device and sizes. raises: UserError"""
+    device = start(config.device)[2]
+    auto = "full" if device.type == "cuda" else "toy"
+    sizes = sizes_of(auto if config.size == "auto" else config.size)
+    return Room(device, Path(config.out), **sizes)
 
 
 def code() -> str:
@@ -113,20 +125,11 @@ def code() -> str:
 
 def key_of(room: Room) -> dict[str, str]:
     """What must be the same for a result to count again."""
-    settings = (
-        room.c,
-        room.teacher,
-        room.vae,
-        room.height,
-        room.width,
-        room.runs,
-        room.latents,
-        room.toy64,
-    )
+    settings = repr({k: v for k, v in vars(room).items() if k not in ("device", "out")})
     return {
         "machine": f"{name_of(room.device)}, torch {torch.__version__}",
         "code": code(),
-        "settings": hashlib.sha256(repr(settings).encode()).hexdigest()[:10],
+        "settings": hashlib.sha256(settings.encode()).hexdigest()[:10],
         "size": "full" if room.c == PRESETS["wan1.3b"] else "toy",
         "device": room.device.type,
     }

@@ -163,15 +163,15 @@ def of_diffusers(room: Room) -> tuple[torch.nn.Module, torch.nn.Module]:
 def training(room: Room) -> Found:
     """An update of both stages beside a teacher of the student's size, against the memory
     estimate."""
-    return updates(room, room.c)
+    return updates(room, room.c, "1.3B")
 
 
 def training_14b(room: Room) -> Found:
     """The same beside the large teacher, if memory allows."""
-    return updates(room, room.teacher)
+    return updates(room, room.teacher, "14B")
 
 
-def updates(room: Room, teacher: DiTConfig) -> Found:
+def updates(room: Room, teacher: DiTConfig, name: str) -> Found:
     """Time and memory of stage 1's, the student's and the critic's update, without an optimiser."""
     kind = str(room.dtype).removeprefix("torch.")
     latent = (room.latents, *room.cells)
@@ -194,10 +194,11 @@ def updates(room: Room, teacher: DiTConfig) -> Found:
         for what, update in found.items():
             row = {"estimated GiB": memory[what]} | update_cost(room, update)
             rows[f"{what}, {plan.name}"] = row
-    values = {f"{name} {k}": x for name, row in rows.items() for k, x in row.items()}
+    beside = f"{name} teacher, "
+    values = {f"{beside}{what} {k}": x for what, row in rows.items() for k, x in row.items()}
     worst = max(row["measured GiB"] / row["estimated GiB"] for row in rows.values())
     seconds = {what: sum(rows[f"{what}, {p.name}"]["s"] for p in plans) for what in found}
-    values |= {f"{what} s": s for what, s in seconds.items()}
+    values |= {f"{beside}{what} s": s for what, s in seconds.items()}
     line = ", ".join(f"{what} {s:.3g} s" for what, s in seconds.items())
     return Found(f"{line}; memory at most {worst:.2f} x the estimate", values, markdown(rows))
 

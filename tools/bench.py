@@ -1,11 +1,13 @@
-"""One honest stopwatch: how long each part of generating and training takes, and how near that is to the machine.
+"""One honest stopwatch: how long each part of generating and training takes, and how near that is
+to the machine.
 
-Random weights of a preset's size: speed does not depend on them. The clock is read after the device has finished; every
-number is a median over --runs after a warm-up, and the machine's own rate of matrix products is measured beside them.
+Random weights of a preset's size: speed does not depend on them. The clock is read after the device
+has finished; every number is a median over --runs after a warm-up, and the machine's own rate of
+matrix products is measured beside them.
 
     python -m tools.bench                          # the toy, here
     python -m tools.bench --preset toy64 --train   # a wider one, and the updates of both stages
-    python -m tools.gpu                            # Wan2.1's sizes, on a GPU, and everything else worth knowing there
+    python -m tools.gpu                            # Wan2.1's sizes, on a GPU, and much else
 """
 
 import json
@@ -82,7 +84,8 @@ def median_of(clock: Clock, runs: int, what: Callable[[], object]) -> float:
 
 
 def medians(clock: Clock, runs: int, *calls: Callable[[], object]) -> list[float]:
-    """Median seconds of each call. They take turns, so that a slow minute slows all; the first turn warms up."""
+    """Median seconds of each call. They take turns, so that a slow minute slows all; the first turn
+    warms up."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(runs + 1):
         for mine, call in zip(times, calls):
@@ -94,7 +97,8 @@ def medians(clock: Clock, runs: int, *calls: Callable[[], object]) -> list[float
 
 @contextmanager
 def peak_of(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Give a function that tells the peak GiB: of the GPU inside the block; on a CPU of the process since its start."""
+    """Give a function that tells the peak GiB: of the GPU inside the block; on a CPU of the process
+    since its start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) / 2**30
@@ -138,7 +142,8 @@ def context(
 def parts(
     clock: Clock, dit: DiT, vae: VAE, text: Tensor, h: int, w: int, runs: int, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Seconds of the parts of forward generation, in the last block of 21 latents: three latents that see eighteen.
+    """Seconds of the parts of forward generation, in the last block of 21 latents: three latents
+    that see eighteen.
 
     text: embeddings [1, L, text_dim];  h, w: cells of a latent;  dtype: of the cache"""
     B, kv = 3, dit.text_kv(text)
@@ -178,7 +183,8 @@ def blocks_of(
 def generate_once(
     clock: Clock, dit: DiT, vae: VAE, plan: Plan, text: Tensor, h: int, w: int, dtype: torch.dtype
 ) -> dict[str, object]:
-    """One clip, decoded as its latents are ready: seconds in all and until the first frame; and again, of each block alone."""
+    """One clip, decoded as its latents are ready: seconds in all and until the first frame; and
+    again, of each block alone."""
     began, first, blocks = clock.now(), 0.0, []
     for _ in decode_in_order(vae, plan, blocks_of(clock, dit, plan, text, h, w, dtype)):
         first = first or time.perf_counter() - began  # pieces come whole: no need to wait
@@ -200,8 +206,9 @@ def measure(
     runs: int,
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    """One row of the paper's Table 7. In backward order the first frame comes last, so that is nearly the whole clip's
-    time; the paper's 0.71 s can only be the first block, which is therefore a column of its own here."""
+    """One row of the paper's Table 7. In backward order the first frame comes last, so that is
+    nearly the whole clip's time; the paper's 0.71 s can only be the first block, which is therefore
+    a column of its own here."""
     with peak_of(clock.device) as peak:
         turns = range(runs + 1)
         found = [generate_once(clock, dit, vae, plan, text, h, w, dtype) for _ in turns][1:]
@@ -222,7 +229,8 @@ def measure(
 def long_video(
     clock: Clock, dit: DiT, text: Tensor, h: int, w: int, runs: int, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Block 100 of a long video against block 10: medians over the blocks around them in all runs, without decoding."""
+    """Block 100 of a long video against block 10: medians over the blocks around them in all runs,
+    without decoding."""
     plan, times = anchors.long(330), {10: [], 100: []}
     for _ in range(runs):
         last = clock.now()
@@ -237,7 +245,8 @@ def long_video(
 # ---------------------------------------------------------------- training
 @torch.enable_grad()
 def training(clock: Clock, c: DiTConfig, h: int, w: int, runs: int, dtype: torch.dtype) -> dict:
-    """Seconds of the updates of both stages, one sample, both directions; neither optimiser nor other processes."""
+    """Seconds of the updates of both stages, one sample, both directions; neither optimiser nor
+    other processes."""
     g, f_fake = (trainable(network(c, dtype, clock.device), False) for _ in range(2))
     config = train_dmd.Config(latent=(21, h, w))
     found = {}

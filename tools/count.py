@@ -2,12 +2,12 @@
 
 Three kinds of cost, each with its own ceiling:
 
-    FLOPs       linear layers and attention, two a multiplication; formulas below, checked against torch's own counter
+    FLOPs       linear layers and attention, two a multiplication; formulas, tested against torch
     bytes       what kernels read from the GPU's memory and write to it, each tensor once a kernel
-    launches    kernels started from Python: the pass runs on the meta device, and operations that are no views are counted
+    launches    kernels started from Python: all operations of a pass that are no views
 
-"Least" times divide by a datasheet, so nothing can be faster, and much will be slower; `tools/gpu.py` measures. Ideas
-for more speed come last, each with the most that it could save.
+"Least" times divide by a datasheet, so nothing can be faster, and much will be slower;
+`tools/gpu.py` measures. Ideas for more speed come last, each with the most that it could save.
 
     python -m tools.count                          # the tables of docs/speed.md
     python -m tools.count --write docs/speed.md    # and put them there
@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -29,11 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import anchors
 import dit
+import vae
 from anchors import Plan, layout
 from dit import PRESETS, DiT, DiTConfig
 from kvcache import KVCache
 from lib.common import UserError, atomic, run
-from vae import VAE
 
 H, W = 60, 104  # cells of a latent at 480 x 832
 PEAK, BANDWIDTH = 989e12, 3.35e12  # FLOP/s in dense bfloat16, bytes/s: an H100's datasheet
@@ -47,7 +48,8 @@ BFLOAT = 2  # bytes
 
 # ---------------------------------------------------------------- formulas
 def pass_flops(c: DiTConfig, tokens: int, keys: int) -> float:
-    """Floating point operations of one pass over `tokens` that see `keys`, with the text's keys given.
+    """Floating point operations of one pass over `tokens` that see `keys`, with the text's keys
+    given.
 
     Two a weight and token in the linear layers, four a query, key and channel in attention."""
     linear = 2 * tokens * c.dim * (6 * c.dim + 2 * c.ffn_dim)
@@ -60,17 +62,25 @@ def clean_flops(c: DiTConfig, tokens: int, keys: int) -> float:
     return all_but_one * pass_flops(c, tokens, keys) + 2 * tokens * c.dim * 2 * c.dim
 
 
-def plan_flops(c: DiTConfig, plan: Plan, tokens: int, levels: float = LEVELS) -> float:
-    """Of a whole rollout: each step denoised at so many levels, and once clean if a later step reads it."""
-    total = 0.0
+def passes(plan: Plan, levels: float = LEVELS) -> Iterator[tuple[float, int, int, bool]]:
+    """How often the transformer runs, on how many latents, which see how many; and whether that is
+    a clean pass.
+
+    Each step is denoised at so many levels, and runs once clean if a later step reads it."""
     for n, step in enumerate(plan.steps):
-        seen = len(step.reads)
+        past, own, targets = len(step.reads), len(step.own), len(step.targets)
         if not step.commits:
-            own = len(step.own)
-            total += levels * pass_flops(c, own * tokens, (seen + own) * tokens)
+            yield levels, own, past + own, False
         if any(plan.last_read.get(i, -1) > n for i in step.targets):
-            own = len(step.targets)
-            total += clean_flops(c, own * tokens, (seen + own) * tokens)
+            yield 1, targets, past + targets, True
+
+
+def plan_flops(c: DiTConfig, plan: Plan, tokens: int, levels: float = LEVELS) -> float:
+    """Of a whole rollout."""
+    total = 0.0
+    for times, own, seen, clean in passes(plan, levels):
+        flops = clean_flops if clean else pass_flops
+        total += times * flops(c, own * tokens, seen * tokens)
     return total
 
 
@@ -85,7 +95,8 @@ def masked_flops(c: DiTConfig, plan: Plan, tokens: int) -> float:
 
 
 def text_flops() -> float:
-    """Of UMT5-XXL's encoder over 512 tokens: four square matrices and a gated net a layer, and attention."""
+    """Of UMT5-XXL's encoder over 512 tokens: four square matrices and a gated net a layer, and
+    attention."""
     n, width = 512, UMT5["dim"]
     weights = 4 * width**2 + 3 * width * UMT5["ffn"]
     return UMT5["layers"] * (2 * n * weights + 4 * n * n * width)
@@ -99,14 +110,14 @@ def text_kv_flops(c: DiTConfig) -> float:
 
 @cache
 def vae_flops(latents: int, first: bool = False) -> float:
-    """Of decoding so many latents of a stream (first: its image latent), counted by torch from the real network."""
-    with torch.device("meta"):
-        vae = VAE()
-        z = torch.empty(1, latents, vae.config.z_dim, H, W)
-    with torch.no_grad():
-        state = None if first else vae.decode_chunk(z[:, :1])[1]
+    """Of decoding so many latents of a stream (first: its image latent), counted by torch from the
+    real network."""
+    with torch.device("meta"), torch.no_grad():
+        model = vae.VAE()
+        z = torch.empty(1, latents, model.config.z_dim, H, W)
+        state = None if first else model.decode_chunk(z[:, :1])[1]
         with FlopCounterMode(display=False) as counter:
-            vae.decode_chunk(z, state)
+            model.decode_chunk(z, state)
     return counter.get_total_flops()
 
 
@@ -128,46 +139,45 @@ def latent_bytes(c: DiTConfig, tokens: int) -> int:
 
 # ---------------------------------------------------------------- kernels, counted from a real pass
 class Ledger(TorchDispatchMode):
-    """Count launches and bytes by family: every operation that is no view is a kernel, and reads and writes each tensor once."""
+    """Count launches and bytes by family: every operation that is no view is a kernel, and reads
+    and writes each tensor once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.family = ""  # of what runs now; "": told by the operation's name
+        self.clear()
+
+    def clear(self) -> None:
         self.launches: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
-        self.short = 0  # kernels that need less than a launch, by their bytes
 
     def add(self, family: str, *tensors: Tensor) -> None:
         size = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
         self.launches[family] += 1
         self.bytes[family] += size
-        self.short += family not in ("linear layers", "attention") and size / BANDWIDTH < LAUNCH
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         if not func.is_view and not name.startswith(("empty", "_unsafe_view")):
-            family = self.family or FAMILIES.get(name, "GELU, residuals, casts")
+            family = self.family or FAMILIES.get(name, "activations, residuals, casts")
             self.add(family, *(x for x in tree_iter((args, kwargs, out)) if torch.is_tensor(x)))
         return out
-
-    @contextmanager
-    def inside(self, family: str) -> Iterator[None]:
-        outer, self.family = self.family, family
-        yield
-        self.family = outer
 
     def within(self, family: str, call: Callable) -> Callable:
         """The same function, all of whose kernels belong to a family."""
 
         def told(*args, **more):
-            with self.inside(family):
-                return call(*args, **more)
+            outer, self.family = self.family, family
+            out = call(*args, **more)
+            self.family = outer
+            return out
 
         return told
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: object = None) -> Tensor:
-        """In place of attention, which is one kernel on a GPU and several on the meta device."""
+        """In place of attention, which is one kernel on a GPU and several on the meta device: [...,
+        D] -> the same."""
         out = torch.empty_like(q)
         self.add("attention", q, k, v, out)
         return out
@@ -175,41 +185,104 @@ class Ledger(TorchDispatchMode):
     def rms_norm(self, module: torch.nn.Module, x: Tensor) -> Tensor:
         """In place of the RMS norm, likewise."""
         out = torch.empty_like(x)
-        self.add("norms and modulation", x, module.weight, out)
+        self.add("norms, modulation", x, module.weight, out)
         return out
 
 
 FAMILIES = {
     "mm": "linear layers",
     "addmm": "linear layers",
-    "convolution": "linear layers",
-    "native_layer_norm": "norms and modulation",
-    "cat": "past and own keys in one row",
+    "convolution": "convolutions",
+    "native_layer_norm": "norms, modulation",
+    "cat": "rows joined: past and own",
+    "clone": "copies",
+    "copy_": "copies",
 }
 
 
-@cache
-def ledger(own: int, seen: int, name: str = "wan1.3b") -> Ledger:
-    """Launches and bytes of one denoising pass of `own` latents that see `seen` in all."""
-    c, past = PRESETS[name], seen - own
-    book = Ledger()
+@contextmanager
+def counting(*patches: tuple[object, str, Callable]) -> Iterator[None]:
+    """On the meta device, without gradient, with these functions replaced."""
     with torch.device("meta"), torch.no_grad(), ExitStack() as stack:
+        for where, name, new in patches:
+            stack.enter_context(mock.patch.object(where, name, new))
+        yield
+
+
+@cache
+def ledger(own: int, seen: int) -> Ledger:
+    """Launches and bytes of one denoising pass of `own` latents that see `seen` in all, 1.3B in
+    bfloat16."""
+    c, past, book = PRESETS["wan1.3b"], seen - own, Ledger()
+    with counting(
+        (dit, "attend", book.attend),
+        (dit, "rotate", book.within("RoPE", dit.rotate)),
+        (dit, "modulate", book.within("norms, modulation", dit.modulate)),
+        (dit.RMSNorm, "forward", lambda self, x: book.rms_norm(self, x)),
+    ):
         model = DiT(c).to(torch.bfloat16)
         text = model.text_kv(torch.empty(1, c.text_len, c.text_dim))
-        held = KVCache(c, 1, max(past, 1), H, W, torch.bfloat16, "meta")
-        held.slot = {i: i for i in range(past)}
-        read = held.read(tuple((i, i) for i in range(past)))
-        x, t = torch.empty(1, own, c.in_dim, H, W), torch.empty(1, own)
-        for where, what, new in (
-            (dit, "attend", book.attend),
-            (dit, "rotate", book.within("RoPE", dit.rotate)),
-            (dit, "modulate", book.within("norms and modulation", dit.modulate)),
-            (dit.RMSNorm, "forward", lambda self, x: book.rms_norm(self, x)),
-        ):
-            stack.enter_context(mock.patch.object(where, what, new))
+        cache = KVCache(c, 1, max(past, 1), H, W, torch.bfloat16, "meta")
+        cache.slot = {i: i for i in range(past)}
+        read = cache.read(tuple((i, i) for i in range(past)))
+        book.clear()
         with book:
+            x, t = torch.empty(1, own, c.in_dim, H, W), torch.empty(1, own)
             model(x, t, text, torch.arange(past, seen), past=read)
     return book
+
+
+@cache
+def vae_ledger(latents: int = 3) -> Ledger:
+    """Launches and bytes of decoding so many latents in the middle of a stream, in bfloat16."""
+    book = Ledger()
+    with counting(
+        (F, "scaled_dot_product_attention", book.attend),
+        (vae.RMSNorm, "forward", book.within("norms, modulation", vae.RMSNorm.forward)),
+    ):
+        model = vae.VAE().to(torch.bfloat16)
+        z = torch.empty(1, latents, model.config.z_dim, H, W)
+        state = model.decode_chunk(z[:, :1])[1]
+        book.clear()
+        with book:
+            model.decode_chunk(z, state)
+    return book
+
+
+BUSY = ("linear layers", "attention", "convolutions")  # what arithmetic bounds
+JOINED = "rows joined: past and own"
+
+
+def moved(book: Ledger) -> dict[str, float]:
+    """Least seconds by family of what memory bounds."""
+    return {k: size / BANDWIDTH for k, size in book.bytes.items() if k not in BUSY}
+
+
+def pass_seconds(c: DiTConfig, n: int, own: int, seen: int) -> float:
+    """Least time of a denoising pass: its arithmetic, and one after the other the kernels that
+    memory bounds.
+
+    These grow with the latents of the pass, all but one, which joins the past's keys and values
+    with its own."""
+    rest = sum(moved(ledger(3, 12)).values()) - moved(ledger(3, 12))[JOINED]
+    joined = 2 * seen * latent_bytes(c, n) / BANDWIDTH if seen > own else 0.0
+    return pass_flops(c, own * n, seen * n) / PEAK + rest * own / 3 + joined
+
+
+def vae_seconds() -> float:
+    """Least time of decoding three latents in bfloat16, likewise."""
+    return vae_flops(3) / PEAK + vae_bytes()
+
+
+def clip_seconds(c: DiTConfig, n: int, plan: Plan) -> float:
+    """Least time of a clip, decoded."""
+    total = vae_seconds() * clip_vae_flops(plan.length) / vae_flops(3)
+    for times, own, seen, clean in passes(plan):
+        total += times * pass_seconds(c, n, own, seen)
+        if clean:
+            spared = pass_flops(c, own * n, seen * n) - clean_flops(c, own * n, seen * n)
+            total -= times * spared / PEAK
+    return total
 
 
 # ---------------------------------------------------------------- the tables
@@ -229,15 +302,13 @@ def part_table(c: DiTConfig, n: int) -> str:
         ("denoising step, inbetween, 15 see 21", 15, 21),
     ]
     encoder = UMT5["layers"] * (4 * UMT5["dim"] ** 2 + 3 * UMT5["dim"] * UMT5["ffn"])
-    with torch.device("meta"):
-        vae_weights = 4 * sum(p.numel() for p in VAE().decoder.parameters())
     found = [
         ("text encoder, once a prompt", text_flops(), encoder * BFLOAT),
         ("text keys and values, once a prompt", text_kv_flops(c), weights // 8),
         *((name, pass_flops(c, n * a, n * b), weights + b * latent) for name, a, b in steps),
         ("clean pass, 3 see 21", clean_flops(c, 3 * n, 21 * n), weights + 21 * latent),
         ("cache: read 18 latents, turn their keys", 0.0, 2 * 18 * latent),
-        ("VAE, 3 latents", vae_flops(3), vae_weights),
+        ("VAE, 3 latents: all kernels' bytes", vae_flops(3), sum(vae_ledger().bytes.values())),
     ]
     rows = []
     for name, flop, size in found:
@@ -263,15 +334,12 @@ def clip_table(c: DiTConfig, n: int) -> str:
     }
     rows = []
     for name, plan in plans.items():
-        transformer, decoder = plan_flops(c, plan, n), clip_vae_flops(plan.length)
-        frames = 1 + 4 * (plan.length - 1)
-        fps = [frames * PEAK * share / (transformer + decoder) for share in (1, 0.55)]
-        rows.append(
-            [name, str(frames), f"{transformer / 1e12:.0f}", f"{decoder / 1e12:.0f}"]
-            + [f"{x:.1f}" for x in fps]
-        )
-    columns = ["clip", "frames", "TFLOP, transformer", "TFLOP, VAE"]
-    return table([*columns, "most FPS", "FPS at 55 % of the peak"], rows)
+        work = plan_flops(c, plan, n), clip_vae_flops(plan.length)
+        seconds, frames = clip_seconds(c, n, plan), 1 + 4 * (plan.length - 1)
+        rows.append([name, str(frames), *(f"{x / 1e12:.0f}" for x in work)])
+        rows[-1] += [f"{seconds:.2f}", f"{frames / seconds:.1f}"]
+    columns = ["clip", "frames", "TFLOP, transformer", "TFLOP, VAE", "least s", "most FPS"]
+    return table(columns, rows)
 
 
 def training_table(c: DiTConfig, n: int) -> str:
@@ -294,61 +362,71 @@ def training_table(c: DiTConfig, n: int) -> str:
 
 
 def kernel_table() -> str:
-    """Launches and bytes of one denoising step in the middle of a forward clip."""
-    book = ledger(3, 12)
+    """Launches and bytes of one denoising step in the middle of a forward clip, and of decoding its
+    block."""
+    books = ledger(3, 12), vae_ledger()
     rows = []
-    for family in sorted(book.launches, key=lambda f: -book.bytes[f]):
-        size = book.bytes[family]
-        rows.append(
-            [family, str(book.launches[family]), f"{size / 1e9:.2f}"]
-            + [f"{1e3 * size / BANDWIDTH:.2f}"]
-        )
-    total = sum(book.launches.values()), sum(book.bytes.values())
-    rows.append(["**all**", str(total[0]), f"{total[1] / 1e9:.2f}", ""])
-    return table(["kernels", "launches", "GB", "least ms by memory"], rows)
+    for family in sorted(set().union(*(b.bytes for b in books)), key=lambda f: -books[0].bytes[f]):
+        row = [family]
+        for book in books:
+            size = book.bytes[family]
+            row += [
+                str(book.launches[family]),
+                f"{size / 1e9:.1f}",
+                f"{1e3 * size / BANDWIDTH:.1f}",
+            ]
+        rows.append(row)
+    totals = [(sum(b.launches.values()), sum(b.bytes.values())) for b in books]
+    rows.append(["**all**"])
+    for launches, size in totals:
+        rows[-1] += [str(launches), f"{size / 1e9:.1f}", f"{1e3 * size / BANDWIDTH:.1f}"]
+    columns = ["launches", "GB", "ms to move them"]
+    names = ["kernels", *(f"step: {k}" for k in columns), *(f"VAE: {k}" for k in columns)]
+    return table(names, rows)
 
 
-def savings(c: DiTConfig, n: int) -> dict[str, tuple[str, float]]:
-    """What each idea could save at most, as a share of the least time of a step in the middle of a forward clip (and its VAE)."""
-    book, step = ledger(3, 12), pass_flops(c, 3 * n, 12 * n) / PEAK
-    moved = {
-        family: size / BANDWIDTH
-        for family, size in book.bytes.items()
-        if family not in ("linear layers", "attention")
-    }
-    denoising = step + sum(moved.values())
-    launches = sum(book.launches.values())
-    decoding = vae_flops(3) / PEAK
-    block = (LEVELS + 1) * denoising + decoding
-    linear = pass_flops(c, 3 * n, 0) / PEAK
-    linear -= c.num_layers * 4 * 3 * n * c.text_len * c.dim / PEAK
-    distant = c.num_layers * 4 * 3 * n * 9 * n * c.dim / PEAK
-    turned = 2 * 2 * 3 * n * c.dim * BFLOAT * c.num_layers / BANDWIDTH  # q and k, in and out
-    normed = 3 * 3 * n * c.dim * (4 + BFLOAT) * c.num_layers / BANDWIDTH
-    fused = moved["RoPE"] + moved["norms and modulation"] - turned - normed
-    return {
-        "CUDA graphs": (f"{launches} launches x 5 us, none hidden", launches * LAUNCH / denoising),
-        "CUDA graphs, where the host runs ahead": (
-            "launches - least time of the step, if above 0",
-            max(launches * LAUNCH - denoising, 0) / denoising,
-        ),
-        "fp8 linear layers": ("half of their FLOPs' time", linear / 2 / denoising),
-        "fused norm, modulation and RoPE": ("bytes - one read, one write", fused / denoising),
-        "sparse attention": ("all attention to the 9 earlier latents", distant / denoising),
-        "keys of the past kept with room behind them": (
-            "the row of past and own keys",
-            moved["past and own keys in one row"] / denoising,
-        ),
-        "VAE on a stream of its own": (
-            "5 passes' memory-bound kernels, against 5 passes and the VAE",
-            min((LEVELS + 1) * sum(moved.values()), decoding) / block,
-        ),
-    }
+def fusable(c: DiTConfig, n: int) -> float:
+    """Least seconds of the norms, modulations and rotations of a step if each were one kernel: one
+    read, one write."""
+    turned = 2 * (BFLOAT + BFLOAT)  # q and k: norm and RoPE at once
+    modulated = 2 * (4 + BFLOAT) + (4 + BFLOAT)  # float32 in, bfloat16 out: three norms a layer
+    return (turned + modulated) * 3 * n * c.dim * c.num_layers / BANDWIDTH
+
+
+def savings(c: DiTConfig, n: int) -> list[tuple[str, str, float]]:
+    """Ideas: what each saves, and the most that it could, as a share of the least time of a block
+    with its VAE, in the middle of a forward clip: five passes of three latents that see twelve."""
+    book, other, runs = ledger(3, 12), moved(ledger(3, 12)), LEVELS + 1
+    step, decoding = pass_seconds(c, n, 3, 12), vae_seconds()
+    launches = runs * sum(book.launches.values()) + sum(vae_ledger().launches.values())
+    started, block = launches * LAUNCH, runs * step + decoding
+    linear = 2 * 3 * n * c.dim * (6 * c.dim + 2 * c.ffn_dim) * c.num_layers / PEAK
+    distant = 4 * 3 * n * 9 * n * c.dim * c.num_layers / PEAK
+    norms = other["RoPE"] + other["norms, modulation"] - fusable(c, n)
+    hidden = min(runs * sum(other.values()), vae_flops(3) / PEAK)
+    hidden += min(runs * (step - sum(other.values())), vae_bytes())
+    seconds = [
+        ("CUDA graphs, if no launch were hidden", "launches x 5 us", started),
+        ("CUDA graphs, as the host runs ahead", "launches x 5 us - block", max(started - block, 0)),
+        ("fp8 linear layers", "half of their time", runs * linear / 2),
+        ("norm, modulation, RoPE fused", "their bytes - one read, one write", runs * norms),
+        ("sparse attention", "attention to the 9 earlier latents, all", runs * distant),
+        ("room for own keys behind the past's", "rows joined", runs * other[JOINED]),
+        ("fused VAE norms and activations", "all its bytes but the convolutions'", vae_bytes()),
+        ("VAE on a stream of its own", "one's memory beside the other's arithmetic", hidden),
+    ]
+    return [(name, why, x / block) for name, why, x in seconds]
+
+
+def vae_bytes() -> float:
+    """Least seconds of the decoder's kernels that memory bounds, for three latents."""
+    return sum(moved(vae_ledger()).values())
 
 
 def idea_table(c: DiTConfig, n: int) -> str:
-    rows = [[name, why, f"{100 * x:.1f} %"] for name, (why, x) in savings(c, n).items()]
-    return table(["idea", "what it saves", "at most"], rows)
+    """The ideas, in Markdown."""
+    rows = [[name, why, f"{100 * x:.1f} %"] for name, why, x in savings(c, n)]
+    return table(["idea", "saves", "at most"], rows)
 
 
 def counted() -> str:
@@ -361,7 +439,8 @@ def counted() -> str:
 
 
 def put(path: str, name: str, text: str) -> None:
-    """Replace what stands between the lines `<!-- name -->` and `<!-- end -->` of a page. raises: UserError if it has none"""
+    """Replace what stands between the lines `<!-- name -->` and `<!-- end -->` of a page. raises:
+    UserError if it has none"""
     page, begin, end = Path(path).read_text(), f"<!-- {name} -->\n", "\n<!-- end -->"
     before, found, rest = page.partition(begin)
     if not found or end not in rest:

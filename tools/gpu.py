@@ -1,13 +1,15 @@
-"""The first hour on a GPU in one command: is everything right there, how fast is it, where does the time go?
+"""The first hour on a GPU in one command: is everything right there, how fast is it, where does the
+time go?
 
-Parts run in order, each in a process of its own, so that a crash, a hang or a full memory costs one part and no more.
-Every part ends in one line: OK with what was found, skipped with the reason, or FAILED with one sentence. What is done
-stays done: run the same command again and it goes on where it stopped, as long as machine, code and size are the same.
+Parts run in order, each in a process of its own, so that a crash, a hang or a full memory costs one
+part and no more. Every part ends in one line: OK with what was found, skipped with the reason, or
+FAILED with one sentence. What is done stays done: run the same command again and it goes on where
+it stopped, as long as machine, code and size are the same.
 
-    python -m tools.gpu                                   # about 25 minutes on one H100; writes out/gpu
-    python -m tools.gpu --only orders                     # one part, again
-    python -m tools.gpu --size toy                        # the same command on a CPU, in two minutes
-    python -m tools.gpu --fill docs/speed.md --report out/gpu/report.json     # its numbers into the page's table
+    python -m tools.gpu                        # about 25 minutes on one H100; writes out/gpu
+    python -m tools.gpu --only orders          # one part, again
+    python -m tools.gpu --size toy             # the same on a CPU, in two minutes
+    python -m tools.gpu --fill docs/speed.md --report out/gpu/report.json     # into its table
 """
 
 import hashlib
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,14 +29,34 @@ import torch
 
 from dit import PRESETS
 from lib.common import UserError, atomic, run, start
+from tools import gpu_checks as checks
+from tools import gpu_speed as speed
 from tools.bench import name_of
-from tools.gpu_parts import PARTS, ROOT, Found, Room, Skipped, Wrong
+from tools.gpu_checks import ROOT, Found, Room, Skipped, Wrong
 from vae import PRESETS as VAES
 
 TOY_VAE = ("--steps", "2", "--frames", "1", "5", "--batch", "1", "1", "--share", "0.5", "0.5")
 FULL_VAE = ("--steps", "300", "--frames", "1", "5", "17", "--batch", "32", "8", "4")
 FULL_VAE += ("--share", "0.2", "0.4", "0.4")
 CELL = re.compile(r"\| *([^|]*?) *<!-- gpu: ([^>]*?) -->")  # a cell that a report fills
+
+PARTS: dict[str, tuple[Callable[[Room], Found], int]] = {  # in order; seconds that each may take
+    "machine": (checks.machine, 60),
+    "tests": (checks.cuda_tests, 240),
+    "attention": (checks.attention, 240),
+    "precision": (checks.precision, 90),
+    "compile": (checks.compiled, 300),
+    "streams": (checks.streams, 90),
+    "step": (speed.step, 60),
+    "vae": (speed.decoding, 90),
+    "orders": (speed.orders, 420),
+    "long": (speed.long_video, 150),
+    "diffusers": (speed.peers, 150),
+    "training": (speed.training, 180),
+    "training-14b": (speed.training_14b, 180),
+    "profile": (speed.profile, 90),
+    "toy64": (speed.toy64, 360),
+}
 
 
 @dataclass
@@ -51,27 +74,39 @@ class Config:
 
 
 # ---------------------------------------------------------------- what a result belongs to
-def room_of(config: Config) -> Room:
-    """Device and sizes. raises: UserError for a size that is none"""
-    device = start(config.device)[2]
-    size = {"cuda": "full"}.get(device.type, "toy") if config.size == "auto" else config.size
+def sizes_of(size: str) -> dict[str, object]:
+    """The fields of a `Room` that say how large. raises: UserError for a size that is none"""
     if size == "full":
-        sizes = (
-            PRESETS["wan1.3b"],
-            PRESETS["wan14b"],
-            VAES["wan"],
-            480,
-            832,
-            3,
-            21,
-            (300.0, 64, FULL_VAE),
-        )
-    elif size == "toy":
-        small = replace(PRESETS["toy"], num_layers=2)
-        sizes = small, PRESETS["toy"], VAES["toy"], 32, 32, 1, 9, (1.0, 16, TOY_VAE)
-    else:
-        raise UserError(f"--size {size!r} must be full, toy or auto")
-    return Room(device, Path(config.out), *sizes)
+        return {
+            "c": PRESETS["wan1.3b"],
+            "teacher": PRESETS["wan14b"],
+            "vae": VAES["wan"],
+            "height": 480,
+            "width": 832,
+            "runs": 3,
+            "latents": 21,
+            "toy64": (300.0, 64, FULL_VAE),
+        }
+    if size == "toy":
+        return {
+            "c": replace(PRESETS["toy"], num_layers=2),
+            "teacher": PRESETS["toy"],
+            "vae": VAES["toy"],
+            "height": 32,
+            "width": 32,
+            "runs": 1,
+            "latents": 9,
+            "toy64": (1.0, 16, TOY_VAE),
+        }
+    raise UserError(f"--size {size!r} must be full, toy or auto")
+
+
+def room_of(config: Config) -> Room:
+    """Device and sizes. raises: UserError"""
+    device = start(config.device)[2]
+    auto = "full" if device.type == "cuda" else "toy"
+    sizes = sizes_of(auto if config.size == "auto" else config.size)
+    return Room(device, Path(config.out), **sizes)
 
 
 def code() -> str:
@@ -90,20 +125,11 @@ def code() -> str:
 
 def key_of(room: Room) -> dict[str, str]:
     """What must be the same for a result to count again."""
-    settings = (
-        room.c,
-        room.teacher,
-        room.vae,
-        room.height,
-        room.width,
-        room.runs,
-        room.trained,
-        room.toy64,
-    )
+    settings = repr({k: v for k, v in vars(room).items() if k not in ("device", "out")})
     return {
         "machine": f"{name_of(room.device)}, torch {torch.__version__}",
         "code": code(),
-        "settings": hashlib.sha256(repr(settings).encode()).hexdigest()[:10],
+        "settings": hashlib.sha256(settings.encode()).hexdigest()[:10],
         "size": "full" if room.c == PRESETS["wan1.3b"] else "toy",
         "device": room.device.type,
     }
@@ -128,7 +154,8 @@ def result_of(name: str, room: Room) -> dict:
 
 
 def in_its_own_process(name: str, config: Config, room: Room, limit: float) -> dict:
-    """Run a part in a new process, for so many seconds at most; its output goes to a log of its own."""
+    """Run a part in a new process, for so many seconds at most; its output goes to a log of its
+    own."""
     log, began = room.out / f"{name}.log", time.perf_counter()
     command = [sys.executable, "-m", "tools.gpu", "--here", "--only", name, "--out", config.out]
     command += ["--size", config.size, "--device", config.device]
@@ -160,13 +187,14 @@ def failed(sentence: str, began: float) -> dict:
 
 # ---------------------------------------------------------------- what is kept
 def read(room: Room) -> dict[str, dict]:
-    """Results of earlier calls that still count: made by this code, on this machine, at this size."""
-    path = room.out / "parts.json"
+    """Results of earlier calls that still count: made by this code, on this machine, at this
+    size."""
+    path, key = room.out / "parts.json", key_of(room)
     if not path.exists():
         return {}
     try:
         kept = json.loads(path.read_text())
-        return {name: row for name, row in kept.items() if row["key"] == key_of(room)}
+        return {name: row for name, row in kept.items() if row["key"] == key}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged; move it away to start again") from None
 
@@ -203,7 +231,8 @@ def write_report(room: Room) -> None:
 def fill(page: str, report: str) -> None:
     """Put a full report's numbers into the cells of a page that are marked `<!-- gpu: name -->`.
 
-    raises: UserError where the report is not of a GPU at full size, or the page has no such cells"""
+    raises: UserError where the report is not of a GPU at full size, or the page has no such
+    cells"""
     for path in (page, report):
         if not Path(path).is_file():
             raise UserError(f"{path or '--report'} is not a file; give --fill PAGE --report JSON")

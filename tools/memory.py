@@ -1,10 +1,11 @@
 """How much memory a training step needs, before you rent it.
 
-The updates of both stages run at full size on the meta device: every shape and dtype is real, nothing is computed, and
-each tensor's bytes are counted from its birth to its death. The peak is what activations, cache and scratch tensors need
-on each GPU; weights, masters, optimisers and averages are added by arithmetic, sharded over the GPUs as FSDP2 does.
-What is not counted: the workspace of kernels and of NCCL, and the allocator's fragmentation. `tools/gpu.py` runs the
-same updates on a GPU and puts what they took beside what is said here.
+The updates of both stages run at full size on the meta device: every shape and dtype is real,
+nothing is computed, and each tensor's bytes are counted from its birth to its death. The peak is
+what activations, cache and scratch tensors need on each GPU; weights, masters, optimisers and
+averages are added by arithmetic, sharded over the GPUs as FSDP2 does. What is not counted: the
+workspace of kernels and of NCCL, and the allocator's fragmentation. `tools/gpu.py` runs the same
+updates on a GPU and puts what they took beside what is said here.
 
     python -m tools.memory --preset wan --gpus 1 8 64
     python -m tools.memory --write docs/many-gpus.md          # and put the tables there
@@ -46,7 +47,8 @@ class Meter(TorchDispatchMode):
 
     @staticmethod
     def _is_given(key: int, inputs: tuple) -> bool:
-        """Whether a storage is that of an input: the result of an operation in place, on a weight for instance."""
+        """Whether a storage is that of an input: the result of an operation in place, on a weight
+        for instance."""
         given = (x for x in tree_iter(inputs) if isinstance(x, Tensor))
         return any(x.untyped_storage()._cdata == key for x in given)
 
@@ -90,7 +92,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, visible: object = None) -> Tensor:
 
 # ---------------------------------------------------------------- networks and their updates
 def network(c: DiTConfig, dtype: torch.dtype, device: torch.device | str = "meta") -> DiT:
-    """A transformer with random weights, made in its own type: 14B in float32 would take 57 GB for a moment."""
+    """A transformer with random weights, made in its own type: 14B in float32 would take 57 GB for
+    a moment."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -103,7 +106,8 @@ def network(c: DiTConfig, dtype: torch.dtype, device: torch.device | str = "meta
 
 
 def trainable(dit: DiT, checkpointing: bool) -> DiT:
-    """The same with gradients that vanish as soon as they are complete, as after FSDP's reduce-scatter."""
+    """The same with gradients that vanish as soon as they are complete, as after FSDP's
+    reduce-scatter."""
     dit.checkpointing = checkpointing
     for p in dit.requires_grad_(True).parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -133,7 +137,8 @@ def stage_2(
     B: int,
     device: torch.device | str,
 ) -> dict[str, Callable[[], None]]:
-    """The student's update of B samples, all denoising steps, in one direction; and the critic's in its two halves."""
+    """The student's update of B samples, all denoising steps, in one direction; and the critic's in
+    its two halves."""
     c, (T, h, w) = g.config, config.latent
     sigmas, rows = student_sigmas(shift=config.shift), T + config.block  # dummies have noise, too
     text = torch.randn(B, c.text_len, c.text_dim, device=device)
@@ -167,7 +172,8 @@ def stage_2(
 def peaks(
     config: train_dmd.Config, student: DiTConfig, teacher: DiTConfig, direction: int
 ) -> dict[str, float]:
-    """Peak GiB, without weights, of updates of `config.micro` samples in one direction, of both stages."""
+    """Peak GiB, without weights, of updates of `config.micro` samples in one direction, of both
+    stages."""
     dtype, B = dtype_of(config.dtype), config.micro or config.batch
     plans = both_directions(config.latent[0], config.block, config.anchors, config.head)
     g, f_fake = (trainable(network(student, dtype), config.checkpointing) for _ in range(2))
@@ -187,7 +193,8 @@ def peaks(
 def estimate(
     config: train_dmd.Config, student: DiTConfig, teacher: DiTConfig, direction: int
 ) -> dict[str, float]:
-    """The same from two and three layers of each network, extended: every layer more adds the same, and saves you minutes."""
+    """The same from two and three layers of each network, extended: every layer more adds the same,
+    and saves you minutes."""
     two, three = (
         peaks(config, replace(student, num_layers=n), replace(teacher, num_layers=2), direction)
         for n in (2, 3)
@@ -198,7 +205,8 @@ def estimate(
 
 
 def gathered(c: DiTConfig, itemsize: int) -> float:
-    """GiB of the parameters of a sharded network that lie whole on a GPU while it computes: this block and the next."""
+    """GiB of the parameters of a sharded network that lie whole on a GPU while it computes: this
+    block and the next."""
     with torch.device("meta"):
         model = DiT(c)
     block = sum(p.numel() for p in model.blocks[0].parameters())
@@ -214,7 +222,8 @@ def size_of(c: DiTConfig) -> int:
 def weights_2(
     student: DiTConfig, teacher: DiTConfig, gpus: int, itemsize: int = 2
 ) -> dict[str, float]:
-    """GiB a GPU in stage 2: what is sharded over the GPUs, and what is gathered while they compute."""
+    """GiB a GPU in stage 2: what is sharded over the GPUs, and what is gathered while they
+    compute."""
     sizes = size_of(student), size_of(student), size_of(teacher)
     blocks = 2 * gathered(student, itemsize) + gathered(teacher, itemsize)
     return train_dmd.memory_of_weights(*sizes, gpus, itemsize) | {"gathered blocks": blocks}

@@ -1,7 +1,9 @@
-"""Speed as ratios, in one process, on equal threads: ours against diffusers', cached against recomputed.
+"""Speed as ratios, in one process, on equal threads: ours against diffusers', cached against
+recomputed.
 
-The contestants take turns, so a slow minute of the machine slows both; medians of the turns are compared. Random
-weights: speed does not depend on them. Not a test (a busy machine would make it fail); docs/speed.md quotes its output.
+The contestants take turns, so a slow minute of the machine slows both; medians of the turns are
+compared. Random weights: speed does not depend on them. Not a test (a busy machine would make it
+fail); docs/speed.md quotes its output.
 
     python -m tools.speed
 """
@@ -39,7 +41,8 @@ def race(name: str, ours: Callable, other: Callable, turns: int = 9) -> None:
 
 
 def products() -> None:
-    """Print the rate of large matrix products, by oneDNN (what `lib/cpu.py` takes) and by torch's own choice."""
+    """Print the rate of large matrix products, by oneDNN (what `lib/cpu.py` takes) and by torch's
+    own choice."""
     rate = matmul_rate(CLOCK, torch.float32) / 1e9
     with mock.patch.object(cpu, "ONEDNN", False):
         own = matmul_rate(CLOCK, torch.float32) / 1e9
@@ -47,7 +50,8 @@ def products() -> None:
 
 
 def longer(way: str) -> None:
-    """How time and memory of a toy video on disk grow from 10 s to 100 s: in one process, the short one first."""
+    """How time and memory of a toy video on disk grow from 10 s to 100 s: in one process, the short
+    one first."""
     dit, vae = load_models("random", torch.float32, torch.device("cpu"))
     times, peaks = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -62,8 +66,9 @@ def longer(way: str) -> None:
                 int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
             )
     print(
-        f"| 100 s of toy video, {way}, against 10 s | {times[2]:.1f} s | {times[1]:.1f} s | time x {times[2] / times[1]:.2f}, "
-        f"peak memory {peaks[1]:.2f} -> {peaks[2]:.2f} GiB (+ {100 * (peaks[2] / peaks[1] - 1):.1f} %) |",
+        f"| 100 s of toy video, {way}, against 10 s | {times[2]:.1f} s | {times[1]:.1f} s | "
+        f"time x {times[2] / times[1]:.2f}, peak memory {peaks[1]:.2f} -> {peaks[2]:.2f} GiB "
+        f"(+ {100 * (peaks[2] / peaks[1] - 1):.1f} %) |",
         flush=True,
     )
 
@@ -134,7 +139,8 @@ def floor(run: Callable) -> Callable:
 
 
 def autoencoders(dim: int) -> None:
-    """Decoding and encoding of 17 frames against diffusers' VAE, and against its own convolutions alone."""
+    """Decoding and encoding of 17 frames against diffusers' VAE, and against its own convolutions
+    alone."""
     vae, theirs = (
         VAE(VAEConfig(dim=dim)).eval().requires_grad_(False),
         AutoencoderKLWan(base_dim=dim).eval(),
@@ -157,7 +163,8 @@ def autoencoders(dim: int) -> None:
 
 
 def rollouts(name: str, dit: DiT) -> None:
-    """A rollout of 21 latents: cached against recomputed, forward against backward; and what fusing two passes would save."""
+    """A rollout of 21 latents: cached against recomputed, forward against backward; and what fusing
+    two passes would save."""
     plans, text = (
         {"forward": anchors.forward(21), "backward": anchors.backward(21)},
         torch.randn(1, 512, 512),
@@ -173,7 +180,8 @@ def rollouts(name: str, dit: DiT) -> None:
         generate(dit, plans[way], [dit.text_kv(text)], noise_from(noise, renoise))
 
     def recompute(words: torch.Tensor | list) -> None:
-        """Every denoising step runs all earlier blocks again, clean, and the current one: what a cache saves."""
+        """Every denoising step runs all earlier blocks again, clean, and the current one: what a
+        cache saves."""
         plan = plans["forward"]
         for n in range(len(plan.steps)):
             latents = plan.steps[n].targets[-1] + 1
@@ -205,12 +213,14 @@ def rollouts(name: str, dit: DiT) -> None:
 
 
 def fused(name: str, config: DiTConfig, h: int) -> None:
-    """What fusing a block's clean pass with the next one's first step would save: one pass of both, or one after the other."""
+    """What fusing a block's clean pass with the next one's first step would save: one pass of both,
+    or one after the other."""
     dit = DiT(config).eval().requires_grad_(False)
     z, t, pos = torch.randn(1, 6, config.in_dim, h, h), torch.zeros(1, 6), torch.arange(6)
     kv = dit.text_kv(torch.randn(1, config.text_len, config.text_dim))
     race(
-        f"clean pass and next step in one pass, {name}, 6x{config.tokens(h, h)} tokens, against one after the other",
+        f"clean pass and next step in one pass, {name}, 6x{config.tokens(h, h)} tokens, "
+        "against one after the other",
         lambda: dit(z, t, kv, pos),
         lambda: (
             dit(z[:, :3], t[:, :3], kv, pos[:3], keys_only=True),

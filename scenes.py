@@ -2,9 +2,9 @@
 
     [scene 0]  gap  [scene 1]  after          before  [your clip]  after
 
-A scene is a run of latents with a prompt of its own, made forward and blind to the others, or
-given by the user (`anchors.with_given`). When all scenes are there, the gaps between them are filled, each
-seeing both of its sides; then the video grows forward after the last scene and backward, with
+A scene is a run of latents with a prompt of its own, made forward and blind to the others, or given
+by the user (`anchors.with_given`). When all scenes are there, the gaps between them are filled,
+each seeing both of its sides; then the video grows forward after the last scene and backward, with
 anchors, before the first. Your own clip is a plan with one scene. No files and no videos here.
 
     python -c "import anchors, scenes; print(anchors.text_picture(scenes.story()))"
@@ -55,12 +55,14 @@ def timeline(
     for n in range(1, len(scenes)):
         gap = range(scenes[n - 1][1], scenes[n][0])
         steps += _gap(first.start, gap, range(*scenes[n]), block, n, one_shot=joined)
-    # The sinks are the two blocks of the scene that lie farthest from what is made.
-    sinks = last[:block], last[block : 2 * block]
+    # The sinks are the two blocks farthest from what is made.
+    at = last.start
+    sinks = range(at, at + block), range(at + block, at + 2 * block)
     for b in _pieces(last.stop, length, block):
         finished = range(first.start, b.start)
         steps.append(forward_step(b, finished, view, *sinks, prompt=len(scenes) - 1))
-    sinks = first[::-1][:block], first[::-1][block : 2 * block][::-1]
+    at = first.stop
+    sinks = range(at - block, at)[::-1], range(at - 2 * block, at - block)
     for b in _pieces(0, first.start, block)[::-1]:
         finished = range(length - 1, b.stop - 1, -1)
         steps.append(backward_step(b, finished, anchors, view, *sinks))

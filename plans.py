@@ -71,12 +71,14 @@ def timeline(
         split = split_gaps and not joined and len(gap) >= 2 * block
         alone = gap.start + (len(gap) // 2 // block * block if split else 0)
         steps += _gap(first.start, gap, alone, range(*scenes[n]), block, n)
-    # The sinks are the two blocks of the scene that lie farthest from what is made.
-    sinks = last[:block], last[block : 2 * block]
+    # The sinks are the two blocks farthest from what is made.
+    at = last.start
+    sinks = range(at, at + block), range(at + block, at + 2 * block)
     for b in _pieces(last.stop, length, block):
         finished = range(first.start, b.start)
         steps.append(forward_step(b, finished, view, *sinks, prompt=len(scenes) - 1))
-    sinks = first[::-1][:block], first[::-1][block : 2 * block][::-1]
+    at = first.stop
+    sinks = range(at - block, at)[::-1], range(at - 2 * block, at - block)
     for b in _pieces(0, first.start, block)[::-1]:
         finished = range(length - 1, b.stop - 1, -1)
         steps.append(backward_step(b, finished, anchors, view, *sinks))

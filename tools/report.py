@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from film import frame_size, load_models
 from torch import Tensor
 
 import anchors
@@ -27,7 +28,6 @@ from evaluate import (
     recipe_of,
     summary,
 )
-from film import frame_size, load_models
 from lib import report
 from lib.common import UserError, run, start
 from lib.media import VideoWriter, write_sheet

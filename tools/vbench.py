@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from film import frame_size, load_models
 from tqdm import tqdm
 
 from evaluate import plans_of, recipe_of
-from film import frame_size, load_models
 from lib import report, text
 from lib.common import UserError, dtype_of, run, start
 from lib.media import FORMATS, VideoWriter

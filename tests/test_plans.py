@@ -5,7 +5,7 @@ import pytest
 import anchors
 from anchors import Step, View, place, with_given
 from lib.common import UserError
-from plans import story, timeline, transition
+from plans import ORDERS, story, timeline, transition
 
 
 def same(*latents: int) -> tuple:
@@ -60,18 +60,21 @@ def test_a_gap_in_one_shot_by_hand():
 
 
 @pytest.mark.parametrize("gap", range(1, 16))
-def test_at_least_half_of_a_gap_is_made_before_it_sees_the_next_scene(gap):
-    """For any gap of more than a block: forward blocks that read nothing of the next scene and have
-    the prompt of the last one, then one block, of no more than half the gap, that reads both."""
+def test_the_first_half_of_a_gap_does_not_see_the_next_scene(gap):
+    """For any gap: half of it, in whole blocks, grows forward, reads nothing of the next scene and
+    has the prompt of the last one; one block that reads both sides has the rest."""
     places = [(0, 6), (6 + gap, 12 + gap)]
     steps = timeline(12 + gap, places).steps[4:]
     *grown, last = steps
-    assert sum(len(step.targets) for step in steps) == gap
-    assert len(last.targets) <= max(gap // 2, 3)
+    alone = gap // 2 // 3 * 3 if gap >= 6 else 0
+    assert [len(step.targets) for step in grown] == [3] * (alone // 3)
+    assert len(last.targets) == gap - alone
     for step in grown:
         assert max(i for i, _ in step.reads) < step.targets[0] and step.prompt == 0
     read = {i for i, _ in last.reads}
     assert last.prompt == 1 and min(read) < last.targets[0] and max(read) >= 6 + gap
+    whole = timeline(12 + gap, places, split_gaps=False).steps[4:]
+    assert [len(step.targets) for step in whole] == [gap] and whole[0].prompt == 1
 
 
 def test_a_gap_grows_from_the_scene_before_it():
@@ -201,4 +204,4 @@ def test_impossible_scenes_are_refused(call, says):
 
 def test_scenes_are_orders():
     """story and transition are known to whoever looks into `ORDERS`."""
-    assert {"story", "transition"} <= anchors.ORDERS.keys() and scenes.ORDERS is anchors.ORDERS
+    assert {"story", "transition"} <= anchors.ORDERS.keys() and ORDERS is anchors.ORDERS

@@ -4,7 +4,6 @@ import hashlib
 
 import pytest
 import torch
-from metrics import flickering_ratio, measure, round_trip
 from tiny import ROOT, rows
 
 import train_ode

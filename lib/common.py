@@ -12,6 +12,7 @@ Checkpoints of models are in weights.py, what training loops share is in trainin
     python -c "import lib.common; help(lib.common)"
 """
 
+import argparse
 import gc
 import glob
 import hashlib
@@ -300,14 +301,17 @@ def read_pickle(path: str | os.PathLike) -> dict:
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
+    plain = [argparse.Namespace]  # a bag of settings, which many training scripts put in
     try:
-        tree = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        with torch.serialization.safe_globals(plain):
+            mapped = zipfile.is_zipfile(path)
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged or hostile pickle may raise anything; it does not run
+        why = f"{type(error).__name__}; copy it again or convert it to safetensors"
+        if code := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+            why = f"it holds {code[1]}, that is, code that would run; save its tensors alone"
         raise UserError(
-            f"{path} is not a checkpoint that loads with weights_only=True "
-            f"({type(error).__name__}); copy it again or convert it to safetensors"
+            f"{path} is not a checkpoint that loads with weights_only=True: {why}"
         ) from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, not a dictionary of tensors")

@@ -2,13 +2,13 @@
 
     states [S, K+1, T, C, h, w]         a trajectory per latent, noisiest first, the end point last
 or  clean [S, T, C, h, w] and plan0, plan1 ... [S, K+1, slots, C, h, w]
-                                        an autoregressive teacher's (zoo/causal_forcing.py): one per
+                                        an autoregressive teacher's (zoo/causal_ode.py): one per
                                         slot of each plan's layout, after clean context
 
 A shard pairs-000064.safetensors holds the pairs from number 64 on, of one group (trajectories: of
-one length; causal pairs: of one entry of the mix of plans), and says how it was made. Pair n belongs
-to prompt n and to noise n, whatever else is there. What is there is compared with what is asked for;
-what does not fit is named. Who makes pairs, and what learns from them, is not known here.
+one length; causal pairs: of one entry of the mix of plans), and says how it was made. Pair n
+belongs to prompt n and to noise n, whatever else is there. What is there is compared with what is
+asked for; what does not fit is named. Who makes pairs and what learns from them is not known here.
 """
 
 import hashlib
@@ -23,20 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.common import Stream, UserError, atomic, generator, stop_signals
+from lib.common import Stream, UserError, atomic, fingerprint, generator, stop_signals
 from lib.weights import read_dit, read_json, read_tensors, write_safetensors
 
 GOLDEN = 0.6180339887498949  # multiples of it mod 1 fill [0, 1) evenly, however many there are
-
-
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Name a network by its weights, whatever file they lie in: names, shapes, ends of tensors."""
-    digest = hashlib.sha256()
-    for name, x in sorted(tensors.items()):
-        flat = x.flatten()
-        ends = torch.cat([flat[:1024], flat[-1024:]]).float().numpy().tobytes()
-        digest.update(f"{name}{tuple(x.shape)}".encode() + ends)
-    return digest.hexdigest()[:16]
 
 
 def kept_states(levels: Sequence[float], steps: int = 48) -> list[int]:

@@ -31,7 +31,7 @@ from dit import (
 )
 from kvcache import KVCache
 from lib.common import UserError
-from sampler import generate, noise_seeded, student_sigmas
+from sampler import generate, noise_seeded
 
 CONFIGS = {
     "head_dim 12": {},
@@ -657,7 +657,7 @@ def test_an_action_per_latent_is_an_edit_of_dit_alone(tmp_path, monkeypatch):
     words, noise = plain.text_kv(randn(1, 1, 5, 32)), noise_seeded([(0, 0, 0)], (4, 4, 4))
 
     def play(model, text):
-        return generate(model, plan, [text], noise, student_sigmas())
+        return generate(model, plan, [text], noise)
 
     before = play(plain, words)
     assert torch.equal(play(world, (words, action)), before)  # zero at first

@@ -24,7 +24,7 @@ from lib.common import UserError
 from lib.foreign import refuse_names
 from lib.lora import Low
 from lib.weights import find, names_of_dit, read_dit, read_recipe, read_tensors, write_safetensors
-from sampler import generate, noise_seeded, student_sigmas
+from sampler import generate, noise_seeded
 from vae import VAE, VAEConfig, load_vae, save_vae
 
 WHOLE = {"dim": 128, "num_heads": 1, "text_len": 512}
@@ -102,7 +102,7 @@ def test_every_layout_keeps_what_the_names_do_not_say(tmp_path, monkeypatch, cap
     save_dit(ours, tmp_path / "student.safetensors", recipe=RECIPE)
 
     def clip(dit):
-        return generate(dit, plan, [dit.text_kv(randn(1, 1, 5, 32))], noise, student_sigmas())
+        return generate(dit, plan, [dit.text_kv(randn(1, 1, 5, 32))], noise)
 
     at = tmp_path / "student.safetensors"
     for to, name in (

@@ -333,8 +333,6 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 class DiT(nn.Module):
     """Noisy latents, their times and positions, and a text -> their velocities."""
 
-    recipe: dict | None = None  # how a student was trained, where its file says so
-
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         c = self.config = config

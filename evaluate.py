@@ -40,7 +40,7 @@ from lib.common import UserError, dtype_of, run, start
 from lib.media import VIDEOS, read_frames
 from lib.statistics import Stat, Values, frechet, joined, largest, over_files, stat
 from lib.world import OTHER, World, find_world, numbers_of
-from sampler import Recipe, gather, generate, noise_seeded, teacher_blocks
+from sampler import Recipe, gather, noise_seeded, student_blocks, teacher_blocks
 from vae import VAE
 
 BATCH = 16  # clips at a time
@@ -246,24 +246,15 @@ class Maker:
         h, w = (side // self.vae.config.space for side in self.size)
         seeds = [(self.seed, first + n, 0) for n in range(len(captions))]
         noise = noise_seeded(seeds, (c.in_dim, h, w), device)
-        texts = [words] * plan.prompts()
-        recipe = recipe_of(self.dit)
+        texts, recipe = [words] * plan.prompts(), recipe_of(self.dit)
         recipe = replace(recipe, share_noise=self.share_noise or recipe.share_noise)
-        if self.guidance is None:
-            z = generate(self.dit, plan, texts, noise, recipe=recipe, given=given)
-        else:
-            negative = torch.zeros_like(words[:1])
-            teacher = teacher_blocks(
-                self.dit,
-                plan,
-                texts,
-                negative,
-                noise,
-                self.guidance,
-                given,
-                share_noise=recipe.share_noise,
-            )
-            z = gather(plan, teacher)
+        blocks = student_blocks(self.dit, plan, texts, noise, recipe, given)
+        if self.guidance is not None:
+            rule = {"share_noise": recipe.share_noise}
+            none = torch.zeros_like(words[:1])  # the empty prompt
+            how = (none, noise, self.guidance, given)
+            blocks = teacher_blocks(self.dit, plan, texts, *how, **rule)
+        z = gather(plan, blocks)
         return z, torch.cat([self.vae.decode(x[None]).cpu() for x in z])
 
 
@@ -366,7 +357,7 @@ def measure_student(config: Config, device: torch.device) -> dict[str, dict[str,
     plans = plans_of(recipe_of(dit)) | {name: anchors.ORDERS[name]() for name in config.orders}
     rows, true = {}, None
     if world:
-        seeds, known = (numbers_of(world, config.clips, config.seed, k) for k in (False, True))
+        seeds, known = (numbers_of(config.clips, config.seed, k) for k in (False, True))
         captions = [world.caption(number) for number in seeds]
         what = vae, student.size[0], plans["forward"], captions, world
         true, decoded = measure_true(*what, seeds)

@@ -1,13 +1,11 @@
-"""What changes from frame to frame: of a whole video, and where a cut is. Pixels in, numbers out."""
+"""What changes from frame to frame: in a whole video, and at a cut. Pixels in, numbers out."""
 
 import torch
 from torch import Tensor
 
 from lib.common import UserError
 
-STATIC = (
-    2e-3  # a change below this, a quarter of a grey level of 255, is none: no ratio to it [ours]
-)
+STATIC = 2e-3  # a smaller change, a quarter of a grey level of 255, is none: no ratio to it [ours]
 
 
 def frame_changes(video: Tensor) -> Tensor:
@@ -18,7 +16,7 @@ def frame_changes(video: Tensor) -> Tensor:
 
 
 def temporal_flickering(video: Tensor) -> Tensor:
-    """VBench's score of video [B, 3, F, H, W]: 1 - mean change in 8-bit grey levels over 255: [B]."""
+    """VBench's score, [B], of video [B, 3, F, H, W]: 1 - mean change in 8-bit levels over 255."""
     eight_bit = ((video.float().clamp(-1, 1) + 1) * 127.5).round()
     return 1 - frame_changes(eight_bit).mean(1) / 255
 
@@ -28,8 +26,8 @@ def seam(video: Tensor, frame: int) -> dict[str, Tensor]:
 
     colour offset: largest change of a channel's mean over the cut, in grey levels of 255
     jump: change over the cut, over the mean of the changes just before and just after it
-    jump max: largest of the four changes from the cut on (a latent's frames: the toy VAE shows a hard
-        cut at the second), over the mean of the changes just before and just after these four
+    jump max: largest of the four changes from the cut on (a latent's frames: the toy VAE shows a
+        hard cut at the second), over the mean of the changes just before and just after these four
     sharpness: mean gradient after the cut over that before
 
     raises: UserError unless two frames lie on either side."""

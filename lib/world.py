@@ -12,16 +12,13 @@ from typing import Protocol
 from torch import Tensor
 
 from lib.common import UserError
+from lib.text import HELD_OUT, KNOWN, TOY_DIM, WORLDS
 
-TOY_DIM = 64  # [ours] width of a toy word
 OTHER = 1 << 20  # clip n + OTHER is another clip of the caption of clip n
 
 
 class World(Protocol):
     """What a world's module has."""
-
-    HELD_OUT: int  # clips from this number on are never trained on, nor are their captions
-    KNOWN: int  # clips from this number on are new, but of captions that are trained on
 
     def caption(self, number: int) -> str:
         """The caption of a clip."""
@@ -49,18 +46,18 @@ def find_world(name: str, text_dim: int, prompts: str = "") -> World | None:
             f"this model reads text {text_dim} wide, not the toy's words: give --prompts FILE, or "
             "--world MODULE"
         )
-    name = name or "toy.world"
+    name = WORLDS.get(name, name) or WORLDS["toy"]
     try:
         world = importlib.import_module(name)
     except ImportError as error:
         raise UserError(f"--world {name} cannot be imported ({error})") from None
-    needed = ("HELD_OUT", "KNOWN", "caption", "render", "hits", "identity")
+    needed = ("caption", "render", "hits", "identity")
     if missing := [n for n in needed if not hasattr(world, n)]:
         raise UserError(f"--world {name} lacks {', '.join(missing)}; toy/world.py has them all")
     return world
 
 
-def numbers_of(world: World, clips: int, seed: int = 0, known: bool = False) -> list[int]:
+def numbers_of(clips: int, seed: int = 0, known: bool = False) -> list[int]:
     """Numbers of clips to measure: others for each seed; known: of captions that training sees."""
-    begin = (world.KNOWN if known else world.HELD_OUT) + seed * clips
+    begin = (KNOWN if known else HELD_OUT) + seed * clips
     return list(range(begin, begin + clips))

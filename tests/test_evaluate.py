@@ -32,8 +32,9 @@ from evaluate import (
     round_trip,
     summary,
 )
+from lib.changes import frame_changes, seam, temporal_flickering
 from lib.common import UserError
-from lib.media import VideoWriter, frame_changes, seam, temporal_flickering
+from lib.media import VideoWriter
 from lib.statistics import Stat, frechet, largest, over_runs, stat
 from lib.world import find_world, numbers_of
 from sampler import Recipe
@@ -307,20 +308,20 @@ def test_plans_are_the_students_own():
 
 
 def test_every_seed_has_clips_of_its_own():
-    numbers = [numbers_of(world, 4, seed, known) for seed in (0, 1) for known in (False, True)]
+    numbers = [numbers_of(4, seed, known) for seed in (0, 1) for known in (False, True)]
     assert len({n for some in numbers for n in some}) == 16
     assert all(world.held_out(world.caption(n)) for n in numbers[0] + numbers[2])
     assert not any(world.held_out(world.caption(n)) for n in numbers[1] + numbers[3])
 
 
 def test_world_is_handed_in_by_name(monkeypatch):
-    """Any module with the six names will do; what is missing is said, and a model that reads other
+    """Any module with the four names will do; what is missing is said, and a model that reads other
     words needs one."""
     assert find_world("", 64).__name__ == "toy.world" and find_world("", 64, "prompts.txt") is None
     with pytest.raises(UserError, match="32 wide.*--prompts FILE"):
         find_world("", 32)
     monkeypatch.setitem(sys.modules, "mine", types.ModuleType("mine"))
-    with pytest.raises(UserError, match="--world mine lacks HELD_OUT, KNOWN, caption"):
+    with pytest.raises(UserError, match="--world mine lacks caption, render, hits"):
         find_world("mine", 32)
     with pytest.raises(UserError, match="--world nowhere cannot be imported"):
         find_world("nowhere", 32)
@@ -520,7 +521,7 @@ def test_videos_that_cannot_be_measured(content, says, tmp_path, monkeypatch, ca
         ({"weights": "nowhere"}, "nowhere"),
         ({"clips": 0}, "--clips 0"),
         ({"block": 0}, "--block 0"),
-        ({"orders": "sideways"}, "--orders sideways is none of backward, forward"),
+        ({"orders": "sideways"}, "--orders sideways is none of forward, backward"),
         ({"share_noise": "some"}, "--share_noise some"),
         ({"weights": "random", "world": "no.such"}, "--world no.such"),
         ({"weights": "random", "size": (32, 20)}, "--size 32 20"),

@@ -304,4 +304,4 @@ def test_causality_has_rows_for_every_speed(weights, tmp_path, monkeypatch, caps
 
 
 def test_numbers_of_the_tables_are_held_out():
-    assert all(world.held_out(world.caption(n)) for n in numbers_of(world, 8, 2))
+    assert all(world.held_out(world.caption(n)) for n in numbers_of(8, 2))

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from film import frame_size, load_models
 from torch import Tensor
 
 import anchors
@@ -28,11 +27,13 @@ from evaluate import (
     recipe_of,
     summary,
 )
+from generate import frame_size, load_models
 from lib import report
 from lib.common import UserError, run, start
 from lib.media import VideoWriter, write_sheet
 from lib.statistics import Stat
 from lib.world import World, find_world, numbers_of
+from tools.plan import write_picture
 from toy.students import folder
 from toy.tables import DUMMY
 
@@ -98,14 +99,14 @@ def measured(config: Config, student: Maker, world: World, captions: Sequence[st
     if without := student_without(config, student):
         plans[WITHOUT], makers[WITHOUT] = DUMMY, without
     shown = Shown(plans)
-    numbers = numbers_of(world, len(captions), config.seed)
+    numbers = numbers_of(len(captions), config.seed)
     true, decoded = measure_true(vae, student.size[0], plans["forward"], captions, world, numbers)
     shown.rows["true clips, decoded"] = summary(decoded, true)
     for name, plan in plans.items():
         z, shown.videos[name] = makers[name].make(plan, captions)
         values = measure_all(vae, z, shown.videos[name], plan, world, captions)
         shown.rows[name] = summary(values, true)
-    for name in anchors.ORDERS.keys() - plans.keys() - {"long"}:  # which has no length by default
+    for name in [name for name in anchors.ORDERS if name not in plans]:
         shown.plans[name] = anchors.ORDERS[name]()
         shown.videos[name] = student.make(shown.plans[name], captions[:1])[1]
     return shown
@@ -123,7 +124,7 @@ def cards_of(path: Path, shown: Shown, caption: str) -> list[tuple[str, str, str
     cards = []
     for name, video in shown.videos.items():
         file = re.sub(r"\W+", "-", name)
-        anchors.write_picture(path / f"plan-{file}.png", shown.plans[name])
+        write_picture(path / f"plan-{file}.png", shown.plans[name])
         write_sheet(path / f"{file}.png", video[:6], columns=11)
         clip = write_clip(path / f"{file}.mp4", video[0])
         cards.append((name, clip, f"plan-{file}.png", f"{WORDS.get(name, '')} “{caption}”"))
@@ -200,7 +201,7 @@ def main(config: Config) -> None:
     dit, vae = load_models(config.weights, torch.float32, device)
     world = find_world(config.world, dit.config.text_dim)
     student = Maker(dit, vae, frame_size((), dit, vae), config.seed)
-    captions = [world.caption(n) for n in numbers_of(world, config.clips, config.seed)]
+    captions = [world.caption(n) for n in numbers_of(config.clips, config.seed)]
     path, shown = Path(config.out), measured(config, student, world, captions)
     sections = [
         ("Clips", report.paragraph(LEGEND) + report.clips(cards_of(path, shown, captions[0]))),

@@ -11,18 +11,18 @@ so an interrupted export goes on (give another --out for another student).
 import importlib
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from film import frame_size, load_models
 from tqdm import tqdm
 
 from evaluate import plans_of, recipe_of
+from generate import frame_size, load_models
 from lib import report, text
 from lib.common import UserError, dtype_of, run, start
 from lib.media import FORMATS, VideoWriter
-from sampler import generate, noise_seeded, student_sigmas
+from sampler import generate, noise_seeded
 
 # dimension: (lowest, highest, weight), as VBench sums its scores up [VBench scripts/constant.py]
 QUALITY = {
@@ -68,9 +68,9 @@ class Config:
 
 def checked(config: Config) -> tuple[list[str], list[str]]:
     """The original prompts and what the model is told for each. raises: UserError"""
-    if config.format not in FORMATS or config.samples < 1:
+    if config.format not in FORMATS or config.format == ".png" or config.samples < 1:
         raise UserError(
-            f"--format {config.format} must be one of {', '.join(FORMATS)}, "
+            f"--format {config.format} must be .mp4, .mkv or .gif, "
             f"and --samples {config.samples} at least 1"
         )
     original = text.lines_of(config.prompts)
@@ -115,8 +115,7 @@ def export(config: Config, rank: int, world_size: int, device: torch.device) -> 
             plan,
             texts,
             noise_seeded([(config.seed, n, k)], (c.in_dim, h, w), device),
-            student_sigmas(recipe.levels, recipe.shift),
-            share_noise=config.share_noise or recipe.share_noise,
+            recipe=replace(recipe, share_noise=config.share_noise or recipe.share_noise),
         )
         with VideoWriter(path) as writer:
             writer.write(vae.decode(z)[0])

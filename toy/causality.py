@@ -77,7 +77,7 @@ def rows_of(
     config: Config, vae: VAE, device: torch.device
 ) -> Iterator[tuple[str, dict[str, Stat]]]:
     """Yield name and row for each speed and each length of right past."""
-    numbers = numbers_of(world, config.clips)
+    numbers = numbers_of(config.clips)
     captions = [world.caption(number) for number in numbers]
     plan = anchors.forward(anchors.HORIZON, config.block)
     firsts = [i + 1 for i, inter in enumerate(plan.boundaries()) if inter]

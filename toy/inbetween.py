@@ -124,7 +124,7 @@ def table(config: Config, device: torch.device) -> dict[str, dict[str, Stat]]:
     dit, vae = load_models(config.weights, torch.float32, device)
     path = config.teacher or f"{config.weights}/teacher.safetensors"
     teacher = load_dit(path, torch.float32, device)
-    numbers = numbers_of(world, config.clips, config.seed)
+    numbers = numbers_of(config.clips, config.seed)
     captions = [world.caption(number) for number in numbers]
     true = world.render(captions, numbers)
     z = encoded(vae, true)

@@ -181,7 +181,7 @@ def main(config: Config) -> None:
     total = 2 * (1 + bool(teacher) + 4 * len(config.lengths))
     with tqdm(total=total, desc="rows", unit="row") as bar:
         for said, known in (("held out", False), ("known", True)):
-            numbers = numbers_of(world, config.clips, config.seed, known)
+            numbers = numbers_of(config.clips, config.seed, known)
             for name, row in table(student, teacher, numbers, config.lengths):
                 rows[f"{name}, {said}"] = row
                 bar.write(report.markdown_row(f"{name}, {said}", row, COLUMNS))

@@ -161,7 +161,7 @@ class Setting:
 
 def setting(config: Config, vae: VAE, seed: int) -> Setting:
     """The captions and true clips of a seed."""
-    numbers = numbers_of(world, config.clips, seed)
+    numbers = numbers_of(config.clips, seed)
     captions = [world.caption(number) for number in numbers]
     true, decoded = measure_true(vae, 32, FORWARD, captions, world, numbers)
     others = [number + OTHER for number in numbers]

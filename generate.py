@@ -29,19 +29,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import anchors
+import clips
 from anchors import HORIZON, ORDERS, Plan
-from clips import (
-    TIME,
-    Around,
-    Clips,
-    Given,
-    asked,
-    files_of,
-    flag,
-    prompted,
-    seconds_to_latents,
-    view_of,
-)
+from clips import TIME, Given, seconds_to_latents
 from dit import PRESETS, DiT, load_dit
 from lib import outputs, streams, text
 from lib.common import UserError, dtype_of, run, start
@@ -200,7 +190,7 @@ def write_video(path: str | Path, pieces: Iterable[Tensor], comment: str = "") -
 
 # ---------------------------------------------------------------- command line
 @dataclass
-class Config(Clips):
+class Config(clips.Clips):
     """Make a video in any order of time, or around your own clips."""
 
     prompts: str = ""  # a file with a prompt a line: a clip each, in a folder named as --out
@@ -240,10 +230,10 @@ CHOICES = {
 
 def check(config: Config) -> list[str]:
     """What can be said before anything is loaded; the files that are read. raises: UserError"""
-    commands = asked(config)
+    commands = clips.asked(config)
     for name in ("order", "guidance"):
-        if commands and getattr(config, name):
-            raise UserError(f"{flag(commands[0])} and --{name} were asked for; leave out one")
+        if commands and getattr(config, name) not in ("", None):
+            raise UserError(f"{clips.flag(commands[0])} and --{name} were asked for; leave out one")
     if config.order and config.order not in ORDERS:
         raise UserError(f"unknown order {config.order!r}; use {', '.join(ORDERS)}")
     for name, choices in CHOICES.items():
@@ -269,8 +259,11 @@ def check(config: Config) -> list[str]:
             "--prompt is empty; say what to show, for instance --prompt"
             ' "a red square moves left over a green wave"'
         )
-    read = [path for path in (*files_of(config), config.prompts, config.embeddings) if path]
+    read = [path for path in (*clips.files_of(config), config.prompts, config.embeddings) if path]
     outputs.check_places(read, config.out, tuple(FORMATS), config.sheet, config.preview)
+    if config.prompts:
+        folder = Path(config.out).expanduser().with_suffix("")
+        outputs.check_folder(str(folder), "--out")
     return read
 
 
@@ -362,7 +355,7 @@ def make_plan(config: Config, recipe: Recipe) -> Plan:
     if config.gap:
         length_at_both_ends = config.gap + 2 * block
         options |= {"length": length_at_both_ends} if name == "inbetween" else {"gap": config.gap}
-    options["view"] = view_of(config, recipe, length)
+    options["view"] = clips.view_of(config, recipe, length)
     options["scenes"] = 2 if len(config.prompt) == 2 else max(len(config.prompt), 3)
     options["split_gaps"] = len(config.prompt) > 1
     takes = inspect.signature(ORDERS[name]).parameters
@@ -400,16 +393,16 @@ class Job:
 
 def plan_clip(config: Config, job: Job, given: Given) -> tuple[Plan, Sequence[str]]:
     """What is made, and its prompts; the user's clips are read into `given`."""
-    if asked(config):
-        return Around(config, job.recipe, job.size, given).plan()
+    if clips.asked(config):
+        return clips.Around(config, job.recipe, job.size, given).plan()
     plan = make_plan(config, job.recipe)
-    return prompted(plan, config.prompt, config.switch), config.prompt
+    return clips.prompted(plan, config.prompt, config.switch), config.prompt
 
 
 def watched_blocks(
-    config: Config, job: Job, plan: Plan, prompts: Sequence[str], given: Given, bar: tqdm
+    config: Config, job: Job, plan: Plan, prompts: Sequence[str], given: Given
 ) -> Iterator[tuple[int, Tensor]]:
-    """The blocks of a plan, counted and previewed; NaN ends them."""
+    """The blocks of a plan, looked at: NaN ends them; backward ones may be previewed."""
     blocks = make_blocks(
         job.dit,
         plan,
@@ -425,12 +418,12 @@ def watched_blocks(
         config.weights,
     )
     blocks = streams.only_finite(blocks, plan)
-    blocks = streams.counted(blocks, bar)
     if config.preview:
         blocks = streams.previewed(blocks, plan, job.vae, Path(config.preview).expanduser())
     return blocks
 
 
+@torch.no_grad()
 def make_clip(config: Config, job: Job) -> None:
     """Make one video and write it to --out; say what is made, and how seams came out."""
     vae, out = job.vae, Path(config.out).expanduser()
@@ -454,8 +447,9 @@ def make_clip(config: Config, job: Job) -> None:
     seams = streams.Seams(given.frames, frames, config.exact, bool(config.loop), keep=sheet)
     waiting = {}
     brief = {name: about[name] for name in ("prompt", "seed", "sources")} | {"plan": plan.name}
+    blocks = watched_blocks(config, job, plan, prompts, given)
     with tqdm(desc="blocks", total=len(plan.steps), unit="block") as bar:
-        blocks = watched_blocks(config, job, plan, prompts, given, bar)
+        blocks = streams.counted(blocks, bar)
         pieces = decode_in_order(vae, plan, blocks, waiting=waiting)
         pieces = seams.through(pieces)
         pieces = streams.or_the_end(pieces, plan, vae, job.recipe.block, waiting)
@@ -479,14 +473,15 @@ def clips_of(config: Config) -> list[Config]:
     for n, words in enumerate(text.lines_of(Path(config.prompts).expanduser()), 1):
         path = out.with_suffix("") / f"{outputs.safe_name(n, words)}{out.suffix}"
         sheet = str(path.with_suffix(".sheet.png")) if config.sheet else ""
-        made.append(replace(config, prompt=(words,), out=str(path), sheet=sheet))
+        preview = str(Path(config.preview) / path.stem) if config.preview else ""
+        made.append(replace(config, prompt=(words,), out=str(path), sheet=sheet, preview=preview))
     return made
 
 
 def main(config: Config) -> None:
     """Check, load once, make every clip."""
     read = check(config)
-    seed, clips = outputs.read_seed(config.seed), clips_of(config)
+    seed = outputs.read_seed(config.seed)
     world, device = start(config.device)[1:]
     if world > 1:
         raise UserError(f"a clip is made by one process, not {world}; start it without torchrun")
@@ -501,8 +496,8 @@ def main(config: Config) -> None:
     sources |= {path: outputs.fingerprint(path) for path in read if path != config.prompts}
     job = Job(dit, vae, recipe, size, seed, sources)
     with streams.sigterm_is_ctrl_c():
-        for clip in clips:
-            make_clip(clip, job)
+        for one in clips_of(config):
+            make_clip(one, job)
 
 
 if __name__ == "__main__":

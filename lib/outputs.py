@@ -43,6 +43,7 @@ def check_places(
         if not Path(path).expanduser().is_file():
             raise UserError(f"{path} does not exist, or is a folder")
     clip = check_output(out, "--out", suffixes, read)
+    check_output(str(sidecar(clip)), "--out", (".json",), read)
     if sheet:
         check_output(sheet, "--sheet", (".png",), [*read, clip])
     if preview:
@@ -116,19 +117,21 @@ def sidecar(clip: Path) -> Path:
 
 
 def write_sidecar(clip: Path, about: dict) -> None:
+    """Keep what a clip was made of beside it, with the clip's own fingerprint."""
+    about = about | {"clip": fingerprint(clip)}
     with atomic(sidecar(clip)) as tmp:
         tmp.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def is_made(clip: Path, about: dict) -> bool:
-    """Whether the clip is there and the file beside it says that it was made in just this way."""
+    """Whether the clip is there, and the file beside it says that it was made in just this way."""
     if not clip.is_file() or not sidecar(clip).is_file():
         return False
     try:
         found = json.loads(sidecar(clip).read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return found == json.loads(json.dumps(about))
+    return found == json.loads(json.dumps(about)) | {"clip": fingerprint(clip)}
 
 
 def safe_name(number: int, prompt: str) -> str:

@@ -335,7 +335,7 @@ MOVING = ("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=16:duration=2")
 def test_containers_are_known_by_content(name, tmp_path):
     """Any container that ffmpeg reads, under any name; 32 frames are 32 frames."""
     codec = {"a.mxf": ["-c:v", "mpeg2video", "-r", "25"], "a.ogv": ["-c:v", "libtheora"]}
-    codec |= {"a.vob": codec["a.mxf"], "bare": ["-f", "mp4"]}
+    codec |= {"a.vob": codec["a.mxf"], "bare": ["-f", "mp4"], "a.3gp": ["-c:v", "libx264"]}
     ffmpeg(*MOVING, "-pix_fmt", "yuv420p", *codec.get(name, []), tmp_path / name)
     video, says = load_clip(tmp_path / name, (48, 64))
     assert video.shape[2] == 32 and video[:, :, 0].std() > 0.3 and "damaged" not in says

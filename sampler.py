@@ -317,7 +317,7 @@ def student_blocks(
     plan: Plan,
     texts: Sequence[Text],
     noise: Noise,
-    recipe: Recipe = Recipe(),
+    recipe: Recipe | None = None,
     given: dict[int, Tensor] | None = None,
     exit_at: Callable[[int], int | None] = lambda n: None,
     commit_anchors: bool = False,
@@ -325,7 +325,9 @@ def student_blocks(
 ) -> Iterator[tuple[int, Tensor]]:
     """A student's rollout, as its recipe says; yields (n, x0 of the targets) as in `rollout`.
 
+    recipe: None: the one that its checkpoint remembers, or else the paper's
     dtype: of the cache, where it is not that of the weights (mixed precision under FSDP)"""
+    recipe = recipe or Recipe.read(dit.recipe) or Recipe()
     cache = cache_for(dit, plan, noise, dtype=dtype)
     denoise = few_steps(dit, texts, noise, recipe.sigmas, exit_at, recipe.share_noise)
     remember = clean_pass(dit, plan, texts, cache, commit_anchors)

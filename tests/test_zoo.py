@@ -1,38 +1,52 @@
 """Other people's methods run on this backbone, and each is the plain rollout where it should be."""
 
 import ast
+import json
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from tiny import ROOT, distance, randn, tiny_dit
+from tiny import ROOT, distance, randn, randomise, tiny_checkpoints, tiny_dit
 
 import sampler
+import train_dmd
 from anchors import HORIZON, Plan, View, backward, forward, inbetween, layout, text_picture
 from lib.common import UserError
-from sampler import Recipe, noise_seeded
+from lib.media import read_frames
+from sampler import Recipe, gather, noise_seeded, teacher_blocks
+from tools import encode
+from train_dmd import dmd_gradient
+from vae import VAE, VAEConfig
 from zoo import (
+    ar_teacher,
     common,
     diagonal,
     ema_sink,
     lookahead,
     one_sided,
     plan_then_fill,
+    resampling,
+    reward_dmd,
     rolling_forcing,
     routing,
+    run,
     same_level,
+    self_forcing_pp,
     speculative,
+    staggered,
+    stitching,
     switch,
+    table,
     tree,
+    vector_time,
 )
 from zoo.run import METHODS
 
 SEEDS, SHAPE = [(0, 0, 0), (0, 1, 0)], (4, 4, 2)  # two clips of 2 tokens a latent
 ONE_LEVEL = Recipe(levels=(1000.0,))
 DIRECTIONS = {"forward": forward(9), "backward": backward(9)}
-CORE = ("ar_teacher.py", "causal_ode.py", "consistency.py")
-PLUMBING = ("common.py", "run.py", "table.py")
+UNCOUNTED = ("ar_teacher.py", "causal_ode.py", "consistency.py", "common.py", "run.py", "table.py")
 
 
 def inputs(plan: Plan) -> tuple:
@@ -67,13 +81,13 @@ def test_every_method_makes_finite_clips_that_depend_on_the_prompt(name):
 def test_every_file_is_short_and_says_what_it_is():
     """Under 120 lines; what it is here, what is left open, a command that names a method."""
     for path in sorted((ROOT / "zoo").glob("*.py")):
-        if path.name in (*CORE, *PLUMBING):
+        if path.name in UNCOUNTED:
             continue
         lines = path.read_text(encoding="utf-8")
         words = ast.get_docstring(ast.parse(lines))
         assert lines.count("\n") < 120, path.name
         assert 10 <= words.count("\n") + 1 <= 30, path.name
-        for part in ("On this backbone", "eft open", "python -m zoo."):
+        for part in ("On this backbone", "eft open", "\n    python -"):
             assert part in words, (path.name, part)
         for line in words.splitlines():
             if "python -m zoo.run" in line:
@@ -404,3 +418,224 @@ def test_pictures_of_every_plan():
         assert "T" in text_picture(method.plan(method.length, 3, 3)), name
     assert common.read_later(forward(6), 0) == (0, 1, 2)
     assert common.read_later(backward(6), 1) == (None, None, None)
+
+
+# ---------------------------------------------------------------- those that train
+def test_reward_weights_have_mean_one_and_prefer_motion():
+    """exp(r / b) over its mean; still samples alike: the plain gradient."""
+    x, real, fake = (randn(n, 3, 4, 2, 1, 1) for n in range(3))
+    plain_gradient = dmd_gradient(x, real, fake)
+    ratio = (reward_dmd.weighted(x, real, fake) / plain_gradient).flatten(1)
+    assert distance(ratio, ratio[:, :1].expand_as(ratio)) <= 1e-5
+    assert ratio[:, 0].mean().item() == pytest.approx(1.0)
+    motion = x.diff(dim=1).abs().mean((1, 2, 3, 4))
+    assert ratio[:, 0].argsort().tolist() == motion.argsort().tolist()
+    alike = x[:1].expand(3, -1, -1, -1, -1)
+    assert distance(reward_dmd.weighted(alike, real, fake), dmd_gradient(alike, real, fake)) <= 1e-5
+
+
+def test_a_window_that_is_the_video_is_the_plain_rollout():
+    assert torch.equal(made(self_forcing_pp.generate, forward(21)), plain(forward(21)))
+
+
+@pytest.mark.parametrize("d", (0, 1))
+def test_only_the_window_has_gradients(d):
+    """21 of 33 latents in a row, as the plain rollout makes them."""
+    plan = self_forcing_pp.long_mix(33, 3, 3)[0][1][d]
+    dit, _, texts, noise = inputs(plan)
+    window = self_forcing_pp.drawn_window(plan, noise)
+    latents = sorted(i for n in window for i in plan.steps[n].targets)
+    assert len(window) == 7 and latents == list(range(latents[0], latents[0] + 21))
+    whole = plain(plan)
+    dit.requires_grad_(True)
+    z = self_forcing_pp.generate(dit, plan, texts, noise, exit_at=lambda n: 2)
+    assert torch.equal(z.detach(), whole[:, latents]) and z.requires_grad
+    with torch.no_grad():
+        assert not self_forcing_pp.generate(dit, plan, texts, noise, exit_at=lambda n: 2).grad_fn
+
+
+def test_a_window_begins_with_a_picture_of_what_it_shows():
+    """The image latent of the last frame of its first latent."""
+    vae = randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1)))
+    z = randn(3, 1, 6, 4, 4, 2)
+    frame = vae.decode(z[:, 1:5])[:, :, -1:]
+    assert distance(self_forcing_pp.as_picture(vae, z, 4), vae.encode(frame)) == 0
+
+
+def teacher_of(length: int) -> tuple:
+    dit = tiny_dit()
+    return dit, length, randn(50, 2, 8, 32), torch.zeros(1, 8, 32), noise_seeded(SEEDS, SHAPE), 2.0
+
+
+@pytest.fixture(scope="module")
+def at_once():
+    """A clip of 7 latents by the teacher's plain ODE."""
+    dit, T, prompt, negative, noise, guidance = teacher_of(7)
+    whole = forward(7, 7)
+    return gather(whole, teacher_blocks(dit, whole, [prompt], negative, noise, guidance))
+
+
+def test_no_lag_and_one_part_are_the_teachers_ode(at_once):
+    assert distance(staggered.generate(*teacher_of(7), lag=0), at_once) <= 1e-4
+    assert distance(stitching.generate(*teacher_of(7)), at_once) <= 1e-5
+
+
+def test_the_schedule_by_hand():
+    """Noise never falls from a latent to the next; the ends are all noise and all clean."""
+    assert staggered.schedule(3, 2, 1) == [(0, 0, 0), (1, 0, 0), (2, 1, 0), (2, 2, 1), (2, 2, 2)]
+    assert staggered.schedule(2, 2, 2) == [(0, 0), (1, 0), (2, 0), (2, 1), (2, 2)]
+    assert len(staggered.schedule(21, 48, 5)) == 48 + 5 * 20 + 1
+    with pytest.raises(UserError, match="a lag of 3 is not from 0 to the 2 steps"):
+        staggered.schedule(3, 2, 3)
+
+
+def test_stitching_by_hand():
+    """Windows of three; a loop has no ends, and its parts may be renamed."""
+    assert stitching.neighbours(3, False) == [[0, 1], [0, 1, 2], [1, 2]]
+    assert stitching.neighbours(3, True) == [[2, 0, 1], [0, 1, 2], [1, 2, 0]]
+    options = {"loop": True, "part": 2, "steps": 2, "omni": 0.5}
+    dit, length, prompt, negative, noise, w = teacher_of(6)
+
+    def turned(level, numbers):
+        return noise(level, tuple((i + 2) % 6 for i in numbers))
+
+    z = stitching.generate(dit, length, prompt, negative, noise, w, **options)
+    again = stitching.generate(dit, length, prompt, negative, turned, w, **options)
+    assert distance(again, z.roll(-2, 1)) <= 1e-5 and distance(again, z) > 1e-2
+    with pytest.raises(UserError, match="8 latents are not parts of 7"):
+        stitching.generate(*teacher_of(8))
+
+
+def test_vector_levels_and_loss():
+    """All alike, or all different; the loss of equal levels is a mean of weighted errors."""
+    g = torch.Generator().manual_seed(0)
+    assert len(set(vector_time.levels(g, 5, 1.0, 3.0).tolist())) == 1
+    assert len(set(vector_time.levels(g, 5, 0.0, 3.0).tolist())) == 5
+    x0, noise = randn(1, 2, 5, *SHAPE), randn(2, 2, 5, *SHAPE)
+    sigma, prompt, dit = torch.rand(2, 5), randn(3, 2, 8, 32), tiny_dit()
+    x = (1 - sigma[..., None, None, None]) * x0 + sigma[..., None, None, None] * noise
+    error = (dit(x, 1000 * sigma, prompt, torch.arange(5)) - (noise - x0)).square().mean((2, 3, 4))
+    want = (error * ar_teacher.timestep_weight(sigma, 3.0)).mean(1)
+    assert distance(vector_time.vector_loss(dit, x0, noise, sigma, prompt, 3.0), want) <= 1e-5
+
+
+def test_what_is_known_is_held_and_the_rest_completed(at_once):
+    """Given latents come back to the bit; none given is the plain ODE."""
+    dit, T, prompt, negative, noise, w = teacher_of(7)
+    z = vector_time.complete(dit, {}, T, prompt, negative, noise, w)
+    assert torch.equal(z, at_once)
+    known = {i: randn(60 + i, 2, *SHAPE) for i in (0, 6)}
+    z = vector_time.complete(dit, known, T, prompt, negative, noise, w)
+    assert torch.equal(z[:, 0], known[0]) and torch.equal(z[:, 6], known[6])
+    assert not torch.equal(z[:, 1:6], at_once[:, 1:6])
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_a_history_of_little_noise_is_the_clip(name):
+    """t_s = 0 gives the clip back; much noise another one; only clean slots are replaced."""
+    plan = DIRECTIONS[name]
+    dit, _, texts, noise = inputs(plan)
+    clip = {i: randn(70 + i, 2, *SHAPE) for i in range(9)}
+    with torch.no_grad():
+        same = resampling.remade(dit, plan, clip, texts[0], noise, [0.0, 0.0])
+        other = resampling.remade(dit, plan, clip, texts[0], noise, [0.9, 0.5, 0.0])
+    assert all(torch.equal(same[i], clip[i]) for i in range(9))
+    assert all(distance(other[i], clip[i]) > 0.1 for i in range(9))
+    lay = layout(plan, teacher_forcing=True)
+    x0 = torch.stack([clip[i] for i in lay.latent], dim=1)
+    config = resampling.Config(begin=3)
+    history = resampling.history_of(config)
+    assert history(2, [0, 1], 0, dit, plan, lay, x0, texts[0]) is x0
+    found = history(3, [0, 1], 0, dit, plan, lay, x0, texts[0])
+    for slot, clean in enumerate(lay.is_clean):
+        assert torch.equal(found[:, slot], x0[:, slot]) != clean
+    assert torch.equal(found, history(3, [0, 1], 0, dit, plan, lay, x0, texts[0]))
+
+
+def test_trained_methods_run_two_iterations(tmp_path):
+    """Stage 2 with a window that rolls, levels that change places, a reward, long rollouts."""
+    paths = tiny_checkpoints(tmp_path)
+    common_flags = {
+        "teacher": paths["teacher"],
+        "student": paths["student"],
+        "critic": paths["teacher"],
+        "vae": paths["vae"],
+        "dtype": "float32",
+        "batch": 2,
+        "steps": 2,
+        "ratio": 1,
+        "sheet_every": 2,
+        "plans": "paper",
+        "device": "cpu",
+    }
+    runs = {
+        "rolling": (
+            train_dmd.Config,
+            partial(train_dmd.main, generate=rolling_forcing.generate),
+            9,
+        ),
+        "hiar": (train_dmd.Config, partial(train_dmd.main, generate=same_level.generate), 9),
+        "diagonal": (train_dmd.Config, partial(train_dmd.main, generate=diagonal.generate), 9),
+        "reward": (train_dmd.Config, reward_dmd.main, 9),
+        "long": (self_forcing_pp.Config, self_forcing_pp.main, 21),
+    }
+    for name, (kind, main, latents) in runs.items():
+        out = tmp_path / name
+        rolled = {"rolled": 27} if kind is self_forcing_pp.Config else {}
+        main(kind(**common_flags, latent=(latents, 4, 4), out=str(out), **rolled))
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert len(rows) == 2 and all(rows[1][f"dmd_{d}"] > 0 for d in ("forward", "backward"))
+        assert (out / "student.safetensors").exists()
+
+
+def test_trained_teachers_run_two_iterations(tmp_path):
+    """On the latents of six toy clips: times of their own, histories of their own."""
+    paths = tiny_checkpoints(tmp_path)
+    encode.encode(
+        encode.Config(vae=paths["vae"], out=str(tmp_path / "clips"), clips=6, frames=21, shard=6)
+    )
+    flags = {
+        "weights": paths["teacher"],
+        "clips": str(tmp_path / "clips"),
+        "latent": (6, 4, 4),
+        "dtype": "float32",
+        "batch": 2,
+        "steps": 2,
+        "vae": "",
+        "plans": "paper",
+        "device": "cpu",
+    }
+    vector_time.main(vector_time.Config(**flags, out=str(tmp_path / "vector")))
+    resampling.main(resampling.Config(**flags, out=str(tmp_path / "own"), begin=1))
+    for name in ("vector", "own"):
+        rows = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        assert len(rows) == 2 and (tmp_path / name / "teacher.safetensors").exists()
+
+
+# ---------------------------------------------------------------- run and table
+def test_a_clip_by_name_and_what_is_refused(tmp_path):
+    """The runner writes a clip of the plan's length; a wrong name lists the right ones."""
+    run.main(run.Config("tree", out=str(tmp_path / "a.mkv"), latents=6, device="cpu"))
+    assert read_frames(tmp_path / "a.mkv").shape[2] == 21
+    with pytest.raises(UserError, match="unknown method 'three'; use forward, backward, rolling"):
+        run.main(run.Config("three"))
+    with pytest.raises(UserError, match="switch takes 2 prompts, not 3"):
+        run.main(run.Config("switch", ("a", "b", "c"), out=str(tmp_path / "b.mkv"), device="cpu"))
+
+
+def test_the_table_counts_and_goes_on(tmp_path, capsys):
+    """Two clips: passes by hand (7 blocks of 4 levels, 6 of them remembered), latents of 3 a pass;
+    a finished row is read, and a table of other clips is refused."""
+    flags = {"clips": 2, "out": str(tmp_path / "t.json"), "device": "cpu"}
+    table.main(table.Config(methods=("forward",), **flags))
+    made = json.loads((tmp_path / "t.json").read_text())
+    row = made["rows"]["forward, seed 0"]
+    assert (row["passes"], row["latents"], row["slots"]) == (34, 102, 18)
+    made["rows"]["forward, seed 0"]["motion"] = [7.0, 0.5]
+    (tmp_path / "t.json").write_text(json.dumps(made))
+    table.main(table.Config(methods=("forward", "rolling_forcing"), **flags))
+    made = json.loads((tmp_path / "t.json").read_text())
+    assert made["rows"]["rolling_forcing, seed 0"]["passes"] == 16
+    assert "7.000 ± 0.500" in capsys.readouterr().out
+    with pytest.raises(UserError, match="use another --out"):
+        table.main(table.Config(methods=("forward",), **flags | {"clips": 3}))

@@ -85,7 +85,7 @@ class Plan:
     def __post_init__(self) -> None:
         finished: set[int] = set()
         for n, step in enumerate(self.steps):
-            _check_step(step, finished, self.horizon, f"step {n} of the plan {self.name!r}")
+            check_step(step, finished, self.horizon, f"step {n} of the plan {self.name!r}")
             finished.update(step.targets)
         missing = sorted(set(range(self.length)) - finished)
         if missing:
@@ -119,7 +119,7 @@ class Plan:
         return 1 + max(step.prompt for step in self.steps)
 
 
-def _check_step(step: Step, finished: set[int], horizon: int, where: str) -> None:
+def check_step(step: Step, finished: set[int], horizon: int, where: str) -> None:
     """raises: UserError for a step that cannot be executed after these latents are finished."""
     unread = [i for i, _ in step.reads if i not in finished]
     if unread:

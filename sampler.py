@@ -183,8 +183,11 @@ def times(x: Tensor, sigma: float, held: Tensor | None) -> Tensor:
 
 
 # ---------------------------------------------------------------- two ways to denoise a block
+Network = Callable[..., Tensor]  # (x, t, text, pos, past=) -> velocity: a DiT, or made of some
+
+
 def few_steps(
-    dit: DiT,
+    dit: Network,
     texts: Sequence[Text],
     noise: Noise,
     sigmas: Callable[[int], Sequence[float]],
@@ -200,13 +203,13 @@ def few_steps(
 
     def denoise(n, step, past, clean, held):
         levels, last = sigmas(n), exit_at(n)
-        pos = torch.tensor(step.pos, device=dit.patch_embedding.weight.device)
         x0 = None
         for k, sigma in enumerate(levels if last is None else levels[: last + 1]):
             fresh = noise(k, step.noise(share_noise, k))  # (B, own, C, h, w), anchors first
             x = fresh if x0 is None else (1 - sigma) * x0 + sigma * fresh
             x = hold(x, clean, held)
             t = times(x, sigma, held)
+            pos = torch.tensor(step.pos, device=x.device)
             with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
                 v = dit(x, t, texts[step.prompt], pos, past=past)
             x0 = hold(x - sigma * v, clean, held)
@@ -365,14 +368,19 @@ def teacher_blocks(
 
 
 def cache_for(
-    dit: DiT, plan: Plan, noise: Noise, copies: int = 1, dtype: torch.dtype | None = None
+    dit: DiT,
+    plan: Plan,
+    noise: Noise,
+    copies: int = 1,
+    dtype: torch.dtype | None = None,
+    kind: Callable[..., KVCache] = KVCache,
 ) -> KVCache:
-    """An empty cache for a plan, of the batch and latent size that the noise has."""
+    """An empty cache for a plan, of the batch and latent size that the noise has.
+
+    kind: another way to remember, a class of caches"""
     B, _, _, h, w = noise(0, (0,)).shape
     weight = dit.patch_embedding.weight
-    return KVCache(
-        dit.config, copies * B, plan.capacity, h, w, dtype or weight.dtype, weight.device
-    )
+    return kind(dit.config, copies * B, plan.capacity, h, w, dtype or weight.dtype, weight.device)
 
 
 def gather(plan: Plan, finished: Iterator[tuple[int, Tensor]]) -> Tensor:

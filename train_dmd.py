@@ -130,7 +130,8 @@ class Score(NamedTuple):
 @torch.no_grad()
 def scores(teacher: DiT, critic: DiT, x: Tensor, at: Score) -> tuple[Tensor, Tensor]:
     """x_real, x_fake: what teacher and critic take x [B, T, C, h, w], noised, to have been."""
-    xt, sigma, t = noised(x, at.u, at.noise, at.shift)
+    noise = at.noise[:, : x.shape[1]]  # a method may hand out a part of the video
+    xt, sigma, t = noised(x, at.u, noise, at.shift)
     pos = torch.arange(x.shape[1], device=x.device)
     cond_uncond = torch.cat([at.prompt, at.negative.expand_as(at.prompt)])
     x_real = xt - sigma * cfg_velocity(teacher, xt, t, cond_uncond, pos, at.guidance)
@@ -152,9 +153,10 @@ def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:
 
 def critic_loss(critic: DiT, x: Tensor, at: Score) -> Tensor:
     """Flow matching on the student's videos (Eq. 3, in velocity): [B]."""
-    xt, _, t = noised(x, at.u, at.noise, at.shift)
+    noise = at.noise[:, : x.shape[1]]
+    xt, _, t = noised(x, at.u, noise, at.shift)
     v = critic(xt, t, at.prompt, torch.arange(x.shape[1], device=x.device))
-    return (v - (at.noise - x)).square().flatten(1).mean(1)
+    return (v - (noise - x)).square().flatten(1).mean(1)
 
 
 # ---------------------------------------------------------------- what an iteration draws
@@ -223,6 +225,7 @@ def draw_round(world: World, role: Stream, step: int, r: int, entry: int, d: int
 
 
 Generate = Callable[..., Tensor]  # as `sampler.generate`
+GradientOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `dmd_gradient`
 
 
 def roll(world: World, student: DiT, drawn: Draw, entry: int, d: int, generate: Generate) -> Tensor:
@@ -263,6 +266,7 @@ def student_step(
     critics: Trained,
     teacher: DiT,
     generate: Generate,
+    gradient_of: GradientOf,
 ) -> dict[str, float]:
     """Accumulate the DMD gradient of every plan and update the student; rows for the log."""
     plans, sizes, motion, lost = world.mix[entry][1], {}, {}, []
@@ -272,7 +276,7 @@ def student_step(
             x = roll(world, students.of(d), drawn, entry, d, generate)
             with inference():
                 x_real, x_fake = scores(teacher, critics.of(d), x.detach(), drawn.score)
-                gradient = dmd_gradient(x.detach(), x_real, x_fake)
+                gradient = gradient_of(x.detach(), x_real, x_fake)
             (dmd_loss(x, gradient).mean() / world.rounds).backward()
             size = gradient.abs().flatten(1).mean(1)  # (B,)
             change = x.detach().diff(dim=1).abs().mean() if plan.length > 1 else x.new_zeros(())
@@ -387,8 +391,13 @@ def write_students(config: Config, students: Trained, averages: dict[str, EMA], 
             print(f"wrote {config.out}/{name}.safetensors, the average of the student's weights")
 
 
-def main(config: Config, generate: Generate = sampler.generate, mix: Mix | None = None) -> None:
-    """generate, mix: another method's rollout, and its plans, in the place of ours."""
+def main(
+    config: Config,
+    generate: Generate = sampler.generate,
+    mix: Mix | None = None,
+    gradient_of: GradientOf = dmd_gradient,
+) -> None:
+    """generate, mix, gradient_of: another method's rollout, plans and loss in the place of ours."""
     rank, processes, device = start(config.device)
     dtype, mix = dtype_of(config.dtype), mix or mix_of(config)
     if not config.clips and len(without_given(mix)) < len(mix):
@@ -442,7 +451,9 @@ def main(config: Config, generate: Generate = sampler.generate, mix: Mix | None 
             entry = draw(mix, u)
             row["latents"] = mix[entry][1][0].length
             if step % config.ratio == 0:
-                row |= student_step(world, step, entry, students, critics, teacher, generate)
+                row |= student_step(
+                    world, step, entry, students, critics, teacher, generate, gradient_of
+                )
                 for average, model in zip(averages.values(), students.networks):
                     average.decay = config.ema if step >= config.ema_start else 0.0
                     average.update(model)

@@ -15,6 +15,7 @@ What the paper leaves open: anchors and dummies get a loss here, as its ODE move
     python -m tools.encode && python -m zoo.ar_teacher
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +138,11 @@ def sheet(config: Config, mix: Mix, dit: DiT, source: Prompts, rank: int, count:
         write_sheet(Path(config.out) / "teacher.png", videos, columns=11)
 
 
-def main(config: Config) -> None:
+History = Callable[..., Tensor]  # (step, samples, d, dit, plan, layout, x0, prompt) -> x0
+
+
+def main(config: Config, history: History | None = None) -> None:
+    """history: what stands in the clean slots instead of the real clips, if anything."""
     rank, world, device = start(config.device)
     mix = mix_of(config)
     dit = network(config, config.weights, device, trained=True)
@@ -158,14 +163,16 @@ def main(config: Config) -> None:
             noise.append(torch.randn(len(lay.latent), *clips[0].shape[1:], generator=g))
             told.append(float(torch.rand(1, generator=g)) >= config.dropout)
         prompt = torch.where(torch.tensor(told).view(-1, 1, 1), source(numbers), nothing)
-        x0 = clip_at_slots(clips, numbers, lay).to(device)
+        x0, prompt = clip_at_slots(clips, numbers, lay).to(device), prompt.to(device)
+        if history:
+            x0 = history(step, samples, d, dit, mix[entry][1][d], lay, x0, prompt)
         return ar_loss(
             dit,
             lay,
             x0,
             torch.stack(noise).to(device),
             torch.stack(sigma).to(device),
-            prompt.to(device),
+            prompt,
             config.shift,
             config.loss_on_anchors,
         )

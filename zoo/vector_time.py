@@ -1,0 +1,104 @@
+"""FVDM and Pusa: one time for every latent, so that one model completes anything.
+
+A video model is told how noisy its input is, once for all frames. Tell it for each frame, and train
+with all kinds of mixtures: then a frame with time 0 is simply known, wherever it stands, and a
+picture, both ends, a beginning or an end are completed by the same weights without being trained
+for. MCVD's, RaMViD's and VACE's masks are the case of times that are either 0 or the common one.
+
+On this backbone a latent has a time of its own anyway; what is missing is a teacher that has seen
+them differ: the bidirectional one, trained on. FVDM mixes: one time for all in 4 of 5 samples, one
+for each in the fifth; Pusa's latents always differ (--together 0). Given latents are then held at
+time 0 by `sampler.many_steps` in every step of the ODE.
+Left open: FVDM says nothing of a video VAE whose first latent is a picture; here it is one of 21.
+
+    python -m tools.encode && python -m zoo.vector_time         compare evaluate.py's inbetween
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anchors import forward, with_given
+from dit import DiT
+from lib.clips import Clips
+from lib.common import Stream, generator, run, start
+from lib.text import Prompts
+from sampler import Noise, gather, shift_sigma, teacher_blocks
+from train_ode import fit, network
+from zoo import ar_teacher
+from zoo.ar_teacher import timestep_weight
+
+
+@dataclass
+class Config(ar_teacher.Config):
+    """Train a bidirectional teacher on, with a noise level for each latent."""
+
+    PRESETS = {"toy": {}, "toy64": {"latent": (21, 8, 8)}}
+    preset: str = "toy"  # toy or toy64
+    out: str = "out/vector"  # folder of teacher.safetensors, log.jsonl and the resume state
+    together: float = 0.8  # share of samples whose latents have one noise level [FVDM; Pusa: 0]
+    steps: int = 1500  # training iterations [ours]
+    lr: float = 2e-4  # [ours]
+
+
+def levels(g: torch.Generator, latents: int, together: float, shift: float) -> Tensor:
+    """Noise levels [latents] of a sample: one for all, by chance, or one each."""
+    each = torch.rand(latents, generator=g)
+    alike = torch.rand(1, generator=g) < together
+    return shift_sigma(torch.where(alike, each[:1], each), shift)
+
+
+def vector_loss(
+    dit: DiT, x0: Tensor, noise: Tensor, sigma: Tensor, prompt: Tensor, shift: float
+) -> Tensor:
+    """Weighted flow matching [B] with a level for each latent: sigma [B, T]."""
+    at = sigma[..., None, None, None]
+    x = (1 - at) * x0 + at * noise
+    v = dit(x, 1000 * sigma, prompt, torch.arange(x.shape[1], device=x.device))
+    weight = timestep_weight(sigma, shift)[..., None, None, None]
+    return (weight * (v - (noise - x0)).square()).flatten(1).mean(1)
+
+
+def complete(
+    teacher: DiT,
+    known: dict[int, Tensor],
+    length: int,
+    prompt: Tensor,
+    negative: Tensor,
+    noise: Noise,
+    guidance: float,
+) -> Tensor:
+    """Latents [B, length, C, h, w] around the known ones, latent -> [B, C, h, w]: no training."""
+    plan = with_given(forward(length, length), list(known))
+    made = teacher_blocks(teacher, plan, [prompt], negative, noise, guidance, given=known)
+    return gather(plan, made)
+
+
+def main(config: Config) -> None:
+    rank, world, device = start(config.device)
+    T = config.latent[0]
+    dit = network(config, config.weights, device, trained=True)
+    source = Prompts(config.prompts, dit.config.text_dim, dit.config.text_len)
+    clips = Clips(config.clips, config.latent, dit.config.in_dim, source)
+    nothing = source.embed([""])
+
+    def loss_of(step: int, samples: Sequence[int], entry: int, d: int) -> Tensor:
+        numbers, sigma, noise, keep = [], [], [], []
+        for j in samples:
+            g = generator(config.seed, Stream.AR, step, j, d)
+            numbers.append(int(torch.randint(len(clips), (1,), generator=g)))
+            sigma.append(levels(g, T, config.together, config.shift))
+            noise.append(torch.randn(clips[0].shape, generator=g))
+            keep.append(float(torch.rand(1, generator=g)) >= config.dropout)
+        prompt = torch.where(torch.tensor(keep).view(-1, 1, 1), source(numbers), nothing)
+        x0 = torch.stack([clips[n] for n in numbers])
+        given = (x0, torch.stack(noise), torch.stack(sigma), prompt)
+        return vector_loss(dit, *(x.to(device) for x in given), config.shift)
+
+    fit(config, dit, ((1.0, (forward(T, T),)),), loss_of, rank, world, device, "teacher")
+
+
+if __name__ == "__main__":
+    run(main, Config)

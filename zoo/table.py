@@ -23,17 +23,31 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from anchors import Plan, forward
+from anchors import HORIZON, Plan, forward
 from dit import DiT, load_dit
+from evaluate import measure_all, measure_words, summary
 from lib import report, text
-from lib.common import UserError, atomic, run, start
-from lib.pairs import fingerprint
+from lib.changes import seam
+from lib.common import UserError, atomic, fingerprint, run, start
+from lib.statistics import Stat, Values, stat
 from lib.weights import read_dit
-from metrics import STATIC, Stat, frame_changes, measure, round_trip, seam, stat
+from lib.world import World, find_world, numbers_of
 from sampler import noise_seeded
 from vae import VAE, load_vae
 from zoo.common import Method
 from zoo.run import METHODS, find_method, latent_shape, recipe_of
+
+COLUMNS = (
+    "FR inter",
+    "FR inter max",
+    "FR intra",
+    "round trip",
+    "motion",
+    "seam",
+    "caption",
+    "lost: ball",
+    "lost: ground",
+)
 
 
 @dataclass
@@ -68,53 +82,57 @@ class Count:
 
 
 # ---------------------------------------------------------------- what is measured
-def largest_ratio(video: Tensor, plan: Plan) -> Stat:
-    """FR between blocks, of that change inside the next latent whose mean is largest [ours]."""
-    change = frame_changes(video)  # (B, F-1)
-    before = change[:, 3:-1:4, None]  # (B, T-2, 1): the last change inside a latent
-    inside = change[:, 4:].unflatten(1, (-1, 4))  # (B, T-2, 4): the four of the next
-    ratios = torch.where(before > STATIC, inside / before, torch.nan)
-    ratios = ratios[:, torch.tensor(plan.boundaries()[1:])]
-    means = ratios.flatten(0, 1).nanmean(0)  # (4)
-    return stat(ratios[..., means.argmax()])
-
-
-def words_right(video: Tensor, plan: Plan, captions: Sequence[str]) -> Stat:
-    """Whether colour, shape and direction are as captioned, from where the last prompt rules."""
+def last_scene(world: World, video: Tensor, plan: Plan, captions: Sequence[str]) -> Tensor:
+    """Whether colour, shape and direction are as captioned, from where the last prompt rules: [B]."""
     last = plan.prompts() - 1
     begin = min(i for step in plan.steps if step.prompt == last for i in step.targets)
-    scene = forward(plan.length - max(begin, 0), 1)
-    return measure(video[:, :, 4 * max(begin, 0) :], scene, captions)["caption"]
+    return world.hits(video[:, :, 4 * max(begin, 0) :], captions)["caption"]
 
 
 def measured(
-    vae: VAE, z: Tensor, video: Tensor, plan: Plan, captions: Sequence[str]
+    world: World,
+    vae: VAE,
+    z: Tensor,
+    video: Tensor,
+    plan: Plan,
+    captions: Sequence[str],
+    true: Values,
 ) -> dict[str, Stat]:
-    """What latents z [B, T, C, h, w] and their pixels [B, 3, F, H, W] show."""
-    found = measure(video, plan)
+    """What latents z [B, T, C, h, w] and their pixels [B, 3, F, H, W] show; true: of true clips."""
+    found = measure_all(vae, z, video, plan, world, captions)
+    found["caption"] = last_scene(world, video, plan, captions)
     cuts = [4 * i + 1 for i, inter in enumerate(plan.boundaries()) if inter and i]
-    offsets = torch.stack([seam(video, frame)["colour offset"] for frame in cuts], dim=1)
-    return {
-        "FR inter": found["FR inter"],
-        "FR inter, largest": largest_ratio(video, plan),
-        "FR intra": found["FR intra"],
-        "round trip": stat(round_trip(vae, z, plan).cpu()),
-        "motion": found["motion"],
-        "seam": stat(offsets),
-        "caption": words_right(video, plan, captions),
-    }
+    offsets = [seam(video, frame)["colour offset"] for frame in cuts]
+    row = summary(found, true) | {"seam": stat(torch.stack(offsets, dim=1))}
+    return {column: row[column] for column in COLUMNS if column in row}
+
+
+def what_is_kept(world: World, config: Config) -> Values:
+    """Identity at both ends of true clips: how much clips differ is its unit."""
+    numbers = numbers_of(config.clips)
+    captions = [world.caption(number) for number in numbers]
+    video = world.render(captions, numbers, config.size[0], 81)
+    found = measure_words(world, video, forward(HORIZON), captions)
+    return {name: values for name, values in found.items() if name.startswith("identity")}
 
 
 # ---------------------------------------------------------------- rows
 def make(
-    method: Method, plan: Plan, dit: DiT, vae: VAE, config: Config, seed: int, bar: tqdm
+    world: World,
+    method: Method,
+    plan: Plan,
+    dit: DiT,
+    vae: VAE,
+    config: Config,
+    seed: int,
+    bar: tqdm,
 ) -> tuple[Tensor, list[str], dict[str, int]]:
     """Latents [B, T, C, h, w] of every clip, what its last scene shows, and what it cost.
 
     Prompt p of clip n is caption n + p; a clip's noise depends on the seed and n alone."""
     c, device = dit.config, dit.patch_embedding.weight.device
     first, scenes = text.HELD_OUT + seed * config.clips, plan.prompts()
-    words = [text.toy_caption(first + n) for n in range(config.clips + scenes - 1)]
+    words = [world.caption(first + n) for n in range(config.clips + scenes - 1)]
     embedded = text.embed(words, c.text_dim, c.text_len).to(device)
     shape, latents, batches = latent_shape(vae, config.size), [], 0
     with Count(dit) as count:
@@ -133,13 +151,22 @@ def make(
     return torch.cat(latents), words[scenes - 1 :], cost
 
 
-def row_of(name: str, seed: int, dit: DiT, vae: VAE, config: Config, bar: tqdm) -> dict:
+def row_of(
+    world: World,
+    name: str,
+    seed: int,
+    dit: DiT,
+    vae: VAE,
+    config: Config,
+    true: Values,
+    bar: tqdm,
+) -> dict:
     """A row as JSON has it: numbers, and [mean, standard error]."""
     method, recipe = find_method(name), recipe_of(dit)
     plan = method.plan(method.length, recipe.block, recipe.anchors)
-    z, captions, cost = make(method, plan, dit, vae, config, seed, bar)
+    z, captions, cost = make(world, method, plan, dit, vae, config, seed, bar)
     video = torch.cat([vae.decode(x[None]).cpu() for x in z])
-    found = measured(vae, z, video, plan, captions)
+    found = measured(world, vae, z, video, plan, captions, true)
     return cost | {column: [s.mean, s.se] for column, s in found.items()}
 
 
@@ -181,10 +208,12 @@ def main(config: Config) -> None:
     rows = read_rows(Path(config.out), settings)
     wanted = {f"{name}, seed {seed}": (name, seed) for seed in config.seeds for name in names}
     todo = {row: which for row, which in wanted.items() if row not in rows}
+    world = find_world("", dit.config.text_dim)
+    true = what_is_kept(world, config)
     with tqdm(total=len(todo) * config.clips, desc="clips", unit="clip") as bar:
         for row, (name, seed) in todo.items():
             bar.set_postfix_str(row)
-            rows[row] = row_of(name, seed, dit, vae, config, bar)
+            rows[row] = row_of(world, name, seed, dit, vae, config, true, bar)
             with atomic(config.out) as tmp:
                 tmp.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
     print(report.markdown(shown({row: rows[row] for row in wanted})))

@@ -212,7 +212,7 @@ def few_steps(
             pos = torch.tensor(step.pos, device=x.device)
             with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
                 v = dit(x, t, texts[step.prompt], pos, past=past)
-            x0 = hold(x - sigma * v, clean, held)
+                x0 = hold(x - sigma * v, clean, held)
         return x0
 
     return denoise

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import anchors
 import train_dmd
-from anchors import Plan, both_directions
+from anchors import Plan, View, both_directions
 from dit import PRESETS, DiT, DiTConfig
 from generate import decode_in_order
 from kvcache import KVCache
@@ -41,12 +41,12 @@ SIZES = {  # transformer, VAE, height, width
     "toy64": ("toy64", "toy", 64, 64),
     "wan": ("wan1.3b", "wan", 480, 832),
 }
-SINKS = {"window": 6, "past_sink": True, "future_sink": True}
+SINKS = View(6, True, True)
 ORDERS = {  # rows of the table, as the paper's Table 7 has them
     "forward": anchors.forward(21),
-    "forward, both sinks": anchors.forward(21, **SINKS),
+    "forward, both sinks": anchors.forward(21, view=SINKS),
     "backward, P = 3": anchors.backward(21),
-    "backward, P = 3, both sinks": anchors.backward(21, **SINKS),
+    "backward, P = 3, both sinks": anchors.backward(21, view=SINKS),
     "inbetween, 15 latents": anchors.inbetween(given=True),
 }
 

@@ -323,12 +323,12 @@ def part_table(c: DiTConfig, n: int) -> str:
 
 def clip_table(c: DiTConfig, n: int) -> str:
     """FLOPs of whole clips, and the frames a second that they allow."""
-    sinks = {"window": 6, "past_sink": True, "future_sink": True}
+    sinks = anchors.View(6, True, True)
     plans = {
         "forward": anchors.forward(21),
-        "forward, both sinks": anchors.forward(21, **sinks),
+        "forward, both sinks": anchors.forward(21, view=sinks),
         "backward, P = 3": anchors.backward(21),
-        "backward, P = 3, both sinks": anchors.backward(21, **sinks),
+        "backward, P = 3, both sinks": anchors.backward(21, view=sinks),
         "inbetween, 15 of 21 latents": anchors.inbetween(given=True),
         "30 s forward, both sinks": anchors.long(120),
     }

@@ -35,7 +35,7 @@ def counted_by_torch(run) -> int:
 def test_a_rollout_costs_what_torch_counts(plan):
     """All passes of a plan at Wan's widths, to what the formula leaves out (patches, times, the
     head): 2 %."""
-    c = replace(PRESETS["wan1.3b"], num_layers=4)
+    c = replace(PRESETS["wan1.3b"], num_layers=12)
     with torch.device("meta"), torch.no_grad():
         model = DiT(c).to(torch.bfloat16)
         text = model.text_kv(torch.empty(1, c.text_len, c.text_dim))

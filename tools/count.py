@@ -232,12 +232,19 @@ def ledger(own: int, seen: int) -> Ledger:
     return book
 
 
+def channels_last(conv3d: Callable) -> Callable:
+    """A convolution that keeps the layout of its input, as cuDNN's does; the meta device forgets
+    it, and every one would count a copy."""
+    return lambda *args, **more: torch.empty_like(conv3d(*args, **more), memory_format=vae.LAYOUT)
+
+
 @cache
 def vae_ledger(latents: int = 3) -> Ledger:
     """Launches and bytes of decoding so many latents in the middle of a stream, in bfloat16."""
     book = Ledger()
     with counting(
         (F, "scaled_dot_product_attention", book.attend),
+        (vae, "conv3d", channels_last(vae.conv3d)),
         (vae.RMSNorm, "forward", book.within("norms, modulation", vae.RMSNorm.forward)),
     ):
         model = vae.VAE().to(torch.bfloat16)

@@ -157,11 +157,17 @@ def in_its_own_process(name: str, config: Config, room: Room, limit: float) -> d
     """Run a part in a new process, for so many seconds at most; its output goes to a log of its
     own."""
     log, began = room.out / f"{name}.log", time.perf_counter()
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as here
     command = [sys.executable, "-m", "tools.gpu", "--here", "--only", name, "--out", config.out]
     command += ["--size", config.size, "--device", config.device]
     with open(log, "w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that it can be ended with all that it starts
         )
         try:
             process.wait(limit)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from anchors import Plan, forward
+from anchors import Plan, View, forward
 from dit import DiT, load_dit
 from lib import report, text
 from lib.common import UserError, atomic, run, start
@@ -83,7 +83,7 @@ def words_right(video: Tensor, plan: Plan, captions: Sequence[str]) -> Stat:
     """Whether colour, shape and direction are as captioned, from where the last prompt rules."""
     last = plan.prompts() - 1
     begin = min(i for step in plan.steps if step.prompt == last for i in step.targets)
-    scene = forward(plan.length - max(begin, 0), 1)
+    scene = forward(plan.length - max(begin, 0), 3, View(window=3))  # blocks do not matter here
     return measure(video[:, :, 4 * max(begin, 0) :], scene, captions)["caption"]
 
 

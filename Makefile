@@ -1,5 +1,6 @@
 # make test   run the tests           make demo   the main job, end to end, on a CPU
 # make lint   ruff                    make bench  speed, as ratios to independent implementations
+# make toy    the shipped weights from nothing, resumable (hours)        make gpu    the first hour on a GPU
 # make fullsize   Wan's sizes on this machine: time and memory of loading and decoding (6 GB on disk, an hour)
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -10,7 +11,7 @@ export MALLOC_TRIM_THRESHOLD_ = 20000000000
 export MALLOC_TOP_PAD_ = 268435456
 export MALLOC_ARENA_MAX = 2
 
-.PHONY: test lint demo bench fullsize fuzz clean
+.PHONY: test lint demo toy bench gpu fullsize fuzz clean
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -30,7 +31,7 @@ lint: .venv/dev
 
 DEMO := out/demo
 TORCHRUN := .venv/bin/torchrun --standalone --nproc_per_node=1
-CLIP := $(RUN) film.py --prompt "a red square moves left over a green wave"
+CLIP := $(RUN) generate.py --prompt "a red square moves left over a green wave"
 
 demo: export OMP_NUM_THREADS = 2
 demo: .venv/run
@@ -50,7 +51,27 @@ demo: .venv/run
 	$(CLIP) --order loop --out $(DEMO)/loop.mp4 --sheet $(DEMO)/loop.png
 	@echo "5/5 Measure 32 clips an order, anchors dropped and kept. Good: colour, direction and ground 1, shape above 0.7 (crosses"
 	@echo "    are too fine for this teacher); FR and round trip near 1, the round trip higher where anchors are kept as output."
-	$(RUN) evaluate.py --clips 32 --report $(DEMO)/report
+	$(RUN) -m tools.report --clips 32 --out $(DEMO)/report
+
+# Everything from nothing: a folder a stage. Stop it at will; run it again and it goes on. [ours]
+TOY := out/toy
+TWO := .venv/bin/torchrun --standalone --nproc_per_node=2
+toy: export OMP_NUM_THREADS = 1
+toy: $(TOY)/weights/SHA256SUMS
+$(TOY)/vae.safetensors: .venv/run
+	$(RUN) -m toy.train_vae --out $(TOY)
+$(TOY)/teacher.safetensors: $(TOY)/vae.safetensors
+	$(TWO) -m toy.train_teacher --out $(TOY)
+$(TOY)/ar/teacher.safetensors: $(TOY)/teacher.safetensors
+	$(TWO) -m zoo.ar_teacher --weights $(TOY)/teacher.safetensors --clips $(TOY)/latents --vae $(TOY)/vae.safetensors --out $(TOY)/ar
+$(TOY)/pairs/index.json: $(TOY)/ar/teacher.safetensors
+	$(TWO) -m zoo.causal_ode --generate --teacher $< --clips $(TOY)/latents --data $(TOY)/pairs --pairs 1536 --shard 16
+$(TOY)/ode/student.safetensors: $(TOY)/pairs/index.json
+	$(TWO) -m zoo.causal_ode --teacher $(TOY)/ar/teacher.safetensors --weights $(TOY)/ar/teacher.safetensors --clips $(TOY)/latents --data $(TOY)/pairs --out $(TOY)/ode
+$(TOY)/dmd/student.safetensors: $(TOY)/ode/student.safetensors
+	$(TWO) train_dmd.py --student $< --teacher $(TOY)/teacher.safetensors --critic $(TOY)/teacher.safetensors --vae $(TOY)/vae.safetensors --clips $(TOY)/latents --out $(TOY)/dmd
+$(TOY)/weights/SHA256SUMS: $(TOY)/dmd/student.safetensors
+	$(RUN) -m toy.pack --vae $(TOY) --teacher $(TOY) --ode $(TOY)/ode --student $(TOY)/dmd --out $(TOY)/weights
 
 bench: .venv/dev
 	$(RUN) bench.py --train

@@ -309,6 +309,18 @@ def backward(
     return Plan("backward", length, tuple(steps))
 
 
+def both_directions(
+    length: int = 21, block: int = 3, anchors: int = 3, head: int = 0
+) -> tuple[Plan, Plan]:
+    """The forward and the backward plan that train a student (paper App. B.1 and B.2).
+
+    head: size of the forward blocks and of the block of latent 0 (0: block). Without anchors,
+        backward blocks of the forward size could be taken for a beginning: a dummy comes first"""
+    head = head or block
+    dummy = not anchors and head == block
+    return forward(length, head), backward(length, block, anchors, head=head, dummy=dummy)
+
+
 def inbetween(length: int = 21, block: int = 3, anchors: int = 3, given: bool = False) -> Plan:
     """Head, then tail, then all of the gap as one block that sees both (paper A.2).
 
@@ -403,7 +415,7 @@ def switch(plan: Plan, starts: Sequence[int]) -> Plan:
 
 
 # Registered here, an order is known to generate, evaluate and the pictures: order(length, block,
-# anchors) or fewer of these, and options of its own. (scenes.py adds stories.)
+# anchors) or fewer of these, and options of its own. (plans.py adds stories.)
 ORDERS: dict[str, Callable[..., Plan]] = {
     "forward": forward,
     "backward": backward,
@@ -449,7 +461,7 @@ def layout(plan: Plan, teacher_forcing: bool = False) -> Layout:
     home = {
         s.latent: n for n, s in enumerate(slots) if s.is_target and s.is_clean == teacher_forcing
     }
-    # A key is a slot at a position. Each slot is one at its own; a latent read elsewhere is another.
+    # A key is a slot at a position: each slot at its own, and again where it is read elsewhere.
     keys = [(n, s.pos) for n, s in enumerate(slots)]
     for step in plan.steps:
         for i, p in step.reads:

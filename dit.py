@@ -2,25 +2,26 @@
 
 Teacher, student and critic are this one class and differ only in what a latent may see:
 
-    dit(z, t, text, pos)                   every latent sees every latent: the bidirectional teacher, the critic
-    dit(z, t, text, pos, visible=...)      spans derived from a plan: the student of stage 1, all blocks in one pass
-    dit(z, t, text, pos, past=...)         keys and values of finished latents come first: the student's rollout
+    dit(z, t, text, pos)                every latent sees every latent: the teacher, the critic
+    dit(z, t, text, pos, visible=...)   spans derived from a plan: the student of stage 1, one pass
+    dit(z, t, text, pos, past=...)      keys of finished latents come first: the student's rollout
 
-Time enters per latent (`t [B, T]`), so noisy and clean latents share a sequence. Position enters only by rotating
-queries and keys (RoPE), so keys are handed out *unrotated* and whoever stores them may place them anywhere later.
-Nothing is stored on the module: mask, past and positions are arguments, keys and values are return values.
+Time enters per latent (`t [B, T]`), so noisy and clean latents share a sequence. Position enters
+only by rotating queries and keys (RoPE), so keys are handed out *unrotated* and whoever stores them
+may place them anywhere later. Mask, past and positions are arguments, keys and values are return
+values: nothing is kept on the module. The conditioning, `text`, is handed through by all others
+unopened, so that another signal (an action per latent) is an edit of this file alone.
 
-Numbers: the network predicts velocity v = noise - x0 and is told t = 1000 sigma. Linear layers and attention run in
-the weights' dtype; residual stream, norms, modulation and RoPE in float32, as in Wan's own code [Wan].
-Parameter names are Wan's, so its checkpoints load as they are (weights.py). No sampling and no loss here.
+Numbers: the network predicts the velocity v = noise - x0 and is told t = 1000 sigma. Linear layers
+and attention run in the weights' dtype; the residual stream, norms, modulation and RoPE compute in
+float32, as in Wan's own code [Wan]. Parameter names are Wan's. No sampling and no loss here.
 
     python -c "from dit import load_dit; print(load_dit('toy/weights'))"
 """
 
+import math
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.common import UserError
 from lib.cpu import Linear
-from lib.weights import config_from, load_strict, read_dit, within, write_dit
+from lib.flex import block_mask, flex_attention
+from lib.weights import check_sizes, config_from, load_strict, read_dit, write_dit
 
 
 @dataclass(frozen=True)
@@ -42,211 +44,163 @@ class DiTConfig:
     num_layers: int = 30
     freq_dim: int = 256  # width of the sinusoidal embedding of t
     text_dim: int = 4096
-    text_len: int = (
-        512  # text is zero-padded to this length and attended whole, padding included [Wan]
-    )
+    text_len: int = 512  # text is zero-padded to this and attended whole, padding included [Wan]
     in_dim: int = 16
     out_dim: int = 16
-    patch_size: tuple[int, ...] = (1, 2, 2)
+    patch_size: tuple[int, ...] = (1, 2, 2)  # latents, rows, columns
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        within(
-            self,
-            "transformer",
-            dim=2**16,
-            ffn_dim=2**18,
-            num_heads=1024,
-            num_layers=512,
-            freq_dim=2**16,
-            text_dim=2**16,
-            text_len=2**16,
-            in_dim=1024,
-            out_dim=1024,
-            patch_size=64,
-        )
+        check_sizes(self, "transformer")
         if len(self.patch_size) != 3 or self.patch_size[0] != 1:
-            raise UserError(
-                f"patch_size {self.patch_size} must be (1, height, width): one timestep per latent needs 1"
-            )
-        if (
-            self.dim % self.num_heads
-            or self.dim // self.num_heads % 2
-            or self.dim // self.num_heads < 6
-        ):
-            raise UserError(
-                f"dim {self.dim} / num_heads {self.num_heads} must be an even whole number of at least 6"
-            )
+            raise UserError(f"patch_size {self.patch_size} must be (1, height, width)")
+        if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
+            sizes = f"dim {self.dim} / num_heads {self.num_heads}"
+            raise UserError(f"{sizes} must be an even whole number of at least 6")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def grid(self, h: int, w: int) -> tuple[int, int]:
+        """Rows and columns of tokens in a latent of h x w cells: 60 x 104 -> 30 x 52."""
+        return h // self.patch_size[1], w // self.patch_size[2]
 
     def tokens(self, h: int, w: int) -> int:
         """Tokens per latent of h x w cells: 60 x 104 -> 1560."""
-        return (h // self.patch_size[1]) * (w // self.patch_size[2])
+        return math.prod(self.grid(h, w))
 
 
+TOY_TEXT = {"freq_dim": 64, "text_dim": 64, "text_len": 12}
 PRESETS = {
     "wan1.3b": DiTConfig(),  # 1,418,996,800 parameters
     "wan14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),  # 14,288,491,584
-    "toy": DiTConfig(
-        dim=192, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=64, text_len=12
-    ),  # [ours]
-    "toy64": DiTConfig(
-        dim=384, ffn_dim=1024, num_heads=6, num_layers=8, freq_dim=64, text_dim=64, text_len=12
-    ),  # [ours]
+    "toy": DiTConfig(dim=192, ffn_dim=512, num_heads=4, num_layers=6, **TOY_TEXT),  # [ours]
+    "toy64": DiTConfig(dim=384, ffn_dim=1024, num_heads=6, num_layers=8, **TOY_TEXT),  # [ours]
 }
 
 
 # ---------------------------------------------------------------- positions
-class Rope(NamedTuple):
-    """The angle of every token and channel pair: its cos and sin, float32 [L, 1, D/2]."""
-
-    cos: Tensor
-    sin: Tensor
+Angles = tuple[Tensor, Tensor]  # cosine and sine for every token and channel pair [L, 1, D/2]
 
 
-def rope(pos: Tensor, h: int, w: int, head_dim: int, theta: float = 10000.0) -> Rope:
-    """Angles for latents at integer temporal positions pos [T], each a grid of h x w tokens (row-major).
+def rope(pos: Tensor, h: int, w: int, head_dim: int, theta: float = 10000.0) -> Angles:
+    """Angles for latents at any integer positions pos [T] in time, each of h x w tokens.
 
-    Of the D/2 channel pairs the first turn with time, the rest with height and width: D = 128 -> 22, 21, 21 pairs.
-    An axis with d channels uses the frequencies theta^(-2j/d). Any position is valid, also negative or beyond 1024."""
-    side = head_dim // 6  # pairs of height, and of width
-    place = (
-        torch.cartesian_prod(
-            pos, torch.arange(h, device=pos.device), torch.arange(w, device=pos.device)
-        )
-        .view(-1, 3)
-        .double()
-    )
-    angle = torch.cat(
-        [
-            torch.outer(place[:, axis], theta ** (-torch.arange(n, device=pos.device).double() / n))
-            for axis, n in enumerate((head_dim // 2 - 2 * side, side, side))
-        ],
-        1,
-    )[:, None]
-    return Rope(angle.cos().float(), angle.sin().float())  # (T*h*w, 1, D/2)
+    The first of the D/2 channel pairs turn with time, the rest with row and column: D = 128 gives
+    22, 21 and 21 pairs. Pair j of n turns by place * theta^(-j/n)."""
+    rows = torch.arange(h, device=pos.device)
+    columns = torch.arange(w, device=pos.device)
+    place = torch.cartesian_prod(pos, rows, columns).double()  # (T*h*w, 3): time, row, column
+
+    def turned_by(axis: int, pairs: int) -> Tensor:
+        frequency = theta ** (-torch.arange(pairs, device=pos.device).double() / pairs)
+        return torch.outer(place[:, axis], frequency)  # (T*h*w, pairs)
+
+    in_space = head_dim // 6  # pairs for rows, and as many for columns
+    in_time = head_dim // 2 - 2 * in_space
+    angles = torch.cat([turned_by(0, in_time), turned_by(1, in_space), turned_by(2, in_space)], 1)
+    angles = angles[:, None]  # (T*h*w, 1, D/2): the same for all heads
+    return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x: Tensor, table: Rope) -> Tensor:
-    """Turn each pair of adjacent channels, (a, b) -> (a cos - b sin, a sin + b cos), of x [B, L, A, D].
+def rotate(x: Tensor, angles: Angles) -> Tensor:
+    """Turn each pair of adjacent channels: (a, b) -> (a cos - b sin, a sin + b cos).
 
-    Computed in float32, returned in x's dtype. On a CPU as one complex product, three times as fast [measured]."""
-    pairs, (cos, sin) = x.float().unflatten(-1, (-1, 2)), table
+    x: [B, L, A, D], any dtype; computed in float32, returned in x's dtype."""
+    cos, sin = angles
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, A, D/2, 2)
     if torch.compiler.is_compiling():  # what the compiler can fuse
         a, b = pairs.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
-    else:
+    else:  # as one complex product, on a CPU three times as fast [measured]
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
-    return turned.flatten(-2).to(x.dtype)
+    return turned.flatten(-2).to(x.dtype)  # (B, L, A, D)
 
 
 # ---------------------------------------------------------------- who may see whom
-Spans = tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
+Ranges = tuple[tuple[int, int], ...]  # ranges of keys, [k0, k1) each
+Spans = tuple[tuple[int, int, Ranges], ...]  # queries q0 .. q1-1 see the keys of these ranges
 
 
 @dataclass
 class Visible:
-    """Who may see whom inside one sequence, in units of latents; made from a plan by `anchors.layout`.
+    """Who may see whom inside one sequence, in units of latents; made from a plan.
 
-    spans: queries q0 .. q1-1 see the keys of the ranges [k0, k1); runs of queries follow each other without a gap.
+    spans: runs of queries without a gap between them, and the keys that they see.
         Two blocks of 3, causal: ((0, 3, ((0, 3),)), (3, 6, ((0, 6),))).
-    key_slot, key_pos: key j is the key of sequence slot key_slot[j], rotated to position key_pos[j]. None: keys are
-        the slots themselves, at their own positions. (A latent read at two positions appears as two keys.)
-    One description, two realisations: attention span by span, exact and unpadded (`attend`), or FlexAttention with a
-    block mask on CUDA after `prepare`. Never stored on a module: another plan is another object."""
+    key_slot, key_pos: key j is that of the latent in slot key_slot[j], rotated to key_pos[j], so
+        that a latent may be read at two positions. None: each slot's key, at its own position.
+    Attention goes span by span, exact and unpadded, or on CUDA by a block mask after `prepare`."""
 
     spans: Spans
     key_slot: Tensor | None = None
     key_pos: Tensor | None = None
     block_mask: object = field(default=None, repr=False)
 
+    @property
+    def slots(self) -> int:
+        """How many latents the sequence has: where its last run of queries ends."""
+        return self.spans[-1][1]
+
+    def keys_of(self, x: Tensor) -> Tensor:
+        """The keys (or values) of all slots [B, slots * N, A, D] as [B, keys * N, A, D]."""
+        if self.key_slot is None:
+            return x
+        x = x.unflatten(1, (self.slots, -1))  # (B, slots, N, A, D)
+        return x[:, self.key_slot].flatten(1, 2)
+
     def dense(self, tokens: int = 1) -> Tensor:
         """The same as a bool matrix [L, K]; True = may attend. For pictures and tests."""
-        slots = self.spans[-1][1]
-        mask = torch.zeros(
-            slots, slots if self.key_slot is None else len(self.key_slot), dtype=torch.bool
-        )
+        keys = self.slots if self.key_slot is None else len(self.key_slot)
+        mask = torch.zeros(self.slots, keys, dtype=torch.bool)
         for q0, q1, ranges in self.spans:
             for k0, k1 in ranges:
                 mask[q0:q1, k0:k1] = True
         return mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
     def prepare(self, tokens: int, device: torch.device | str) -> "Visible":
-        """Move to a device; on CUDA also build the FlexAttention block mask for `tokens` per latent, once per plan."""
-        block_mask = None
-        if torch.device(device).type == "cuda":
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            table = self.dense().to(device)
-            block_mask = create_block_mask(
-                lambda b, a, i, j: table[i // tokens, j // tokens],
-                None,
-                None,
-                table.shape[0] * tokens,
-                table.shape[1] * tokens,
-                device=device,
-            )
-        moved = (None if x is None else x.to(device) for x in (self.key_slot, self.key_pos))
-        return Visible(self.spans, *moved, block_mask)
-
-
-@cache
-def _flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
+        """Move to a device, once per plan; for CUDA with the block mask of `tokens` per latent."""
+        slot = None if self.key_slot is None else self.key_slot.to(device)
+        pos = None if self.key_pos is None else self.key_pos.to(device)
+        return Visible(self.spans, slot, pos, block_mask(self.dense(), tokens, device))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the keys each query may see. q: [B, L, A, D]; k, v: [B, K, A, D] -> [B, L, A, D]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, A, L, D)
+    """softmax(q k^T / sqrt(D)) v over the keys that each query may see.
+
+    q: [B, L, A, D];  k, v: [B, K, A, D];  returns: [B, L, A, D]"""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, A, L or K, D)
     if visible is None:
         out = F.scaled_dot_product_attention(q, k, v)
     elif visible.block_mask is not None:
-        out = _flex()(q, k, v, block_mask=visible.block_mask)
+        out = flex_attention(q, k, v, visible.block_mask)
     else:
-        n, runs = q.shape[2] // visible.spans[-1][1], []  # tokens per latent
-        for q0, q1, ranges in visible.spans:
-            seen = [
-                torch.cat([x[:, :, k0 * n : k1 * n] for k0, k1 in ranges], 2)
-                if len(ranges) > 1
-                else x[:, :, ranges[0][0] * n : ranges[0][1] * n]
-                for x in (k, v)
-            ]
-            runs.append(F.scaled_dot_product_attention(q[:, :, q0 * n : q1 * n], *seen))
-        out = torch.cat(runs, dim=2)
-    return out.transpose(1, 2)
+        out = _attend_by_spans(q, k, v, visible)
+    return out.transpose(1, 2)  # (B, L, A, D)
+
+
+def _attend_by_spans(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+    n = q.shape[2] // visible.slots  # tokens per latent
+    out = []
+    for q0, q1, ranges in visible.spans:
+        run = q[:, :, q0 * n : q1 * n]  # (B, A, tokens of the run, D)
+        out.append(F.scaled_dot_product_attention(run, _pick(k, ranges, n), _pick(v, ranges, n)))
+    return torch.cat(out, dim=2)  # (B, A, L, D)
+
+
+def _pick(x: Tensor, ranges: Ranges, n: int) -> Tensor:
+    parts = [x[:, :, k0 * n : k1 * n] for k0, k1 in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # one range needs no copy
 
 
 # ---------------------------------------------------------------- layers
-KV = tuple[Tensor, Tensor]  # keys and values, [B, L, A, D] each
+KV = tuple[Tensor, Tensor]  # keys, not rotated, and values of a sequence [B, L, A, D]
+Past = tuple[Tensor, Tensor]  # keys, rotated, and values of finished latents [B, K, A, D]
 
 
-class Past(NamedTuple):
-    """A layer's keys, rotated, and values of finished latents [B, K, A, D]. Behind the first `length` entries of K there may
-    be room for those of the sequence that reads them: without gradient they are written there, and the past is not copied."""
-
-    k: Tensor
-    v: Tensor
-    length: int
-
-    def then(self, k: Tensor, v: Tensor) -> KV:
-        """Past keys and values, then these [B, L, A, D]."""
-        end = self.length + k.shape[1]
-        if end > self.k.shape[1] or torch.is_grad_enabled():
-            return torch.cat([self.k[:, : self.length], k], dim=1), torch.cat(
-                [self.v[:, : self.length], v], dim=1
-            )
-        self.k[:, self.length : end], self.v[:, self.length : end] = k, v
-        return self.k[:, :end], self.v[:, :end]
-
-
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Over the full width, all heads together, before the split into heads [Wan]."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
@@ -270,42 +224,42 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        at: Rope,
-        visible: Visible | None,
-        at_keys: Rope,
-        past: Past | None,
-        last: int,
+        angles: Angles,
+        key_angles: Angles,
+        visible: Visible | None = None,
+        past: Past | None = None,
     ) -> tuple[Tensor, KV]:
-        """x: [B, L, E] -> output of the `last` tokens [B, last, E], and all tokens' keys, unrotated, and values, for a cache to keep.
+        """x: [B, L, E] -> output [B, L, E], and keys and values for a cache to keep.
 
-        at, at_keys: angles of queries and keys; past: keys already rotated, and values, of finished latents."""
-        q = rotate(
-            self.heads(self.norm_q(self.q(x[:, -last:]))), Rope(*(angle[-last:] for angle in at))
-        )
-        own = k, v = self.kv(x)
-        if (
-            visible is not None and visible.key_slot is not None
-        ):  # one latent may serve as several keys
-            k, v = (
-                y.unflatten(1, (visible.spans[-1][1], -1))[:, visible.key_slot].flatten(1, 2)
-                for y in own
-            )
-        k = rotate(k, at_keys)
+        angles, key_angles: of the queries, and of the keys of this sequence"""
+        q = rotate(self.heads(self.norm_q(self.q(x))), angles)  # (B, L, A, D)
+        own = k, v = self.kv(x)  # (B, L, A, D) each
+        if visible is not None:
+            k, v = visible.keys_of(k), visible.keys_of(v)  # (B, K, A, D): a latent may repeat
+        k = rotate(k, key_angles)
         if past is not None:
-            k, v = past.then(k, v)  # (B, past + L, A, D)
-        return self.o(attend(q, k, v, visible).flatten(2)), own
+            k = torch.cat([past[0], k], dim=1)  # (B, past + K, A, D)
+            v = torch.cat([past[1], v], dim=1)
+        y = attend(q, k, v, visible).flatten(2)  # (B, L, E)
+        return self.o(y), own
 
 
 class CrossAttention(SelfAttention):
     """Queries from the video, keys and values from the text; no positions."""
 
     def forward(self, x: Tensor, text: Tensor | KV) -> Tensor:
+        q = self.heads(self.norm_q(self.q(x)))
         k, v = text if isinstance(text, tuple) else self.kv(text)
-        return self.o(attend(self.heads(self.norm_q(self.q(x))), k, v).flatten(2))
+        return self.o(attend(q, k, v).flatten(2))  # (B, L, E)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift: x [B, T, N, E], shift and scale [B, T, 1, E], float32."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text, and a feed-forward net; the time sets shift, scale and gate."""
+    """Self-attention and a feed-forward net, which the time modulates; the text between them."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -313,9 +267,7 @@ class Block(nn.Module):
         self.eps = c.eps
         self.self_attn = SelfAttention(c.dim, c.num_heads, c.eps)
         self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps)
-        self.norm3 = nn.LayerNorm(
-            c.dim, c.eps
-        )  # before cross-attention; the only norm with weights
+        self.norm3 = nn.LayerNorm(c.dim, c.eps)  # before cross-attention; the one with weights
         self.ffn = nn.Sequential(
             Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), Linear(c.ffn_dim, c.dim)
         )
@@ -326,39 +278,33 @@ class Block(nn.Module):
         x: Tensor,
         time: Tensor,
         text: Tensor | KV,
-        at: Rope,
-        visible: Visible | None,
-        at_keys: Rope,
-        past: Past | None,
-        need: int | None = None,
+        angles: Angles,
+        key_angles: Angles,
+        visible: Visible | None = None,
+        past: Past | None = None,
+        keys_only: bool = False,
     ) -> tuple[Tensor, KV]:
-        """x: [B, T, N, E] float32, T latents of N tokens; time: [B, T, 6, E] float32; text: [B, L, E] or its keys.
-
-        need: all latents give keys and values, but only the last so many go on; 0: none, x is returned as it came."""
+        """x: [B, T, N, E] float32, T latents of N tokens;  time: [B, T, 6, E] float32
+        text: [B, text_len, E], or its keys and values
+        keys_only: stop at the keys and values of the self-attention; x is returned as it came"""
         dtype = self.ffn[0].weight.dtype
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            (self.modulation.float() + time).unsqueeze(3).unbind(2)
-        )
+        six = (self.modulation.float() + time).unsqueeze(3)  # (B, T, 6, 1, E)
+        shift1, scale1, gate1, shift2, scale2, gate2 = six.unbind(2)  # (B, T, 1, E) each
+
         y = modulate(x, shift1, scale1, self.eps).to(dtype).flatten(1, 2)  # (B, L, E)
-        if need == 0:
+        if keys_only:
             return x, self.self_attn.kv(y)
-        y, own = self.self_attn(y, at, visible, at_keys, past, (need or x.shape[1]) * x.shape[2])
-        if need:
-            x, gate1, shift2, scale2, gate2 = (
-                a[:, -need:] for a in (x, gate1, shift2, scale2, gate2)
-            )
+        y, own = self.self_attn(y, angles, key_angles, visible, past)
         x = torch.addcmul(x, y.view_as(x), gate1)  # x + y * gate
-        y = F.layer_norm(
-            x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps
-        )
-        x = x + self.cross_attn(y.to(dtype).flatten(1, 2), text).view_as(x)
-        y = self.ffn(modulate(x, shift2, scale2, self.eps).to(dtype))
-        return torch.addcmul(x, y, gate2), own
 
+        weight, bias = self.norm3.weight.float(), self.norm3.bias.float()
+        y = F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+        y = self.cross_attn(y.to(dtype).flatten(1, 2), text)  # (B, L, E)
+        x = x + y.view_as(x)
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, without weights of its own, in float32: x [B, T, N, E], shift, scale [B, T, 1, E]."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+        y = self.ffn(modulate(x, shift2, scale2, self.eps).to(dtype))  # (B, T, N, E)
+        x = torch.addcmul(x, y, gate2)
+        return x, own
 
 
 class Head(nn.Module):
@@ -371,12 +317,23 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        shift, scale = (self.modulation.float() + time.unsqueeze(2)).unsqueeze(3).unbind(2)
+        two = (self.modulation.float() + time.unsqueeze(2)).unsqueeze(3)  # (B, T, 2, 1, E)
+        shift, scale = two.unbind(2)  # (B, T, 1, E) each
         return self.head(modulate(x, shift, scale, self.eps).to(self.head.weight.dtype))
 
 
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """Embed t [M] in 0 .. 1000 as [cos | sin] of t * 10000^(-k / (dim/2)): float32 [M, dim]."""
+    frequency = 10000 ** (-torch.arange(dim // 2, device=t.device).double() / (dim // 2))
+    angle = torch.outer(t.double(), frequency)  # (M, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1).float()
+
+
+# ---------------------------------------------------------------- the transformer
 class DiT(nn.Module):
-    """Noisy latents, their times and positions, and a text -> their velocities. See the top of the file."""
+    """Noisy latents, their times and positions, and a text -> their velocities."""
+
+    recipe: dict | None = None  # how a student was trained, where its file says so
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -391,48 +348,40 @@ class DiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
-        self.checkpointing = (
-            False  # training: recompute each block in the backward pass instead of keeping it
-        )
+        self.checkpointing = False  # training: recompute each block in the backward pass
+        self.recipe: dict | None = None  # how a student was trained, as its checkpoint says
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Wan's: Xavier for linear layers, 0.02 for the embeddings' first layers, zero for the head: v = 0 at first."""
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
+        """Wan's: Xavier, but 0.02 for what embeds text and time, zero for the head: v = 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.data.flatten(1))
-        for m in (
-            self.text_embedding[0],
-            self.text_embedding[2],
-            self.time_embedding[0],
-            self.time_embedding[2],
-        ):
-            nn.init.normal_(m.weight, std=0.02)
+        for embedding in (self.text_embedding, self.time_embedding):
+            nn.init.normal_(embedding[0].weight, std=0.02)
+            nn.init.normal_(embedding[2].weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
     def compile_blocks(self, backend: str = "inductor") -> "DiT":
-        """torch.compile each block, in place; the numbers stay the same to rounding. The first call of each kind takes seconds to
-        minutes (with a gradient or none, with a past or none, some of the velocities or all: stage 2 meets 32 kinds [measured])."""
-        torch._dynamo.config.recompile_limit = 64
+        """torch.compile each block, in place; the first call of each kind takes up to minutes."""
+        torch._dynamo.config.recompile_limit = 64  # with a past or none, a gradient or none, ...
         for block in self.blocks:
             block.compile(backend=backend)
         return self
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """[B, L <= text_len, text_dim] -> zero-padded to text_len, then embedded: [B, text_len, E]."""
+        """[B, L <= text_len, text_dim] -> padded with zeros, then embedded: [B, text_len, E]."""
         c = self.config
         if text.ndim != 3 or text.shape[1] > c.text_len or text.shape[2] != c.text_dim:
-            raise UserError(
-                f"text embeddings of shape {tuple(text.shape)} are not [B, <= {c.text_len}, {c.text_dim}]"
-            )
+            want = f"[B, <= {c.text_len}, {c.text_dim}]"
+            raise UserError(f"text embeddings of shape {tuple(text.shape)} are not {want}")
         text = F.pad(text, (0, 0, 0, c.text_len - text.shape[1]))
         return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
 
     def text_kv(self, text: Tensor) -> list[KV]:
-        """Cross-attention keys and values of every layer, [B, text_len, A, D] each, to be computed once per prompt from
-        text [B, L, text_dim] and passed as `text`."""
+        """Keys and values of text [B, L, text_dim], layer by layer: once per prompt."""
         embedded = self.embed_text(text)
         return [block.cross_attn.kv(embedded) for block in self.blocks]
 
@@ -449,94 +398,85 @@ class DiT(nn.Module):
     ) -> Tensor | tuple[Tensor, list[KV]] | list[KV]:
         """Predict the velocity of every latent.
 
-        z: [B, T, C, h, w] noisy latents;  t: [B, T] = 1000 sigma, 0 for clean;  pos: [T] integer temporal positions
-        text: [B, L, text_dim] embeddings, or what `text_kv` made of them
-        visible: who sees whom among these T latents (default: all see all);  past: per layer, rotated keys and values
-            of finished latents that all T latents see besides (`KVCache.read`)
-        need: velocities of the last so many latents are wanted, and the last layer computes no others; None: of all
-        returns: v [B, T or need, C, h, w] float32; with return_kv also, per layer, the unrotated keys and the values of
-            all T; with need = 0 these alone
-        raises: UserError if a shape does not fit the config; ValueError for need together with spans"""
-        need = 0 if keys_only else None
+        z: [B, T, C, h, w] latents;  t: [B, T] = 1000 sigma, 0 for clean;  pos: [T] integers
+        text: embeddings [B, L, text_dim], or what `text_kv` made of them
+        visible: who sees whom among these T latents (default: all see all)
+        past: what all of them see besides, layer by layer (`KVCache.read`)
+        returns: v [B, T, C, h, w] float32; with return_kv also the keys and values of each layer;
+            with keys_only these alone, and the last layer stops at its keys"""
+        self._check(z, t, pos)
         c = self.config
-        B, T, C, h, w = z.shape
-        _, ph, pw = c.patch_size
-        if C != c.in_dim or h % ph or w % pw:
-            raise UserError(
-                f"latents of {C} channels and {h}x{w} cells do not fit in_dim {c.in_dim} and patches of {ph}x{pw}"
-                " (with an 8x VAE the frame's sides must be divisible by 16)"
-            )
-        if t.shape != (B, T) or pos.shape != (T,):
-            raise UserError(
-                f"t {tuple(t.shape)} and pos {tuple(pos.shape)} must be {(B, T)} and {(T,)} for z {tuple(z.shape)}"
-            )
-        if need and visible is not None:
-            raise ValueError(
-                "spans say what all latents see; need = n is for sequences without them"
-            )
-        weight = self.patch_embedding.weight
-        grid, head_dim = (h // ph, w // pw), c.dim // c.num_heads
-        x = self.patch_embedding(z.transpose(1, 2).to(weight.dtype))  # (B, E, T, h/2, w/2)
+        B, T, _, h, w = z.shape
+        dtype = self.patch_embedding.weight.dtype
+        x = self.patch_embedding(z.transpose(1, 2).to(dtype))  # (B, E, T, rows, columns)
         x = x.flatten(3).permute(0, 2, 3, 1).float().contiguous()  # (B, T, N, E)
-
-        e = self.time_embedding(sinusoid(t.flatten(), c.freq_dim).to(weight.dtype))
-        time = self.time_projection(e).view(B, T, 6, c.dim).float()
-        at = at_keys = rope(pos, *grid, head_dim)
+        e = self.time_embedding(sinusoid(t.flatten(), c.freq_dim).to(dtype)).view(B, T, -1)
+        time = self.time_projection(e).unflatten(2, (6, -1)).float()  # (B, T, 6, E)
+        words = text if isinstance(text, list) else [self.embed_text(text)] * c.num_layers
+        angles = key_angles = rope(pos, *c.grid(h, w), c.head_dim)
         if visible is not None and visible.key_pos is not None:
-            at_keys = rope(visible.key_pos, *grid, head_dim)
-        text = text if isinstance(text, list) else [self.embed_text(text)] * c.num_layers
+            key_angles = rope(visible.key_pos, *c.grid(h, w), c.head_dim)
 
         kept = []
         for i, block in enumerate(self.blocks):
-            args = (
-                x,
-                time,
-                text[i],
-                at,
-                visible,
-                at_keys,
-                past[i] if past else None,
-                need if i == c.num_layers - 1 else None,
-            )
-            x, own = (
-                checkpoint(block, *args, use_reentrant=False)
-                if self.checkpointing and torch.is_grad_enabled()
-                else block(*args)
-            )
-            if return_kv or need == 0:
+            here = past[i] if past else None
+            stop = keys_only and i == c.num_layers - 1
+            args = (x, time, words[i], angles, key_angles, visible, here, stop)
+            if self.checkpointing and torch.is_grad_enabled():
+                x, own = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x, own = block(*args)
+            if return_kv or keys_only:
                 kept.append(own)
-        if need == 0:
+        if keys_only:
             return kept
-        T = x.shape[1]  # or `need`
-        x = self.head(x, e.view(B, -1, c.dim)[:, -T:].float())  # (B, T, N, ph * pw * C)
-        x = x.view(B, T, *grid, ph, pw, c.out_dim).permute(0, 1, 6, 2, 4, 3, 5)
-        v = x.reshape(B, T, c.out_dim, h, w).float()
+
+        x = self.head(x, e.float())  # (B, T, N, ph * pw * C)
+        v = self._unpatchify(x, h, w).float()
         return (v, kept) if return_kv else v
 
+    def _unpatchify(self, x: Tensor, h: int, w: int) -> Tensor:
+        """[B, T, N, ph * pw * C] -> [B, T, C, h, w]."""
+        c = self.config
+        rows, columns = c.grid(h, w)
+        _, ph, pw = c.patch_size
+        x = x.view(*x.shape[:2], rows, columns, ph, pw, c.out_dim)
+        x = x.permute(0, 1, 6, 2, 4, 3, 5)  # (B, T, C, rows, ph, columns, pw)
+        return x.reshape(*x.shape[:3], h, w)
 
-def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """Embed t [M] in 0 .. 1000 as [cos | sin] of t * 10000^(-k / (dim/2)): float32 [M, dim]."""
-    frequency = 10000 ** (-torch.arange(dim // 2, device=t.device).double() / (dim // 2))
-    angle = torch.outer(t.double(), frequency)
-    return torch.cat([angle.cos(), angle.sin()], dim=1).float()
+    def _check(self, z: Tensor, t: Tensor, pos: Tensor) -> None:
+        B, T, C, h, w = z.shape
+        _, ph, pw = self.config.patch_size
+        if C != self.config.in_dim or h % ph or w % pw:
+            raise UserError(
+                f"latents of {C} channels and {h}x{w} cells do not fit in_dim {self.config.in_dim}"
+                f" and patches of {ph}x{pw} (the frame's sides: multiples of 16 with an 8x VAE)"
+            )
+        if t.shape != (B, T) or pos.shape != (T,):
+            given = f"t {tuple(t.shape)} and pos {tuple(pos.shape)}"
+            raise UserError(f"{given} must be {(B, T)} and {(T,)} for z {tuple(z.shape)}")
 
 
 # ---------------------------------------------------------------- weights
 def load_dit(
-    path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    new: tuple[str, ...] = (),
 ) -> DiT:
-    """Load whatever `weights.read_dit` reads; each tensor is cast to dtype (None: as stored) and moved on its own.
+    """Load whatever `weights.read_dit` reads; how it was trained, if it says so, is `dit.recipe`.
 
-    raises: UserError that names every missing, unexpected or wrongly shaped tensor."""
+    dtype: None keeps each tensor's own;  new: parameters whose names begin so may be missing in
+    the file and then start as zeros.  raises: UserError naming every tensor that does not fit"""
     values, tensors, source = read_dit(path)
     recipe = values.pop("recipe", None)
-    config = config_from(DiTConfig, values, source)
     with torch.device("meta"):
-        dit = DiT(config)
+        dit = DiT(config_from(DiTConfig, values, source))
     dit.recipe = recipe
-    return load_strict(dit, tensors, source, dtype, device)
+    return load_strict(dit, tensors, source, dtype, device, new)
 
 
-def save_dit(dit: DiT, path: str | Path, to: str = "native") -> None:
-    """Write a .safetensors file with Wan's names and the config in its metadata, or another layout of `weights.write_dit`."""
-    write_dit(dit.state_dict(), asdict(dit.config), path, to)
+def save_dit(dit: DiT, path: str | Path, to: str = "native", recipe: dict | None = None) -> None:
+    """Write weights, config and recipe (default: `dit.recipe`), see `weights.write_dit`."""
+    values = asdict(dit.config) | {"recipe": recipe or dit.recipe}
+    write_dit(dit.state_dict(), values, path, to)

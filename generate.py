@@ -1,369 +1,508 @@
-"""Your own clips: what comes before, after, between; loops and stories; a video that starts from a picture.
+"""For users: a video in any order of time, or around your own clips (`clips.py`), as a file.
 
-A clip is encoded and its latents are *given* to a plan (`anchors.py`), which makes all others around them: the seam is made
-in latent space, no frame is decoded and encoded again. In the result your frames are yours, to the bit (of the clip as it
-was resampled to 16 fps and fitted to the model's size; an .mp4 is lossy, so ask for an .mkv to have them on disk).
+In Python, and the same clip, bit for bit, as from the command line:
 
-    --extend-after CLIP     make what comes AFTER the clip: it is the beginning of the video        [clip] > > >
-    --extend-before CLIP    make what comes BEFORE the clip: it is the end of the video             < < < [clip]
-    both with the same CLIP: it is the middle                                                     < < [clip] > >
-    --between A B           A, then what leads from A to B, then B, as one shot                    [A] > < [B]
-    --transition A B        the same between two scenes, each with its own prompt
-    --loop CLIP             the clip, and the way from its end back to its beginning               [clip] > < (clip)
-    --image PICTURE         the video starts with it
-    --keyframes 0:x.png,40:y.png   the video has these pictures at these frames
-    --story FILE.json       scenes, given or made, anywhere in time; then the gaps between them
+    import anchors
+    from generate import decode_in_order, load_models, make_blocks, write_video
+    dit, vae = load_models("toy/weights")
+    plan = anchors.backward(21)
+    blocks = make_blocks(dit, plan, ["a red square moves left over a green wave"], (4, 4), seed=0)
+    write_video("out/clip.mp4", decode_in_order(vae, plan, blocks))
 
-Latent 0 is an image latent, all others are video latents, whose meaning hangs on their past (`vae.py`). So a clip at the
-beginning is encoded as it is, 1 + 4k frames. A clip that stands elsewhere is encoded from one frame earlier: its first
-frame is the past of its first video latent and is not part of the result. A picture elsewhere is encoded as a
-standstill, and held within a block that is otherwise made: alone, the student would not know what to do with it.
+A stream all the way: blocks are decoded as soon as all earlier ones are there, and written as they
+are decoded, so that memory does not grow with the video. A student is run as it was trained (its
+file says how); flags given here win, and what contradicts it is said. With --guidance the weights
+are a teacher's, of 48 steps a block.
 
-    python edit.py --extend-before clip.mp4 --prompt "a red disc moves up over a blue wave" --out out/before.mkv
+    python generate.py --order backward --prompt "a red square moves left over a green wave"
 """
 
+import inspect
 import json
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import anchors
-from anchors import HORIZON, Plan
-from film import Settings, film, prepare, prompted
-from lib.common import UserError, run
-from lib.media import load_clip
-from metrics import seam
-from sampler import FPS
-from vae import VAE
-
-COMMANDS = (
-    "extend_after",
-    "extend_before",
-    "between",
-    "transition",
-    "loop",
-    "image",
-    "keyframes",
-    "story",
+from anchors import HORIZON, ORDERS, Plan
+from clips import (
+    TIME,
+    Around,
+    Clips,
+    Given,
+    asked,
+    files_of,
+    flag,
+    prompted,
+    seconds_to_latents,
+    view_of,
 )
-TIME = 4  # frames of a latent [Wan]
-STILL = 13  # frames of standstill before a picture's video latent means what it says; after 5 its error is a third larger [ours]
+from dit import PRESETS, DiT, load_dit
+from lib import outputs, streams, text
+from lib.common import UserError, dtype_of, run, start
+from lib.media import FORMATS, VideoWriter, write_sheet
+from lib.weights import find
+from sampler import (
+    FPS,
+    Recipe,
+    noise_seeded,
+    student_blocks,
+    student_sigmas,
+    teacher_blocks,
+)
+from vae import PRESETS as VAE_PRESETS
+from vae import VAE, load_vae
 
 
-@dataclass
-class Config(Settings):
-    """Make a video around your own clips: use one of the commands, or both --extend flags with the same clip."""
-
-    prompt: tuple[
-        str, ...
-    ] = ()  # one for all, or one for each part (clips too) in time; in a story the file has them
-    extend_after: str = ""  # make what comes AFTER this clip, which is the beginning
-    extend_before: str = ""  # make what comes BEFORE this clip, which is the end
-    between: tuple[str, ...] = ()  # A B: make what leads from clip A to clip B, one shot
-    transition: tuple[
-        str, ...
-    ] = ()  # A B: make what leads from scene A to scene B, each with its own prompt
-    loop: str = ""  # make the way from the end of this clip back to its beginning
-    image: str = ""  # start with this picture
-    keyframes: str = (
-        ""  # frame:picture,... such as 0:x.png,40:y.png; stills, so motion slows at them
-    )
-    story: str = ""  # a .json: {"scenes": [{"start": 0, "clip": ..}, {"start": 4, "seconds": 2, "prompt": ..}]}
-    seconds: float = 3.0  # how much is made, in each place (image: in all)
-    use: float = 5.0  # at most so many seconds of each clip: those nearest to what is made
-    fit: str = "crop"  # crop or pad clips to the model's size
-    exact: bool = (
-        True  # show your frames as they are; false: decoded like the rest, for softer seams
-    )
+# ---------------------------------------------------------------- models
+def weights_in(weights: str) -> tuple[Path, Path]:
+    """The student's file (or folder) and the VAE's, from a folder, or from a student's file."""
+    path = Path(weights).expanduser()
+    if not path.exists():  # the default is seen from this file, wherever the shell stands
+        path = Path(__file__).parent / path
+    if not path.exists():
+        raise UserError(
+            f"--weights {weights} is not a folder or file (seen from {Path.cwd()}); name a folder"
+            " with a student and a VAE in it, or use random"
+        )
+    if path.is_dir():
+        return find(path, "transformer"), find(path, "VAE")
+    return path, find(path.parent, "VAE")
 
 
-@dataclass
-class Given:
-    """What the user gives: latents -> [1, C, h, w], and the frames [3, H, W] that they stand for."""
+def load_models(
+    weights: str = "toy/weights",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    vae_dtype: torch.dtype = torch.float32,
+) -> tuple[DiT, VAE]:
+    """The student and the VAE in a folder, or a student's file and the VAE beside it.
 
-    vae: VAE
-    device: torch.device
-    latents: dict[int, Tensor] = field(default_factory=dict)
-    frames: dict[int, Tensor] = field(default_factory=dict)
-
-    def clip(self, video: Tensor, at: int) -> int:
-        """Place a clip [1, 3, 1 + 4k, H, W] so that its first latent is latent `at`; the latent after its last one.
-
-        Anywhere but at the beginning its first frame is only the past of its first latent."""
-        skip, z = min(at, 1), self.vae.encode(video.to(self.device))
-        self.latents |= dict(enumerate(z.unbind(1)[skip:], at))
-        first = TIME * (at - 1) + 1 if at else 0
-        self.frames |= dict(enumerate(video[0].unbind(1)[skip:], first))
-        return at + z.shape[1] - skip
-
-    def picture(self, picture: Tensor, frame: int) -> int:
-        """Place a picture [1, 3, 1, H, W]; the latent that holds it, at whose last frame it is shown best."""
-        at = math.ceil(frame / TIME)
-        still = picture.to(self.device).expand(-1, -1, STILL if at else 1, -1, -1)
-        self.latents[at] = self.vae.encode(still)[:, -1]
-        self.frames[frame] = picture[0, :, 0]
-        return at
+    "random" builds toy-sized ones, to try plans and to measure speed."""
+    if weights != "random":
+        student, vae_file = weights_in(weights)
+        return load_dit(student, dtype, device), load_vae(vae_file, vae_dtype, device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dit, vae = DiT(PRESETS["toy"]), VAE(VAE_PRESETS["toy"])
+        torch.nn.init.normal_(dit.head.head.weight, std=0.02)  # else v = 0
+    dit.recipe = Recipe().write()
+    dit, vae = dit.to(device, dtype), vae.to(device, vae_dtype)
+    return dit.eval().requires_grad_(False), vae.eval().requires_grad_(False)
 
 
-def seconds_to_latents(seconds: float, block: int, name: str = "--seconds") -> int:
-    """Video latents for so many seconds, rounded up to whole blocks: 1 s -> 16 frames -> 4 latents -> 6 in blocks of 3."""
-    if not 0 < seconds < 36000:
-        raise UserError(f"{name} {seconds} must be above 0 and below 36000")
-    return math.ceil(round(seconds * FPS / TIME / block, 6)) * block
+def recipe_of(dit: DiT) -> Recipe:
+    """How a student was trained. raises: UserError if its file does not say"""
+    recipe = Recipe.read(dit.recipe)
+    if recipe is None:
+        raise UserError(
+            "these weights do not say how they were trained: give --denoising 1000 750 500 250 if"
+            " they are a student of these steps, or --guidance 5 if they are a teacher (48 steps)"
+        )
+    return recipe
 
 
-def read(
-    config: Config,
-    path: str | Path,
+# ---------------------------------------------------------------- from a plan to a file
+@torch.no_grad()
+def make_blocks(
+    dit: DiT,
+    plan: Plan,
+    prompts: Sequence[str],
     size: tuple[int, int],
-    beginning: bool,
-    last: bool = False,
-    use: float = 0,
-) -> Tensor:
-    """A clip cut to whole blocks, and one frame more if it is not the beginning: [1, 3, 1 + 4k, H, W]; says what was done.
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    given: dict[int, Tensor] | None = None,
+    commit_anchors: bool = False,
+    guidance: float | None = None,
+    negative: str | None = None,
+    embeddings: str = "",
+    weights: str = "",
+) -> Iterator[tuple[int, Tensor]]:
+    """Generate a plan: (n, latents [1, T, C, h, w]) as step n of the plan is finished.
 
-    last: its last frames, else its first;  use: at most so many seconds, if not those of the config"""
-    extra = (
-        1 - TIME if beginning else 1
-    )  # the image latent is one frame; else one frame is the past
-    unit, most = (
-        TIME * config.block,
-        TIME * seconds_to_latents(use or config.use, config.block, "--use"),
+    prompts: one for each prompt of the plan;  size: h, w of the latents;  recipe: how the student
+    is run, None: as it was trained;  given: latent -> [1, C, h, w] for those that the plan says are
+    the user's;  guidance: run it as a teacher instead, 48 steps a block;  negative: the teacher's
+    unconditional prompt;  embeddings, weights: as `text.embed` takes them"""
+    c, device = dit.config, dit.patch_embedding.weight.device
+    if negative is None:
+        negative = "" if c.text_dim == text.TOY_DIM else text.NEGATIVE
+    words = [*prompts] if guidance is None else [*prompts, negative]
+    embedded = text.embed(words, c.text_dim, c.text_len, embeddings, weights).to(device)
+    noise = noise_seeded([(seed, 0, 0)], (c.in_dim, *size), device)
+    if guidance is None:
+        recipe = recipe or recipe_of(dit)
+        texts = [dit.text_kv(e[None]) for e in embedded]
+        return student_blocks(
+            dit, plan, texts, noise, recipe=recipe, given=given, commit_anchors=commit_anchors
+        )
+    recipe = recipe or Recipe()
+    return teacher_blocks(
+        dit,
+        plan,
+        [e[None] for e in embedded[:-1]],
+        embedded[-1:],
+        noise,
+        guidance,
+        given,
+        shift=recipe.shift,
+        share_noise=recipe.share_noise,
     )
-    video, says = load_clip(path, size, FPS, config.fit, most + extra, last, least=unit + extra)
-    n = (video.shape[2] - extra) // unit * unit + extra
-    print(f"{says}; {n} used: {'the beginning' if beginning else 'one as the past of the others'}")
-    return video[:, :, -n:] if last else video[:, :, :n]
-
-
-def story(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, list[str]]:
-    """Read --story: {"scenes": [...], "seconds": length, "order": [scene numbers]}; the plan with its prompts.
-
-    A scene has "start" (s), "prompt", and either "clip" (a path seen from the file; "seconds": at most so much of it) or
-    "seconds". "bridge": the prompt of the gap before it, if not its own. Times are rounded to latents, scenes to blocks."""
-    path = Path(config.story)
-    try:
-        tale = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a story in JSON and UTF-8 ({error})") from None
-
-    number = (int, float)
-
-    def check(what: object, where: str, kinds: dict[str, type | tuple]) -> None:
-        if not isinstance(what, dict):
-            raise UserError(f"{path}: {where} is {json.dumps(what)[:60]}, not an object in braces")
-        for key, value in what.items():
-            if key not in kinds:
-                raise UserError(
-                    f"{path}: {where} has the unknown key {key!r}; it may have {', '.join(kinds)}"
-                )
-            if (
-                not isinstance(value, kinds[key])
-                or isinstance(value, bool)
-                or value == ""
-                or (kinds[key] == number and not 0 <= value < 36000)
-            ):
-                raise UserError(
-                    f"{path}: {where} has {key} = {json.dumps(value)[:60]}, which is not possible"
-                )
-
-    check(tale, "the story", {"scenes": list, "seconds": number, "order": list})
-    if not tale.get("scenes"):
-        raise UserError(
-            f'{path} has no scenes; give at least one, such as {{"start": 0, "seconds": 3, "prompt": ...}}'
-        )
-    scenes, lines, end, latents_a_second = [], [], 0, FPS / TIME
-    for n, scene in enumerate(tale["scenes"]):
-        where = f"scene {n}"
-        check(
-            scene,
-            where,
-            {"start": number, "seconds": number, "prompt": str, "bridge": str, "clip": str},
-        )
-        if (
-            missing := {"start", "prompt", *(() if "clip" in scene else ("seconds",))}
-            - scene.keys()
-        ):
-            raise UserError(f"{path}: {where} lacks {' and '.join(sorted(missing))}")
-        at = round(scene["start"] * latents_a_second)
-        if at < end:
-            raise UserError(
-                f"{path}: {where} starts at {scene['start']} s but the one before it ends at {end / latents_a_second:g} s; "
-                "scenes are listed in time and do not overlap (they are rounded up to whole blocks)"
-            )
-        if at > end:
-            lines.append((end, scene.get("bridge", scene["prompt"])))
-        lines.append((at, scene["prompt"]))
-        if "clip" in scene:
-            end = mine.clip(
-                read(
-                    config, path.parent / scene["clip"], size, not at, use=scene.get("seconds", 0)
-                ),
-                at,
-            )
-        else:
-            end = at + seconds_to_latents(
-                scene["seconds"], config.block, f"{path}: the seconds of {where},"
-            )
-        scenes.append((at, end))
-    length = max(round(tale.get("seconds", 0) * latents_a_second), end)
-    order = tale.get("order", [])
-    if order and sorted(map(repr, order)) != sorted(map(repr, range(len(scenes)))):
-        raise UserError(
-            f"{path}: the order {order} must name each scene from 0 to {len(scenes) - 1} once"
-        )
-    plan = replace(
-        anchors.timeline(
-            length, scenes, config.block, config.anchors, **_view(config, length), order=order
-        ),
-        name="story",
-    )
-    return anchors.switch(plan, [at for at, _ in lines[1:]]), [words for _, words in lines]
-
-
-def _view(config: Config, length: int) -> dict[str, int | bool | None]:
-    """What stays in view: everything within the horizon, else a window and sinks."""
-    window = config.window or (2 * config.block if length > HORIZON else None)
-    return {
-        "window": window,
-        "past_sink": config.sink in ("past", "both"),
-        "future_sink": config.sink in ("future", "both"),
-    }
-
-
-def asked(config: Config) -> list[str]:
-    """The one command that was asked for; with a clip to extend on both sides, the two."""
-    commands = [c for c in COMMANDS if getattr(config, c)]
-    if len(commands) != 1 and commands != ["extend_after", "extend_before"]:
-        raise UserError(
-            f"{' and '.join(map(flag, commands)) or 'nothing'} was asked for; use one of {', '.join(map(flag, COMMANDS))}, "
-            "or both --extend flags with one clip"
-        )
-    if len(commands) == 2 and config.extend_before != config.extend_after:
-        raise UserError(
-            f"--extend-before {config.extend_before} and --extend-after {config.extend_after} are two clips: "
-            "name the same one to extend it on both sides, or join two with --between"
-        )
-    return commands
-
-
-def flag(name: str) -> str:
-    """extend_before -> --extend-before"""
-    return "--" + name.replace("_", "-")
-
-
-def plan_of(config: Config, size: tuple[int, int], mine: Given) -> tuple[Plan, list[str]]:
-    """The plan that was asked for, and its prompts; the clips are read, encoded and put into `mine`."""
-    commands, block, scenes, parts, joined = asked(config), config.block, [], [], False
-    new = seconds_to_latents(config.seconds, block)
-    if config.story:
-        if config.prompt or config.switch:
-            raise UserError(
-                f"the prompts of --story {config.story} are in the file; leave out --prompt and --switch"
-            )
-        return story(config, size, mine)
-    if config.keyframes:
-        at = [
-            mine.picture(load_clip(path, size, FPS, config.fit, 1)[0], frame)
-            for frame, path in keys(config.keyframes)
-        ]
-        if len(set(at)) < len(at):
-            raise UserError(
-                f"--keyframes {config.keyframes}: two of them lie within the 4 frames of one latent; move one"
-            )
-        scenes = [(b * block, (b + 1) * block) for b in sorted({i // block for i in at})]
-        length = scenes[-1][1]
-    elif config.image:
-        mine.picture(load_clip(config.image, size, FPS, config.fit, 1)[0], 0)
-        scenes, length = (
-            [(0, block)],
-            seconds_to_latents(config.seconds + 3 / FPS, block),
-        )  # latent 0 is one frame, not four
-    elif config.between or config.transition:
-        pair, joined = config.between or config.transition, bool(config.between)
-        if len(pair) != 2:
-            raise UserError(f"{flag(commands[0])} takes two clips, got {len(pair)}")
-        head = mine.clip(read(config, pair[0], size, True, last=True), 0)
-        length = mine.clip(read(config, pair[1], size, False), head + new)
-        scenes, parts = [(0, head), (head + new, length)], [head, head + new]
-        if config.transition and len(config.prompt) == 2:
-            parts = [head]
-    elif config.loop:
-        head = mine.clip(read(config, config.loop, size, True), 0)
-        plan = anchors.loop(head + new, block, min(new, (HORIZON - 2 * block) // block * block))
-        return _worded(config, plan, [head])
-    elif config.extend_before:
-        length = mine.clip(read(config, config.extend_before, size, False), new)
-        scenes, parts = [(new, length)], [new]
-        if config.extend_after:
-            parts, length = [new, length], length + new
-    else:
-        head = mine.clip(read(config, config.extend_after, size, True, last=True), 0)
-        scenes, parts, length = [(0, head)], [head], head + new
-    plan = anchors.timeline(
-        length, scenes, block, config.anchors, **_view(config, length), joined=joined
-    )
-    return _worded(config, replace(plan, name=" ".join(map(flag, commands))), parts)
-
-
-def keys(words: str) -> list[tuple[int, str]]:
-    """ "0:x.png,40:y.png" -> [(0, "x.png"), (40, "y.png")]."""
-    found = [word.partition(":") for word in words.split(",")]
-    if not all(frame.strip().isdigit() and path for frame, _, path in found):
-        raise UserError(
-            f"--keyframes {words!r} must be frame:picture,frame:picture, such as 0:x.png,40:y.png"
-        )
-    return [(int(frame), path.strip()) for frame, _, path in found]
-
-
-def _worded(config: Config, plan: Plan, parts: list[int]) -> tuple[Plan, list[str]]:
-    """One prompt for all, one for each part that begins at these latents, or --switch."""
-    if not config.switch and len(config.prompt) not in (1, len(parts) + 1):
-        raise UserError(
-            f"{len(config.prompt)} prompts; give one, or {len(parts) + 1}: one for each part, in time"
-            if parts
-            else f"{len(config.prompt)} prompts; give one, or say with --switch when the next one takes over"
-        )
-    plan = anchors.switch(plan, parts) if len(config.prompt) == len(parts) + 1 else plan
-    return prompted(plan, config.prompt, config.switch), list(config.prompt)
-
-
-def seams(mine: Given, frames: int, around: bool) -> list[int]:
-    """Frames where what is given meets what was made; with `around`, also where the end meets the beginning (as frame 0)."""
-    cuts = [f for f in range(1, frames) if (f in mine.frames) != (f - 1 in mine.frames)]
-    return [f for f in cuts if 2 <= f <= frames - 2] + [0] * around
 
 
 @torch.no_grad()
-def main(config: Config) -> None:
-    asked(config)
-    dit, vae, size = prepare(config)
-    mine = Given(vae, dit.patch_embedding.weight.device)
-    plan, prompts = plan_of(config, size, mine)
-    plan = anchors.with_given(plan, list(mine.latents))
-    frames = vae.config.frames(plan.length)
-    cuts = seams(mine, frames, bool(config.loop))
-    views = {f: [(f + j) % frames for j in range(-2, 2)] for f in cuts}
-    seen = film(
-        config,
+def decode_in_order(
+    vae: VAE,
+    plan: Plan,
+    blocks: Iterable[tuple[int, Tensor]],
+    chunk: int = 0,
+    waiting: dict[int, Tensor] | None = None,
+) -> Iterator[Tensor]:
+    """Decode latents as soon as all earlier ones are there; yield video [1, 3, F, H, W] in pieces.
+
+    Forward order decodes after every block; backward order once, at the end (its past is made
+    last).  chunk: how many latents at a time at most, 0: `vae.at_once`;  waiting: where finished
+    latents wait, for a caller who wants to see them"""
+    waiting = {} if waiting is None else waiting
+    at, state = 0, None
+    for n, x0 in blocks:
+        # a copy, or the anchors beside it would stay alive
+        waiting.update(zip(plan.steps[n].targets, x0.clone().unbind(1)))
+        while at in waiting:
+            ready = []
+            while at in waiting and len(ready) < (chunk or vae.at_once(*x0.shape[3:])):
+                ready.append(waiting.pop(at))
+                at += 1
+            video, state = vae.decode_chunk(torch.stack(ready, dim=1), state, inplace=True)
+            yield video.cpu()
+
+
+def write_video(path: str | Path, pieces: Iterable[Tensor], comment: str = "") -> int:
+    """Write a video [1, 3, F, H, W] as its pieces come, and return the number of frames.
+
+    On Ctrl-C what was written by then is a file of its own, clip.part.mp4, and the name is free."""
+    writer = VideoWriter(path, FPS, comment)
+    try:
+        with writer:
+            for video in pieces:
+                writer.write(video[0])
+    except KeyboardInterrupt:
+        seconds = f"{writer.part} has {writer.count / FPS:.2f} s"
+        print(f"stopped: {seconds if writer.count else 'nothing is done yet'}")
+        raise
+    return writer.count
+
+
+# ---------------------------------------------------------------- command line
+@dataclass
+class Config(Clips):
+    """Make a video in any order of time, or around your own clips."""
+
+    prompts: str = ""  # a file with a prompt a line: a clip each, in a folder named as --out
+    out: str = "out/clip.mp4"  # .mp4, .gif, .mkv (lossless), .png (one frame)
+    order: str = ""  # forward, backward, or any other in anchors.ORDERS; default: forward
+    frames: int = 0  # length in frames instead: 1 + 4k, with k + 1 a multiple of the block; or 1
+    gap: int = 0  # latents between the ends (inbetween: the rest; loop: 15; story, transition: 6)
+    sheet: str = ""  # also write a contact sheet: a .png
+    preview: str = ""  # a folder: backward blocks as clips, when the block before each is made
+    weights: str = "toy/weights"  # a folder with student and VAE (Wan's layout works), or: random
+    embeddings: str = ""  # what text.py made of the prompts; else the text encoder is looked for
+    seed: str = "0"  # same seed, same clip; or: random, which is printed
+    size: tuple[int, ...] = ()  # height width; default 480 832 for Wan's VAE, 32 32 for the toy's
+    denoising: tuple[float, ...] = ()  # such as 1000 750 500 250; default: as trained
+    first_denoising: tuple[float, ...] = ()  # of the block made first; default: as trained
+    shift: float | None = None  # of the noise levels; default: as trained
+    block: int | None = None  # latents made at a time; default: as trained
+    anchors: int | None = None  # latents imagined before a backward block; default: as trained
+    head: int | None = None  # size of the block of latent 0, 0: of a block; default: as trained
+    share_noise: str = ""  # an anchor has its latent's noise: none, start, all; default: as trained
+    dummy: bool = False  # backward without anchors: a dummy block says that it is no beginning
+    commit_anchors: bool = False  # let anchors be seen while their block is written to the cache
+    guidance: float | None = None  # run a teacher, 48 steps a block; without --order all at once
+    negative: str | None = None  # the teacher's unconditional prompt; default: Wan's, toy: none
+    device: str = "auto"  # cpu, cuda or auto
+    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on CUDA
+    vae_dtype: str = "float32"  # of the VAE; bfloat16 is up to twice as fast
+    compile: bool = False  # torch.compile the transformer's blocks (CUDA; minutes on first use)
+
+
+CHOICES = {
+    "sink": ("past", "future", "both", "none"),
+    "share_noise": ("", "none", "start", "all"),
+    "fit": ("crop", "pad"),
+}
+
+
+def check(config: Config) -> list[str]:
+    """What can be said before anything is loaded; the files that are read. raises: UserError"""
+    commands = asked(config)
+    for name in ("order", "guidance"):
+        if commands and getattr(config, name):
+            raise UserError(f"{flag(commands[0])} and --{name} were asked for; leave out one")
+    if config.order and config.order not in ORDERS:
+        raise UserError(f"unknown order {config.order!r}; use {', '.join(ORDERS)}")
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            known = " or ".join(filter(None, choices))
+            raise UserError(f"--{name} {getattr(config, name)!r} must be {known}")
+    for name in ("window", "gap"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} {getattr(config, name)} must be at least 0")
+    if config.guidance is not None and config.denoising:
+        raise UserError("--guidance runs a teacher, --denoising a student; leave out one of them")
+    if config.guidance is not None and len(config.prompt) > 1:
+        raise UserError(f"a teacher (--guidance) follows one prompt, got {len(config.prompt)}")
+    if config.story and (config.prompt or config.switch or config.prompts):
+        raise UserError(
+            f"the prompts of --story {config.story} are in the file; leave out --prompt, --switch"
+        )
+    if config.prompts and (config.prompt or config.switch):
+        raise UserError(f"--prompts {config.prompts} has the prompts; leave out --prompt, --switch")
+    words = config.prompt or (config.prompts or config.story,)
+    if not all(prompt.strip() for prompt in words):
+        raise UserError(
+            "--prompt is empty; say what to show, for instance --prompt"
+            ' "a red square moves left over a green wave"'
+        )
+    read = [path for path in (*files_of(config), config.prompts, config.embeddings) if path]
+    outputs.check_places(read, config.out, tuple(FORMATS), config.sheet, config.preview)
+    return read
+
+
+def chosen_recipe(config: Config, dit: DiT) -> Recipe:
+    """How the weights are run: as they were trained, but for what flags say; contradictions are
+    said."""
+    is_known = dit.recipe is not None
+    if not is_known and not config.denoising and config.guidance is None:
+        recipe_of(dit)  # refuses, and says what to do
+    trained = recipe_of(dit) if is_known else Recipe()
+    if is_known and config.guidance is not None:
+        print(f"note: a student of {len(trained.levels)} steps is run as a teacher, of 48")
+    flags = {"denoising": "levels", "first_denoising": "first_levels"}
+    flags |= {name: name for name in ("shift", "block", "anchors", "head", "share_noise")}
+    changes = {}
+    for name, entry in flags.items():
+        value = getattr(config, name)
+        if value in (None, (), ""):
+            continue
+        changes[entry] = value
+        if is_known and value != getattr(trained, entry):
+            was = getattr(trained, entry)
+            print(f"note: --{name} {value}, but this student was trained with {was}")
+    recipe = replace(trained, **changes)
+    student_sigmas(recipe.levels, recipe.shift)
+    student_sigmas(recipe.first_levels or recipe.levels, recipe.shift)
+    if recipe.block < 1 or recipe.head < 0:
+        raise UserError(
+            f"--block {recipe.block} must be at least 1, --head {recipe.head} at least 0"
+        )
+    return recipe
+
+
+def frame_size(size: tuple[int, ...], dit: DiT, vae: VAE) -> tuple[int, int]:
+    """Height and width of frames: --size, or what suits the VAE. raises: UserError if they, or the
+    two models, do not fit"""
+    size = size or ((480, 832) if vae.config.dim == 96 else (32, 32))
+    unit = [vae.config.space * p for p in dit.config.patch_size[1:]]
+    if len(size) != 2 or min(size) < 1 or size[0] % unit[0] or size[1] % unit[1]:
+        raise UserError(
+            f"--size {' '.join(map(str, size))} must be a height and a width divisible by"
+            f" {unit[0]} and {unit[1]}"
+        )
+    if vae.config.z_dim != dit.config.in_dim:
+        raise UserError(
+            f"the VAE makes {vae.config.z_dim} channels but the transformer reads"
+            f" {dit.config.in_dim}; use a matching pair"
+        )
+    return size
+
+
+# ---------------------------------------------------------------- which plan
+def length_of(config: Config, block: int, head: int) -> int:
+    """Latents of --frames or --seconds: those of the first block, and whole blocks."""
+    if config.frames:
+        latents = (config.frames + TIME - 1) / TIME  # the first latent is one frame
+    else:
+        seconds = 5.0 if config.seconds is None else config.seconds
+        seconds_to_latents(seconds, block)  # refuses what cannot be
+        latents = (seconds * FPS + TIME - 1) / TIME
+    blocks = max((latents - head) / block, 0)
+    if not config.frames:
+        return head + math.ceil(round(blocks, 6)) * block
+    if latents < head or blocks % 1:
+        below = TIME * (head + int(blocks) * block) - TIME + 1
+        raise UserError(
+            f"--frames {config.frames} is not 1 + {TIME}k frames in whole blocks of {block}"
+            f" latents; use {below} or {below + TIME * block}"
+        )
+    return int(latents)
+
+
+def make_plan(config: Config, recipe: Recipe) -> Plan:
+    """The plan of --order, at the asked length: the function that anchors.ORDERS has under that
+    name is called with what it takes. raises: UserError for lengths and options that do not fit"""
+    if config.guidance is not None and not config.order:
+        return all_at_once(length_of(config, 1, 1))
+    if config.frames == 1:  # a picture
+        recipe = replace(recipe, block=1, anchors=min(recipe.anchors, 1), head=0)
+    name, block = config.order or "forward", recipe.block
+    head = recipe.head or block
+    if name != "backward":  # a head of its own belongs to backward plans
+        block = head = head if name == "forward" else block
+    length = length_of(config, block, head)
+    options = {"length": length, "block": block, "anchors": recipe.anchors, "head": head}
+    if name == "backward":
+        trained_so = config.anchors is None and not recipe.anchors and head == block < length
+        options["dummy"] = config.dummy or trained_so
+    if config.gap:
+        length_at_both_ends = config.gap + 2 * block
+        options |= {"length": length_at_both_ends} if name == "inbetween" else {"gap": config.gap}
+    options["view"] = view_of(config, recipe, length)
+    options["scenes"] = 2 if len(config.prompt) == 2 else max(len(config.prompt), 3)
+    options["split_gaps"] = len(config.prompt) > 1
+    takes = inspect.signature(ORDERS[name]).parameters
+    plan = ORDERS[name](**{key: value for key, value in options.items() if key in takes})
+    if config.frames and plan.length != length:
+        raise UserError(
+            f"--order {name} with --gap {config.gap} makes {plan.length} latents, but --frames"
+            f" {config.frames} is {length}; leave out one of them"
+        )
+    return replace(plan, name=name)
+
+
+def all_at_once(length: int) -> Plan:
+    """A bidirectional teacher's plan: one step."""
+    if length > HORIZON:
+        raise UserError(
+            f"a bidirectional teacher makes at most {HORIZON} latents at once, not {length}; an"
+            " autoregressive one needs an --order"
+        )
+    return replace(anchors.forward(length, length), name="all at once")
+
+
+# ---------------------------------------------------------------- one clip
+@dataclass
+class Job:
+    """What all clips of a run share."""
+
+    dit: DiT
+    vae: VAE
+    recipe: Recipe
+    size: tuple[int, int]
+    seed: int
+    sources: dict[str, str]  # files that were read -> their fingerprints
+
+
+def plan_clip(config: Config, job: Job, given: Given) -> tuple[Plan, Sequence[str]]:
+    """What is made, and its prompts; the user's clips are read into `given`."""
+    if asked(config):
+        return Around(config, job.recipe, job.size, given).plan()
+    plan = make_plan(config, job.recipe)
+    return prompted(plan, config.prompt, config.switch), config.prompt
+
+
+def watched_blocks(
+    config: Config, job: Job, plan: Plan, prompts: Sequence[str], given: Given, bar: tqdm
+) -> Iterator[tuple[int, Tensor]]:
+    """The blocks of a plan, counted and previewed; NaN ends them."""
+    blocks = make_blocks(
+        job.dit,
         plan,
         prompts,
-        dit,
-        vae,
-        size,
-        mine.latents,
-        mine.frames if config.exact else None,
-        {i for view in views.values() for i in view},
+        tuple(side // job.vae.config.space for side in job.size),
+        job.seed,
+        job.recipe,
+        given.latents,
+        config.commit_anchors,
+        config.guidance,
+        config.negative,
+        config.embeddings,
+        config.weights,
     )
-    for f, view in views.items():
-        values = seam(torch.stack([seen[i] for i in view], dim=1)[None], 2)
-        print(
-            f"seam before frame {f} ({f / FPS:.2f} s): "
-            + ", ".join(f"{name} {v.item():.2f}" for name, v in values.items())
-        )
+    blocks = streams.only_finite(blocks, plan)
+    blocks = streams.counted(blocks, bar)
+    if config.preview:
+        blocks = streams.previewed(blocks, plan, job.vae, Path(config.preview).expanduser())
+    return blocks
+
+
+def make_clip(config: Config, job: Job) -> None:
+    """Make one video and write it to --out; say what is made, and how seams came out."""
+    vae, out = job.vae, Path(config.out).expanduser()
+    given = Given(vae, job.dit.patch_embedding.weight.device)
+    plan, prompts = plan_clip(config, job, given)
+    frames = vae.config.frames(plan.length)
+    if out.suffix.lower() == ".png" and frames > 1:
+        raise UserError(f"--out {config.out} is one picture, not {frames} frames; add --frames 1")
+    recipe = None if config.guidance is not None else asdict(job.recipe)
+    about = outputs.describe(config, plan, frames, prompts, job.seed, recipe, job.sources)
+    if config.prompts and outputs.is_made(out, about):
+        print(f"{out} is there, made with the same settings: skipped")
+        return
+    print(anchors.text_picture(plan) if plan.length <= 64 else f"{plan.name}: too long to draw")
+    print(
+        f"{plan.name}: {plan.length} latents in {len(plan.steps)} steps = {frames} frames"
+        f" = {frames / FPS:.2f} s, {job.size[0]}x{job.size[1]}"
+    )
+
+    sheet = torch.linspace(0, frames - 1, min(16, frames)).round().int().tolist()
+    seams = streams.Seams(given.frames, frames, config.exact, bool(config.loop), keep=sheet)
+    waiting = {}
+    brief = {name: about[name] for name in ("prompt", "seed", "sources")} | {"plan": plan.name}
+    with tqdm(desc="blocks", total=len(plan.steps), unit="block") as bar:
+        blocks = watched_blocks(config, job, plan, prompts, given, bar)
+        pieces = decode_in_order(vae, plan, blocks, waiting=waiting)
+        pieces = seams.through(pieces)
+        pieces = streams.or_the_end(pieces, plan, vae, job.recipe.block, waiting)
+        write_video(out, pieces, json.dumps(brief, ensure_ascii=False))
+
+    outputs.write_sidecar(out, about)
+    print(f"wrote {out} and {outputs.sidecar(out).name}, which says how it was made")
+    seams.say(FPS)
+    if config.sheet:
+        shown = torch.stack([seams.written[f] for f in sheet], dim=1)  # (3, 16, H, W)
+        write_sheet(Path(config.sheet).expanduser(), shown[None], columns=16)
+        print(f"wrote {config.sheet}")
+
+
+def clips_of(config: Config) -> list[Config]:
+    """One config a clip: with --prompts one for each line, else the config itself."""
+    if not config.prompts:
+        return [config]
+    out = Path(config.out).expanduser()
+    made = []
+    for n, words in enumerate(text.lines_of(Path(config.prompts).expanduser()), 1):
+        path = out.with_suffix("") / f"{outputs.safe_name(n, words)}{out.suffix}"
+        sheet = str(path.with_suffix(".sheet.png")) if config.sheet else ""
+        made.append(replace(config, prompt=(words,), out=str(path), sheet=sheet))
+    return made
+
+
+def main(config: Config) -> None:
+    """Check, load once, make every clip."""
+    read = check(config)
+    seed, clips = outputs.read_seed(config.seed), clips_of(config)
+    world, device = start(config.device)[1:]
+    if world > 1:
+        raise UserError(f"a clip is made by one process, not {world}; start it without torchrun")
+    dtype = dtype_of(config.dtype, device)
+    vae_dtype = dtype_of(config.vae_dtype, device, "vae_dtype")
+    dit, vae = load_models(config.weights, dtype, device, vae_dtype)
+    recipe, size = chosen_recipe(config, dit), frame_size(config.size, dit, vae)
+    if config.compile:
+        dit.compile_blocks()
+    used = [] if config.weights == "random" else [*weights_in(config.weights)]
+    sources = {path.name: outputs.fingerprint(path) for path in used}
+    sources |= {path: outputs.fingerprint(path) for path in read if path != config.prompts}
+    job = Job(dit, vae, recipe, size, seed, sources)
+    with streams.sigterm_is_ctrl_c():
+        for clip in clips:
+            make_clip(clip, job)
 
 
 if __name__ == "__main__":

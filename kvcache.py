@@ -1,18 +1,21 @@
 """Finished latents are remembered, unrotated.
 
-One slot per latent, addressed by the latent's number and not by time or by order of arrival: that is what lets a
-video grow backwards, skip a gap, close a loop. Keys are stored before RoPE and turned when they are read, to whatever
-position the reading step asks for (RoPE re-indexing): a sink keeps its place beside a moving window, one latent can be
-read at two positions at once, and no position ever leaves the range the model was trained on. In forward order within
-21 latents this equals rotating before storing.
+One slot per latent, addressed by the latent's number and not by time or by order of arrival: that
+is what lets a video grow backwards, skip a gap, close a loop. Keys are stored before RoPE and
+turned when they are read, to whatever position the reading step asks for (RoPE re-indexing): a sink
+keeps its place beside a moving window, one latent can be read at two positions at once, and no
+position ever leaves the range that the model was trained on.
 
-    slots   0      1      2          k, v: per layer [B, capacity * N, A, D], N tokens a slot
-    holds   lat 0  lat 7  (free)     read([(0, 18), (7, 3), (0, -1)]) -> latent 0 twice, at positions 18 and -1
+    slots   0      1      2          k, v: per layer [B, capacity, N, A, D], N tokens a slot
+    holds   lat 0  lat 7  (free)     read([(0, 18), (7, 3), (0, -1)]): latent 0 at both 18 and -1
 
-Written only by the clean pass (t = 0, no gradient), never inside attention, so no gradient passes from a block into
-another one's keys. (Self-Forcing writes in place while differentiating and so has such gradients, by accident.)
-The cache does not choose what to keep: windows and sinks are facts of the plan, and `evict` follows the plan.
+Written only by the clean pass (t = 0, no gradient), never inside attention, so no gradient passes
+from a block into another one's keys. (Self-Forcing writes in place while differentiating and so has
+such gradients, by accident.) The cache does not choose what to keep: windows and sinks are facts of
+the plan, and `evict` follows the plan.
 """
+
+from collections.abc import Iterable
 
 import torch
 
@@ -32,31 +35,31 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.grid = (h // config.patch_size[1], w // config.patch_size[2])
-        self.tokens, self.capacity = config.tokens(h, w), capacity
-        shape = (batch, capacity, self.tokens, config.num_heads, config.dim // config.num_heads)
-        self.layers = [
-            (
-                torch.zeros(shape, dtype=dtype, device=device),
-                torch.zeros(shape, dtype=dtype, device=device),
-            )
-            for _ in range(config.num_layers)
-        ]
+        self.grid, self.tokens = config.grid(h, w), config.tokens(h, w)
+        self.capacity, self.head_dim, self.device = capacity, config.head_dim, device
+        shape = (batch, capacity, self.tokens, config.num_heads, config.head_dim)
+
+        def buffer() -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.layers = [(buffer(), buffer()) for _ in range(config.num_layers)]  # keys and values
         self.slot: dict[int, int] = {}  # latent -> slot
 
     def write(self, latents: tuple[int | None, ...], kv: list[KV]) -> None:
-        """Remember the latents of a sequence. kv: per layer its unrotated keys and its values [B, len(latents) * N, A, D].
+        """Remember the latents of a sequence.
 
-        A None in `latents` is passed over (an anchor, or a latent nobody reads). raises: ValueError if one is held
-        already or no slot is free; then nothing is written."""
+        latents: one number each; None is passed over (an anchor, or a latent nobody reads)
+        kv: per layer, keys and values of all of them [B, len(latents) * N, A, D]
+        raises: ValueError if one is held already or no slot is free; then nothing is written"""
         new = [i for i in latents if i is not None]
         held = [i for i in new if i in self.slot]
-        free = [s for s in range(self.capacity) if s not in self.slot.values()]
+        free = sorted(set(range(self.capacity)) - set(self.slot.values()))
         if held or len(set(new)) < len(new):
             raise ValueError(f"latents {held or new} are in the cache already; evict them first")
         if len(new) > len(free):
             raise ValueError(
-                f"the cache has {len(free)} of {self.capacity} slots free but {len(new)} latents arrive"
+                f"the cache has {len(free)} of {self.capacity} slots free"
+                f" but {len(new)} latents arrive"
             )
         self.slot.update(zip(new, free))
         for buffers, arrived in zip(self.layers, kv):
@@ -66,12 +69,11 @@ class KVCache:
                     if i is not None:
                         buffer[:, self.slot[i]].copy_(x[:, j])
 
-    def read(self, reads: tuple[tuple[int, int], ...], room: int = 0) -> list[Past] | None:
-        """(latent, position) pairs -> per layer, keys rotated to these positions and values [B, (len(reads) + room) * N, A, D].
+    def read(self, reads: tuple[tuple[int, int], ...]) -> list[Past] | None:
+        """(latent, position) pairs -> keys at these positions, and values, layer by layer.
 
-        Copies: what is returned does not change when the cache does. room: for so many latents that read them (`dit.Past`).
-        No reads: None.
-        raises: ValueError naming latents that are not there."""
+        returns: copies [B, len(reads) * N, A, D], which do not change when the cache does;
+            without reads None.  raises: ValueError naming latents that are not there"""
         absent = [i for i, _ in reads if i not in self.slot]
         if absent:
             raise ValueError(
@@ -79,32 +81,19 @@ class KVCache:
             )
         if not reads:
             return None
-        k = self.layers[0][0]
-        slots, pos = (
-            torch.tensor(x).to(k.device, non_blocking=True)
-            for x in zip(*((self.slot[i], p) for i, p in reads))
-        )
-        at = rope(pos, *self.grid, k.shape[-1])
-        past, n = [], len(reads) * self.tokens
+        pairs = torch.tensor([(self.slot[latent], position) for latent, position in reads])
+        slots, pos = pairs.to(self.device, non_blocking=True).unbind(1)  # no GPU waits for the host
+        angles = rope(pos, *self.grid, self.head_dim)
+        past = []
         for k, v in self.layers:
-            keys, values = (
-                x.new_empty(len(x), n + room * self.tokens, *x.shape[3:]) for x in (k, v)
-            )
-            keys[:, :n], values[:, :n] = (
-                rotate(k[:, slots].flatten(1, 2), at),
-                v[:, slots].flatten(1, 2),
-            )
-            past.append(Past(keys, values, n))
+            k, v = k[:, slots].flatten(1, 2), v[:, slots].flatten(1, 2)  # (B, reads * N, A, D)
+            past.append((rotate(k, angles), v))
         return past
 
-    def evict(self, latents: set[int] | tuple[int, ...]) -> None:
+    def evict(self, latents: Iterable[int]) -> None:
         """Forget these latents and free their slots; those not held are passed over."""
         for i in latents:
             self.slot.pop(i, None)
-
-    def flush(self, keep: tuple[int, ...] = ()) -> None:
-        """Forget everything but `keep`: a new scene, or a new video with keep = ()."""
-        self.evict(set(self.slot) - set(keep))
 
     def bytes(self) -> int:
         """Memory of the buffers; 1.3B at 480x832 in bf16: 0.288 GB per latent."""

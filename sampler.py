@@ -15,10 +15,7 @@ A method of your own is a third: a function (n, step, past, clean, held) -> x0.
 The noise of a latent depends on (seed, prompt, sample, latent, level) and on nothing else: not on
 the batch, the device, the number of processes, or the order of generation. No files here.
 
-    import anchors, generate, sampler                # four lines from text to latents
-    dit, vae = generate.load_models("toy/weights")
-    text = [generate.embed(dit, "a red disc moves left over a green wave")]
-    z = sampler.generate(dit, anchors.backward(21), text, sampler.noise_seeded([(0, 0, 0)], (16, 4, 4)))
+    z = generate(dit, anchors.backward(21), [text], noise_seeded([(0, 0, 0)], (16, 4, 4)))
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +68,7 @@ class Recipe:
     anchors: int = 3  # [paper]
     head: int = 0  # size of the block of latent 0 if not `block`
     share_noise: str = "none"
-    plans: str = "paper"  # the mix it was trained on (mixes.py)
+    plans: str = "paper"  # the mix it was trained on (plans.py)
 
     @classmethod
     def read(cls, values: dict | None) -> "Recipe | None":
@@ -98,7 +95,7 @@ Noise = Callable[[int, tuple[int, ...]], Tensor]  # (level, numbers) -> [B, len(
 
 
 def noise_from(noise: Tensor, renoise: Tensor | None = None, length: int | None = None) -> Noise:
-    """Noise given as tensors: [B, R, C, h, w] to start from, renoise [K-1, B, R, C, h, w] for later.
+    """Noise given as tensors: [B, R, C, h, w] to start from, [K-1, B, R, C, h, w] for later.
 
     Row i belongs to latent i; behind the video's come rows for dummies (~i: length + i), and, if
     anchors have noise of their own, as many rows again, the anchors' (`anchors.Step.noise`)."""
@@ -125,7 +122,7 @@ def noise_seeded(
     shape: tuple[int, ...],
     device: torch.device | str = "cpu",
 ) -> Noise:
-    """Noise as a pure function of numbers: a tuple (seed, prompt, sample) a clip; shape [C, h, w]."""
+    """Noise as a function of numbers: a tuple (seed, prompt, sample) a clip; shape [C, h, w]."""
 
     def draw(level: int, numbers: tuple[int, ...]) -> Tensor:
         clips = []
@@ -318,7 +315,7 @@ def clean_pass(
 
 
 # ---------------------------------------------------------------- whole videos
-def blocks(
+def student_blocks(
     dit: DiT,
     plan: Plan,
     texts: Sequence[Text],
@@ -341,8 +338,8 @@ def blocks(
 def generate(dit: DiT, plan: Plan, texts: Sequence[Text], noise: Noise, **options) -> Tensor:
     """Run a whole rollout: latents [B, plan.length, C, h, w] in time, anchors and dummies dropped.
 
-    options: as for `blocks`"""
-    return gather(plan, blocks(dit, plan, texts, noise, **options))
+    options: as for `student_blocks`"""
+    return gather(plan, student_blocks(dit, plan, texts, noise, **options))
 
 
 def teacher_blocks(

@@ -1,4 +1,4 @@
-"""Stage 2: the student learns from its own rollouts, in every order, by distribution matching (DMD).
+"""Stage 2: the student learns from its own rollouts by distribution matching (DMD).
 
 Three networks of one class: the *student* G generates block by block with its cache; the frozen
 *teacher* f_real and the trained *critic* f_fake score whole videos, seeing everything. An iteration
@@ -33,10 +33,12 @@ from torch import Tensor
 
 import sampler
 from dit import DiT
+from lib import presets
 from lib.clips import Clips
 from lib.common import Stream, dtype_of, generator, run, start
 from lib.media import write_sheet
-from lib.text import NEGATIVE, Prompts
+from lib.states import whole_state
+from lib.text import Prompts
 from lib.training import (
     EMA,
     clip_gradients,
@@ -46,10 +48,9 @@ from lib.training import (
     split_batch,
     sync_gradients,
     training_steps,
-    whole_state,
 )
 from lib.weights import read_dit, write_safetensors
-from mixes import Mix, draw, dummies_of, without_given
+from plans import Mix, draw, rows_of, without_given
 from sampler import cfg_velocity, noise_from, shift_sigma
 from train_ode import mix_of, network, recipe_of
 from vae import load_vae
@@ -59,40 +60,8 @@ from vae import load_vae
 class Config:
     """Stage 2: distribution matching on the student's own rollouts, in every order."""
 
-    PRESETS = {
-        "toy": {},
-        "toy64": {"latent": (21, 8, 8)},
-        "wan": {  # [paper App. A.1]
-            "student": "out/ode/student.safetensors",
-            "teacher": "Wan2.1-T2V-14B",
-            "critic": "Wan2.1-T2V-1.3B",
-            "vae": "Wan2.1-T2V-1.3B",
-            "prompts": "prompts.safetensors",
-            "negative": NEGATIVE,
-            "latent": (21, 60, 104),
-            "plans": "paper",
-            "guidance": 4.0,
-            "steps": 600,
-            "batch": 64,
-            "micro": 1,
-            "lr": 2e-6,
-            "lr_critic": 4e-7,
-            "ratio": 5,
-            "ema": 0.99,
-            "ema_start": 200,
-            "parallel": "fsdp",
-            "checkpointing": True,
-        },
-    }
-    PRESETS["wan-any"] = PRESETS["wan"] | {"plans": "any"}  # [ours]
-    PRESETS["wan-small-teacher"] = PRESETS["wan"] | {"teacher": "Wan2.1-T2V-1.3B"}
-    PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}  # [Causal Forcing]
-    PRESETS["wan-2step"] = PRESETS["wan-framewise"] | {  # [Causal Forcing++]
-        "denoising": (1000.0, 500.0),
-        "first_denoising": (1000.0, 750.0, 500.0, 250.0),
-    }
-    PRESETS["wan-1step"] = PRESETS["wan-2step"] | {"denoising": (1000.0,)}
-    preset: str = "toy"  # toy, toy64, wan (the paper's), wan-any, wan-small-teacher, wan-framewise, wan-2step, wan-1step
+    PRESETS = presets.DMD
+    preset: str = "toy"  # toy, toy64, wan (the paper's), wan-any ... (lib/presets.py)
     student: str = "toy/weights/ode.safetensors"  # what the student starts from: stage 1
     teacher: str = "toy/weights/teacher.safetensors"  # the frozen real score
     critic: str = "toy/weights/teacher.safetensors"  # what the fake score starts from
@@ -101,7 +70,7 @@ class Config:
     clips: str = ""  # folder of real clips' latents (tools/encode.py), for plans around given clips
     out: str = "out/dmd"  # folder of student.safetensors, log.jsonl, curves.png, sheets, state.pt
     latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
-    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (mixes.py) [ours]
+    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (plans.py) [ours]
     steps: int = 500  # iterations: critic updates [paper: 600]
     ratio: int = 5  # critic updates a student update [paper]
     batch: int = 8  # samples an update and plan, over all processes [paper: 64]
@@ -227,7 +196,7 @@ def draw_round(world: World, role: Stream, step: int, r: int, entry: int, d: int
     """Round r of plan d: everything random is a function of (seed, role, iteration, sample, d)."""
     config, plan = world.config, world.mix[entry][1][d]
     shape = (world.channels, *config.latent[1:])
-    rows = 2 * (plan.length + dummies_of([plan]))
+    rows = rows_of([plan])
     uses_clips = any(s.given for s in plan.steps)
     numbers, noise, u, score_noise = [], [], [], []
     for j in samples_of(world, r):
@@ -280,7 +249,7 @@ def roll(world: World, student: DiT, drawn: Draw, entry: int, d: int, generate: 
 
 # ---------------------------------------------------------------- an iteration
 class Trained(NamedTuple):
-    """Networks with their optimisers: one, or one for each direction (plan d uses d mod their number)."""
+    """Networks with their optimisers: one, or one a direction (plan d uses d mod their number)."""
 
     networks: list[DiT]
     optimisers: list[torch.optim.Optimizer]
@@ -396,7 +365,7 @@ def sheet(world: World, students: Trained, step: int, generate: Generate) -> Non
     """Fixed prompts and noise, all levels: two clips by each plan of the first entry."""
     config, drawn = world.config, []
     for d, plan in enumerate(world.mix[0][1]):
-        rows = 2 * (plan.length + dummies_of([plan]))
+        rows = rows_of([plan])
         shape = (max(world.levels), rows, world.channels, *config.latent[1:])
         gs = [generator(config.seed, Stream.SHEET, i) for i in range(2)]
         noise = torch.stack([torch.randn(shape, generator=g) for g in gs], 1).to(world.device)

@@ -26,25 +26,25 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from anchors import Layout, Plan, forward, layout
 from dit import DiT, load_dit
+from lib import presets
 from lib.common import Stream, UserError, dtype_of, generator, run, start
 from lib.pairs import (
     Pair,
-    Where,
     check_shards,
-    fingerprint,
     kept_states,
-    missing_shards,
+    pair_noise,
+    pairs_where,
     read_pairs,
-    write_index,
-    write_pairs,
+    slot_states,
+    write_missing,
+    wrong_states,
 )
-from lib.text import NEGATIVE, Prompts
+from lib.states import whole_state
+from lib.text import Prompts
 from lib.training import (
     clip_gradients,
     computing,
@@ -53,10 +53,9 @@ from lib.training import (
     split_batch,
     sync_gradients,
     training_steps,
-    whole_state,
 )
-from lib.weights import read_dit, write_safetensors
-from mixes import MIXES, Mix, draw, dummies_of
+from lib.weights import write_safetensors
+from plans import MIXES, Mix, draw
 from sampler import Recipe, many_steps, noise_from, student_sigmas
 
 
@@ -64,30 +63,7 @@ from sampler import Recipe, many_steps, noise_from, student_sigmas
 class Config:
     """Stage 1: make ODE pairs (--generate, --check), or train on them."""
 
-    PRESETS = {
-        "toy": {},
-        "toy64": {"latent": (21, 8, 8)},
-        "wan": {  # [paper App. A.1]
-            "teacher": "Wan2.1-T2V-14B",
-            "weights": "Wan2.1-T2V-1.3B",
-            "prompts": "prompts.safetensors",
-            "negative": NEGATIVE,
-            "latent": (21, 60, 104),
-            "plans": "paper",
-            "pairs": 16000,
-            "guidance": 3.0,
-            "shard": 16,
-            "steps": 6000,
-            "batch": 128,
-            "micro": 1,
-            "lr": 2e-6,
-            "warmup": 0,
-            "decay": 0.0,
-            "parallel": "fsdp",
-            "checkpointing": True,
-        },
-    }
-    PRESETS["wan-any"] = PRESETS["wan"] | {"plans": "any"}  # [ours]
+    PRESETS = presets.ODE
     preset: str = "toy"  # toy, toy64 (64 pixels), wan (the paper's numbers), wan-any (every length)
     teacher: str = "toy/weights/teacher.safetensors"  # makes the pairs
     weights: str = "toy/weights/teacher.safetensors"  # what the student starts from
@@ -99,7 +75,7 @@ class Config:
     pairs: int = 1024  # how many pairs [paper: 16000]
     shard: int = 32  # pairs a file, all of one entry of the mix
     latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
-    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (mixes.py) [ours]
+    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (plans.py) [ours]
     guidance: float = 2.0  # conventional: uncond + w (cond - uncond) [paper: 3]
     negative: str = ""  # prompt of the unconditional pass
     denoising: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # noise levels, unshifted [paper]
@@ -202,112 +178,50 @@ def ode_loss(
 
 
 # ---------------------------------------------------------------- pairs
-def settings_of(config) -> dict:
-    """How pairs are made: what a shard records and a later run is compared with."""
-    names = ("prompts", "guidance", "negative", "shift", "seed", "latent", "denoising")
-    plans = ("plans", "block", "anchors", "head", "share_noise")
-    teacher = fingerprint(read_dit(config.teacher)[1])
-    return {k: asdict(config)[k] for k in names + plans} | {"teacher": teacher}
-
-
-def where_pairs_lie(config, mix: Mix, source: Prompts) -> Where:
-    settings = settings_of(config)
-    folder = Path(config.data)
-    return Where(folder, config.pairs, config.shard, settings, lambda u: draw(mix, u), source.words)
-
-
-def pair_noise(config, channels: int, number: int, plans: Sequence[Plan]) -> Tensor:
-    """The noise [rows, C, h, w] from which pair `number` starts: video, dummies, their anchors."""
-    T, h, w = config.latent
-    rows = 2 * (T + dummies_of(plans))
-    return torch.randn(rows, channels, h, w, generator=generator(config.seed, Stream.PAIR, number))
-
-
-def make_pairs(config: Config, rank: int, world: int, device: torch.device) -> None:
+def make_pairs(config: Config, mix: Mix, rank: int, world: int, device: torch.device) -> None:
     """The bidirectional teacher's trajectories: one step that makes all latents of a plan."""
-    mix = mix_of(config)
     teacher = load_dit(config.teacher, dtype_of(config.dtype), device)
     c = teacher.config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
     negative = source.embed([config.negative]).to(device)
     keep = kept_states(config.denoising)
 
-    def make(entry: int, numbers: range) -> dict[str, Tensor]:
-        plans = mix[entry][1]
-        T = plans[0].length
-        rows = [pair_noise(config, c.in_dim, n, plans)[:T] for n in numbers]
-        prompt = source(numbers).to(device)
+    def make(T: int, numbers: range) -> dict[str, Tensor]:
+        prompt, states = source(numbers).to(device), {}
+        noise = torch.stack([pair_noise(config, c.in_dim, n, T) for n in numbers])
         text = teacher.text_kv(torch.cat([prompt, negative.expand_as(prompt)]))
-        states = {}
-        solve = many_steps(
-            teacher,
-            [text],
-            noise_from(torch.stack(rows).to(device)),
-            config.guidance,
-            config.shift,
-            record=lambda _, k, x: states.update({k: x}) if k in keep else None,
-        )
+
+        def record(_: int, k: int, x: Tensor) -> None:
+            if k in keep:
+                states[k] = x
+
+        noise = noise_from(noise.to(device))
+        solve = many_steps(teacher, [text], noise, config.guidance, config.shift, record=record)
         solve(0, forward(T, T).steps[0], None, None, None)
         return {"states": torch.stack([states[k] for k in keep], dim=1)}
 
-    generate_pairs(config, where_pairs_lie(config, mix, source), make, rank, world)
+    length = length_of(mix)
+    where = pairs_where(config, source.words, lambda u: length(draw(mix, u)))
+    write_missing(where, make, trajectory_shapes(config, c.in_dim), config.micro, rank, world)
 
 
-def generate_pairs(config, where: Where, make: Callable, rank: int, world: int) -> None:
-    """Write the missing shards, every process its share; at the end rank 0 writes the index."""
-    todo = missing_shards(where)
-    mine = todo[rank::world]
-    if rank == 0:
-        print(
-            f"{config.pairs} pairs in {len(where.ranges())} shards, {len(todo)} to make", flush=True
-        )
-    with torch.no_grad(), tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair") as bar:
-        done = write_pairs(where, mine, make, config.micro or 16, bar)
-    if dist.is_initialized():
-        flag = torch.tensor(float(done))
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        done = bool(flag)
-    if rank == 0 and done:
-        write_index(where)
+def length_of(mix: Mix) -> Callable[[int], int]:
+    """entry of the mix -> how many latents its plans make: a trajectory depends on nothing else."""
+    return lambda entry: mix[entry][1][0].length
 
 
-def pairs_for(config, mix: Mix, source: Prompts, shapes: Callable) -> dict[int, list[Pair]]:
-    """The pairs in --data, by entry of the mix. raises: UserError where they are not this run's"""
-    return read_pairs(Path(config.data), settings_of(config), source.words, shapes)
-
-
-def trajectory_shapes(config, mix: Mix, channels: int) -> Callable[[int], dict]:
-    """entry -> what the bidirectional teacher leaves of each pair."""
+def trajectory_shapes(config, channels: int) -> Callable[[int], dict]:
+    """length -> what the bidirectional teacher leaves of each pair."""
     levels, (_, h, w) = len(config.denoising) + 1, config.latent
-    sigmas = {}
-    return lambda entry: sigmas | {"states": (levels, mix[entry][1][0].length, channels, h, w)}
+    return lambda T: {"states": (levels, T, channels, h, w)}
 
 
-def slot_states(pair: Pair, lay: Layout, d: int) -> Tensor:
-    """What a pair shows at each slot of plan d's layout: [K+1, slots, C, h, w], the end point last.
-
-    In an autoregressive teacher's pairs the clean slots hold the real clip at every level."""
-    latent = torch.tensor([i if i >= 0 else ~i for i in lay.latent])
-    if "states" in pair.shard:
-        return pair.shard["states"][pair.row][:, latent].float()
-    noisy = pair.shard[f"plan{d}"][pair.row].float()  # (K+1, noisy slots, C, h, w)
-    clean = pair.shard["clean"][pair.row][latent[torch.tensor(lay.is_clean)]].float()
-    return torch.cat([clean.expand(len(noisy), *clean.shape), noisy], dim=1)
-
-
-def check_pair(config, mix: Mix, channels: int) -> Callable[[int, Pair], str]:
+def check_pair(config, channels: int) -> Callable[[int, Pair], str]:
     """What can be wrong with a trajectory: it starts elsewhere, or does not fall to its end."""
 
-    def check(entry: int, pair: Pair) -> str:
-        states = pair.shard["states"][pair.row].float().flatten(1)  # (K+1, all)
-        start = pair_noise(config, channels, pair.number, mix[entry][1])
-        start = start[: mix[entry][1][0].length].flatten()
-        if (states[0] - start).abs().max() > 2e-3:
-            return f"it does not start from the noise of seed {config.seed}"
-        likeness = torch.cosine_similarity(states, start, dim=1)
-        if not (likeness.diff() < 0).all():
-            return f"its states do not fall from noise to a clean end, {likeness.tolist()}"
-        return ""
+    def check(T: int, pair: Pair) -> str:
+        start = pair_noise(config, channels, pair.number, T)
+        return wrong_states(pair.shard["states"][pair.row], start, config.seed)
 
     return check
 
@@ -366,7 +280,7 @@ def fit(
 ) -> None:
     """Train on the mean of `loss_of` in every plan of an entry; write `name`.safetensors.
 
-    average: (EMA, the network that holds it), kept up to date for the loss; it is what is written"""
+    average: (EMA, the network that holds it), kept up to date for the loss; this is written"""
     micro, rounds = split_batch(config.batch, config.micro, rank, world)
     optimiser = torch.optim.AdamW(
         dit.parameters(), config.lr, config.betas, weight_decay=config.weight_decay
@@ -413,19 +327,18 @@ def train(
     config,
     mix: Mix,
     pairs: dict[int, list[Pair]],
+    group_of: Callable[[int], int],
     teacher_forcing: bool,
     rank: int,
     world: int,
     device: torch.device,
 ) -> None:
-    """Regress the end points of stored pairs."""
-    if absent := [entry for entry in range(len(mix)) if entry not in pairs]:
-        print(f"{len(absent)} of {len(mix)} entries of --plans {config.plans} have no pairs yet")
-        total = sum(mix[entry][0] for entry in pairs)
-        mix = tuple(
-            (share / total if entry in pairs else 0.0, plans)
-            for entry, (share, plans) in enumerate(mix)
-        )
+    """Regress the end points of stored pairs. group_of: entry of the mix -> its group of pairs"""
+    there = [group_of(entry) in pairs for entry in range(len(mix))]
+    if not all(there):
+        print(f"{there.count(False)} of {len(mix)} kinds of plans have no pairs yet: left out")
+        total = sum(share for (share, _), here in zip(mix, there) if here)
+        mix = tuple((share / total * here, plans) for (share, plans), here in zip(mix, there))
     dit = network(config, config.weights, device, trained=True)
     source = Prompts(config.prompts, dit.config.text_dim, dit.config.text_len)
     sigmas = torch.tensor([*student_sigmas(config.denoising, config.shift), 0.0], device=device)
@@ -443,10 +356,10 @@ def train(
         return levels
 
     def loss_of(step: int, samples: list[int], entry: int, d: int) -> Tensor:
-        lay, some, levels = layouts(entry)[d], [], []
+        lay, group, some, levels = layouts(entry)[d], pairs[group_of(entry)], [], []
         for j in samples:
             g = generator(config.seed, Stream.ODE, step, j)
-            some.append(pairs[entry][int(torch.randint(len(pairs[entry]), (1,), generator=g))])
+            some.append(group[int(torch.randint(len(group), (1,), generator=g))])
             levels.append(drawn_levels(mix[entry][1], g)[d])
         states = torch.stack([slot_states(pair, lay, d) for pair in some]).to(device)
         prompt = source([pair.number for pair in some]).to(device)
@@ -461,16 +374,16 @@ def main(config: Config) -> None:
     rank, world, device = start(config.device)
     mix = mix_of(config)
     if config.generate:
-        make_pairs(config, rank, world, device)
+        make_pairs(config, mix, rank, world, device)
         return
     c = load_dit(config.teacher, None).config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
-    pairs = pairs_for(config, mix, source, trajectory_shapes(config, mix, c.in_dim))
+    pairs = read_pairs(config, source.words, trajectory_shapes(config, c.in_dim))
     if config.check:
-        check_shards(Path(config.data), pairs, check_pair(config, mix, c.in_dim))
-        print(f"{sum(map(len, pairs.values()))} pairs of {len(pairs)} entries are good")
+        check_shards(Path(config.data), pairs, check_pair(config, c.in_dim))
+        print(f"{sum(map(len, pairs.values()))} pairs of {len(pairs)} lengths are good")
         return
-    train(config, mix, pairs, config.teacher_forcing, rank, world, device)
+    train(config, mix, pairs, length_of(mix), config.teacher_forcing, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -1,182 +1,141 @@
 """Plumbing, no ideas: what every script needs and no reader comes here to learn.
 
-- `run(main, Config)`   a typed dataclass is the command line; a user's mistake is one sentence and exit code 2
-- `start()`             device and torchrun: the same script runs as one process or as many
-- `atomic`, `read_pickle`   files that are whole or absent (checkpoints of models: weights.py)
+- `run(main, Config)`     a user's mistake is one sentence and exit code 2 (the flags: cli.py)
+- `start()`               device and torchrun: a script runs as one process or as many
 - `generator`             randomness as a function of numbers
+- `check_out`, `atomic`   a bad place for output is refused first; files are whole or absent
+- `fingerprint`           what a network is, whatever file it lies in
 
-No model, loss, sampler or training loop lives here, and nothing here is imported for its cleverness. What training
-loops share is in training.py.
+No model, loss, sampler or training loop lives here, and nothing is imported for its cleverness.
+Checkpoints of models are in weights.py, what training loops share is in training.py.
 
-    python -c "import common; help(common)"
+    python -c "import lib.common; help(lib.common)"
 """
 
-import dataclasses
-import difflib
 import gc
-import inspect
+import glob
+import hashlib
 import os
 import pathlib
 import re
 import signal
+import socket
 import sys
-import types
-import typing
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from lib.cli import UserError, from_cli
 
-class UserError(ValueError):
-    """A mistake the user can mend: its text is one sentence with the offending value and the fix."""
-
-
-# ---------------------------------------------------------------- command line
-def _convert(name: str, kind: type, words: list[str]):
-    """Turn the words after a flag into a value of the field's type."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # `str | None`
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if typing.get_origin(kind) is tuple:  # `tuple[int, ...]`, `tuple[str, ...]`
-        return tuple(_convert(name, typing.get_args(kind)[0], [w]) for w in words)
-    if kind is bool and not words:
-        return True
-    if len(words) != 1:
-        raise UserError(
-            f"--{name} takes one value, got {len(words)}: {' '.join(words) or 'nothing'}"
-        )
-    if kind is bool:
-        if words[0].lower() not in ("true", "false"):
-            raise UserError(f"--{name} is true or false, got {words[0]!r}")
-        return words[0].lower() == "true"
-    try:
-        return kind(words[0])
-    except ValueError:
-        raise UserError(
-            f"--{name} needs {'a whole number' if kind is int else 'a number'}, got {words[0]!r}"
-        ) from None
-
-
-def _help(cls: type) -> str:
-    """The dataclass's own source is the help: one line per field, the trailing comment is its text; its own fields come first."""
-    rows = []
-    source = "".join(inspect.getsource(c) for c in cls.__mro__[-2::-1])
-    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", source, re.M))
-    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
-        default = "required" if f.default is dataclasses.MISSING else f.default
-        rows.append(f"  --{f.name:<18} {comments.get(f.name, '')}  [{default}]")
-    return (
-        f"usage: python {os.path.basename(sys.argv[0])} [--flag value ...]\n\n{inspect.getdoc(cls)}\n\n"
-        + "\n".join(rows)
-    )
-
-
-def from_cli(cls: type, argv: list[str] | None = None):
-    """Build the dataclass `cls` from `--name value`, `--name=value` or a bare `--switch` (true).
-
-    Dashes and underscores in names are the same. A tuple field takes all words up to the next flag. If the class has
-    a dict PRESETS, `--preset name` replaces defaults by those of the preset; flags given explicitly win. If it has a
-    name FIRST, words before all flags are that flag's.
-    raises: UserError for an unknown, repeated, mistyped or missing flag."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in words or "-h" in words:
-        print(_help(cls))
-        raise SystemExit(0)
-    if hasattr(cls, "FIRST") and words and not words[0].startswith("--"):
-        words.insert(0, "--" + cls.FIRST)
-    kinds, given = typing.get_type_hints(cls), {}
-    while words:
-        word = words.pop(0)
-        name, _, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
-            raise UserError(
-                f"unknown flag {word.split('=')[0]!r}"
-                + (f"; did you mean --{near[0]}?" if near else "")
-                + " (--help lists all flags)"
-            )
-        if name in given:
-            raise UserError(f"--{name} is given twice; keep one of them")
-        values = [value] if "=" in word else []
-        while "=" not in word and words and not words[0].startswith("--"):
-            values.append(words.pop(0))
-        given[name] = _convert(name, kinds[name], values)
-    presets = vars(cls).get("PRESETS", {})
-    if "preset" in given and presets:
-        if given["preset"] not in presets:
-            raise UserError(f"unknown preset {given['preset']!r}; use {', '.join(presets)}")
-        given = presets[given["preset"]] | given
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.name not in given
-    ]
-    if missing:
-        raise UserError("missing " + ", ".join(f"--{m}" for m in missing))
-    return cls(**given)
+# how torch says so
+NO_MEMORY = "out of memory|not enough memory|can't allocate memory|size calculation overflowed"
 
 
 def run(main: Callable, cls: type) -> None:
-    """Run a script: parse the flags, call `main(config)`; UserError and OSError become one line and exit code 2,
-    numbers that are not finite (FloatingPointError) one line and exit code 1."""
+    """Run a script: parse the flags, call `main(config)`; what goes wrong is one line.
+
+    Exit codes: 2 for UserError and OSError, 1 for numbers that are not finite and for too little
+    memory, 130 for Ctrl-C. Any other exception is a bug and keeps its traceback."""
     code = None
     try:
         main(from_cli(cls))
-    except SystemExit as stop:  # kept as a number: its traceback would keep the networks alive, and `leave` wants them gone
+    except (
+        SystemExit
+    ) as stop:  # its traceback would keep the networks alive; `leave` wants them gone
         code = stop.code
-    except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except (UserError, OSError) as error:
+        code = _fail(str(error), 2)
+    except FloatingPointError as error:
+        code = _fail(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        advice = "a smaller --batch, --micro, --size or --latent needs less"
+        code = _fail(f"out of memory; {advice}. {str(error)[:200]}", 1)
     finally:
         leave()
     if code is not None:
         raise SystemExit(code)
 
 
+def _fail(sentence: str, code: int) -> int:
+    """Say what went wrong, in one line; the exit code."""
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    return code
+
+
 # ---------------------------------------------------------------- devices, processes, randomness
 def leave() -> None:
-    """Leave the process group, if in one. Sharded modules hold it in reference cycles: collected only at exit, they let
-    gloo's threads outlive it and abort the process, once in a dozen runs [measured]."""
+    """Leave the process group, if in one.
+
+    Sharded modules hold it in reference cycles: collected only at exit, they let gloo's threads
+    outlive it and abort the process, once in a dozen runs [measured]."""
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
 
 
+def is_first() -> bool:
+    """Whether this is process 0, which writes and speaks for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(sentence: str) -> None:
+    """Print a line once, whatever the number of processes."""
+    if is_first():
+        print(sentence, flush=True)
+
+
+def launched() -> bool:
+    """Whether torchrun started this process: all of its variables are there.
+
+    Schedulers set some of them for purposes of their own: those are named and not believed."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    absent = [name for name in names if not os.environ.get(name)]
+    there = [name for name in names if name not in absent]
+    if absent:
+        if there:
+            sets = f"{', '.join(there)} set but {', '.join(absent)} not"
+            say(f"note: {sets}, so this is no job of torchrun; running as one process")
+        return False
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UserError(f"RANK={rank} and WORLD_SIZE={world} name no process of a job; unset them")
+    return True
+
+
 def start(device: str = "auto") -> tuple[int, int, torch.device]:
-    """Return (rank, world size, device); join the process group if torchrun set RANK."""
+    """Return (rank, world size, device); join the process group if torchrun is there."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device} was asked for but torch sees no GPU; use --device cpu")
-    if device.split(":")[0] not in ("cpu", "cuda"):
+        device = "cuda" if gpus else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device} must be cpu, cuda or auto")
-    rank, world, local = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    if device != "cpu" and int(device[5:] or 0) >= gpus:
+        raise UserError(f"--device {device}: torch sees {gpus or 'no'} GPU; use --device cpu")
+    rank, world, local, many = 0, 1, 0, launched()
+    if many:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_RANK") or rank % max(gpus, 1))
     if device == "cuda":
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    if "RANK" in os.environ and not dist.is_initialized():
-        store, rank, world = next(
-            dist.rendezvous("env://")
-        )  # torchrun restarts with the store of before: what was left there hangs
-        store = dist.PrefixStore(
-            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-        )  # the new attempt [measured]
+    if many and not dist.is_initialized():
+        # torchrun restarts with the store of before: what was left there hangs the new attempt
+        # [measured], so that each attempt gets names of its own
+        store, rank, world = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         dist.init_process_group(
-            "nccl" if device.startswith("cuda") else "gloo",
-            store=store,
+            "gloo" if device == "cpu" else "nccl",
+            store=dist.PrefixStore(f"attempt {attempt}", store),
             rank=rank,
             world_size=world,
         )
@@ -184,18 +143,19 @@ def start(device: str = "auto") -> tuple[int, int, torch.device]:
 
 
 def dtype_of(name: str, device: torch.device | str = "cpu", flag: str = "dtype") -> torch.dtype:
-    """float32, bfloat16, or auto: bfloat16 on CUDA. Never float16: on a CPU it crawls. raises: UserError"""
+    """float32, bfloat16, or auto: bfloat16 on CUDA. Never float16: on a CPU it crawls.
+
+    raises: UserError"""
     if name not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--{flag} {name!r} must be float32, bfloat16 or auto")
-    return (
-        torch.bfloat16
-        if name == "bfloat16" or (name == "auto" and torch.device(device).type == "cuda")
-        else torch.float32
-    )
+    on_cuda = torch.device(device).type == "cuda"
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and on_cuda) else torch.float32
 
 
 class Stream(IntEnum):
-    """What random numbers are for: the second number of every tuple that `generator` gets, so that no two uses meet."""
+    """What random numbers are for, so that no two uses meet.
+
+    It is the second of the numbers that `generator` gets, behind the seed."""
 
     VAE = 1
     TEACHER = 2
@@ -213,20 +173,28 @@ class Stream(IntEnum):
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """A CPU generator that depends on all the numbers (seed, stream, index, ...): generator(0, 1) != generator(1, 0).
+    """A CPU generator that depends on all the numbers: (seed, stream, index, ...).
 
-    Give one kind of thing tuples of one length: zeros at the end do not count, generator(1) == generator(1, 0)."""
+    Their order counts: generator(0, 1) != generator(1, 0). Zeros at the end do not,
+    generator(1) == generator(1, 0): give one kind of thing tuples of one length."""
     state = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGINT and SIGTERM only set a flag; the loop asks `stop()` and ends at a step boundary."""
+    """Within the block SIGINT and SIGTERM only set a flag.
+
+    The loop asks `stop()` and ends where it may. A second Ctrl-C is a KeyboardInterrupt at once."""
     caught = []
-    old = {
-        s: signal.signal(s, lambda *_: caught.append(1)) for s in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def note(number: int, frame: object) -> None:
+        if number == signal.SIGINT and caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        os.write(2, b"\nfinishing what is at hand, then stopping; Ctrl-C stops at once\n")
+
+    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(caught)
     finally:
@@ -235,28 +203,100 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 # ---------------------------------------------------------------- files that are whole or absent
+def check_out(
+    path: str | os.PathLike,
+    flag: str = "out",
+    folder: bool = False,
+    inputs: Iterable[str | os.PathLike] = (),
+) -> pathlib.Path:
+    """Refuse a place for output that cannot be one; to be called before any work, writes nothing.
+
+    folder: a folder is wanted, not a file;  inputs: files that are read and must not be replaced
+    returns: the path, `~` expanded.  raises: UserError"""
+    if not str(path).strip():
+        raise UserError(f"--{flag} is empty; name a {'folder' if folder else 'file'}")
+    path = pathlib.Path(path).expanduser()
+    if folder and path.exists() and not path.is_dir():
+        raise UserError(f"--{flag} {path} is a file; name a folder")
+    if not folder and (path.is_dir() or not path.name):
+        raise UserError(f"--{flag} {path} is a folder; name a file in it")
+    for other in map(pathlib.Path, inputs):
+        if path.exists() and other.exists() and path.samefile(other):
+            raise UserError(f"--{flag} {path} is also what is read; name another file")
+    place = path if folder else path.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"--{flag} {path} cannot be made: {place} is a file, not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--{flag} {path} cannot be written: {place} is Read-only or not yours")
+    return path
+
+
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Give a temporary name in the same folder; on success flush it and rename it to `path`, on failure remove it."""
-    path = pathlib.Path(path)
+    """Give a temporary name in the same folder; on success flush it and rename it to `path`.
+
+    On failure it is removed; what a killed process left of the same file is removed, too."""
+    path = pathlib.Path(path).expanduser()
+    if path.is_dir() or not path.name:
+        raise UserError(f"{path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(
-        f".{path.stem}.{os.getpid()}.tmp{path.suffix}"
-    )  # the suffix stays: video writers read it
+    clear_temporaries(path.parent, path.stem, path.suffix)
+    # the suffix stays, for video writers read it
+    tmp = path.with_name(f".{path.stem[:100]}.{HOST}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield tmp
         with open(tmp, "rb+") as f:
             os.fsync(f.fileno())
-        os.chmod(tmp, 0o644)  # safetensors writes 0600
+        os.umask(mask := os.umask(0))  # it can only be read by setting it
+        with suppress(OSError):  # some mounts refuse
+            os.chmod(tmp, 0o666 & ~mask)  # safetensors writes 0600
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
 
 
-def read_pickle(path: str | os.PathLike) -> dict:
-    """Read a .pt or .pth file that holds a dictionary, without running what it may contain; tensors stay memory-mapped.
+HOST = re.sub(r"\W", "-", socket.gethostname())[:40]
 
-    raises: UserError naming the file when it is missing, damaged, or holds more than tensors and plain values."""
+
+def clear_temporaries(folder: pathlib.Path, stem: str = "", suffix: str = "") -> None:
+    """Remove what `atomic` left in killed processes of this host, of one file or of all."""
+    name = glob.escape(stem[:100]) if stem else "*"
+    for old in folder.glob(f".{name}.{HOST}.*.tmp{glob.escape(suffix) or '*'}"):
+        process = old.name[: old.name.rindex(".tmp")].rpartition(".")[2]
+        if process.isdecimal() and not _is_running(int(process)):
+            old.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process of this host is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
+    """Name a network by its weights, whatever file they lie in and in whatever order.
+
+    It looks at some thousand numbers of a large tensor: any training changes them."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+        some = x.detach().reshape(-1)[:: max(1, x.numel() // 1024)].cpu().contiguous()
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_pickle(path: str | os.PathLike) -> dict:
+    """Read a .pt or .pth file that holds a dictionary, without running what it may contain.
+
+    Tensors stay memory-mapped. raises: UserError naming the file when it is missing, damaged, or
+    holds more than tensors and plain values."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
@@ -264,7 +304,7 @@ def read_pickle(path: str | os.PathLike) -> dict:
         tree = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except Exception as error:  # a damaged or hostile pickle may raise anything; weights_only keeps it from running
+    except Exception as error:  # a damaged or hostile pickle may raise anything; it does not run
         raise UserError(
             f"{path} is not a checkpoint that loads with weights_only=True "
             f"({type(error).__name__}); copy it again or convert it to safetensors"

@@ -1,16 +1,22 @@
-"""Two operations that torch leaves slow on a CPU in float32; oneDNN, which torch brings along, has the same ones faster.
+"""Two operations that torch leaves slow on some CPUs in float32; oneDNN, inside torch, is faster.
 
-Matrix products go to MKL, which keeps to older instructions on processors that are not Intel's; convolutions of one small
-clip to torch's own loops. All else (a GPU, another type, a torch without oneDNN; products also where they are small, under
-autocast or torch.compile) is passed on as it is. Values differ from torch's by rounding alone.
+Matrix products go to MKL, which keeps to older instructions on processors that are not Intel's;
+convolutions of one small clip go to torch's own loops. How much is gained depends on the processor.
+Values differ from torch's by rounding alone, and all else (a GPU, another type, a torch without
+oneDNN; small products, autocast, torch.compile) is torch's own.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# The one switch: False, and everything here is torch's own.
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SMALL = 2**21  # multiplications below which MKL is as fast: 64 x 192 x 192 [measured]
+
+
+def applies(x: Tensor, weight: Tensor) -> bool:
+    return ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
 
 
 def conv3d(
@@ -20,37 +26,34 @@ def conv3d(
     stride: tuple[int, ...] = (1, 1, 1),
     padding: tuple[int, ...] = (0, 0, 0),
 ) -> Tensor:
-    """F.conv3d of x [B, C, T, H, W]; small inputs of one clip two to ten times as fast [measured]."""
-    if ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
-        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, stride, padding)
+    """F.conv3d of x [B, C, T, H, W]; small inputs of one clip are where it gains [measured]."""
+    if not applies(x, weight):
+        return F.conv3d(x, weight, bias, stride, padding)
+    return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear: x [..., K], weight [N, K], bias [N] -> [..., N]; on an AMD EPYC up to 2.2 times as fast, gradients too [measured]."""
+    """F.linear: x [..., K], weight [N, K], bias [N] -> [..., N]."""
     if (
-        not ONEDNN
-        or x.device.type != "cpu"
-        or not x.dtype == weight.dtype == torch.float32
+        not applies(x, weight)
         or x.numel() * len(weight) < SMALL
         or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-    ):  # inductor takes the weights for constants
+        or torch.compiler.is_compiling()  # inductor takes the weights for constants
+    ):
         return F.linear(x, weight, bias)
-    return (
-        _Linear.apply(x.contiguous(), weight, bias)
-        if torch.is_grad_enabled()
-        else _product(x.contiguous(), weight, bias)
-    )
+    x = x.contiguous()  # with gaps between the rows oneDNN is a thousand times slower
+    if torch.is_grad_enabled():
+        return _Linear.apply(x, weight, bias)
+    return _product(x, weight, bias)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(
-        x, weight, bias, "none", [], ""
-    )  # gaps between rows: a thousand times slower
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
+    """The same with a gradient, each part of it only where it is asked for."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -59,14 +62,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), (need_x, need_weight, need_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        rows = grad.flatten(0, -2)
-        return (
-            _product(grad, weight.t()) if need_x else None,
-            _product(rows.t(), x.flatten(0, -2).t()) if need_weight else None,
-            rows.sum(0) if need_bias else None,
-        )
+        rows = grad.flatten(0, -2)  # (M, N)
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        dx = _product(grad, weight.t()) if wants_x else None  # (..., K)
+        dweight = _product(rows.t(), x.flatten(0, -2).t()) if wants_weight else None  # (N, K)
+        return dx, dweight, rows.sum(0) if wants_bias else None
 
 
 class Linear(nn.Linear):

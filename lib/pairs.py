@@ -5,30 +5,32 @@ or  clean [S, T, C, h, w] and plan0, plan1 ... [S, K+1, slots, C, h, w]
                                         an autoregressive teacher's (zoo/causal_forcing.py): one per
                                         slot of each plan's layout, after clean context
 
-A shard pairs-000064.safetensors holds the pairs from number 64 on, of one entry of the mix of plans,
-and says how it was made. Pair n belongs to prompt n and to noise n, whatever else is in the folder.
-What is there is compared with what is asked for; what does not fit is named. Who makes pairs, and
-what learns from them, is not known here.
+A shard pairs-000064.safetensors holds the pairs from number 64 on, of one group (trajectories: of
+one length; causal pairs: of one entry of the mix of plans), and says how it was made. Pair n belongs
+to prompt n and to noise n, whatever else is there. What is there is compared with what is asked for;
+what does not fit is named. Who makes pairs, and what learns from them, is not known here.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.common import UserError, atomic, stop_signals
-from lib.weights import read_json, read_tensors, write_safetensors
+from lib.common import Stream, UserError, atomic, generator, stop_signals
+from lib.weights import read_dit, read_json, read_tensors, write_safetensors
 
 GOLDEN = 0.6180339887498949  # multiples of it mod 1 fill [0, 1) evenly, however many there are
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Names a network by its weights, whatever file they lie in: names, shapes, ends of each tensor."""
+    """Name a network by its weights, whatever file they lie in: names, shapes, ends of tensors."""
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         flat = x.flatten()
@@ -52,13 +54,13 @@ def kept_states(levels: Sequence[float], steps: int = 48) -> list[int]:
 
 @dataclass(frozen=True)
 class Where:
-    """A folder of pairs, and what its shards must be. settings: how they are made, as plain values."""
+    """A folder of pairs, and what its shards must be; settings: how they are made."""
 
     folder: Path
     pairs: int
     shard: int
     settings: dict
-    entry_of: Callable[[float], int]  # a number in [0, 1) -> the mix's entry that a shard is of
+    group_of: Callable[[float], int]  # a number in [0, 1) -> what a shard's pairs have in common
     words: Callable[[int], str]  # pair -> its prompt
 
     def ranges(self) -> list[range]:
@@ -67,8 +69,8 @@ class Where:
     def path(self, numbers: range) -> Path:
         return self.folder / f"pairs-{numbers.start:06d}.safetensors"
 
-    def entry(self, numbers: range) -> int:
-        return self.entry_of((0.5 + GOLDEN * (numbers.start // self.shard)) % 1)
+    def group(self, numbers: range) -> int:
+        return self.group_of((0.5 + GOLDEN * (numbers.start // self.shard)) % 1)
 
     def record(self, numbers: range) -> dict:
         """What a shard says about itself."""
@@ -76,9 +78,36 @@ class Where:
         return self.settings | {
             "first": numbers.start,
             "count": len(numbers),
-            "entry": self.entry(numbers),
+            "group": self.group(numbers),
             "words": hashlib.sha256(words.encode()).hexdigest()[:16],
         }
+
+
+MADE_BY = ("prompts", "guidance", "negative", "shift", "seed", "latent", "denoising")
+PLANS = ("plans", "block", "anchors", "head", "share_noise")  # what causal pairs depend on, too
+
+
+def settings_of(config, names: Sequence[str]) -> dict:
+    """How pairs are made: what a shard records and a later run is compared with."""
+    teacher = fingerprint(read_dit(config.teacher)[1])
+    return {k: asdict(config)[k] for k in names} | {"teacher": teacher}
+
+
+def pairs_where(
+    config,
+    words: Callable[[int], str],
+    group_of: Callable[[float], int],
+    names: Sequence[str] = MADE_BY,
+) -> Where:
+    """Where a run's pairs lie. config: of train_ode.py;  words: pair -> prompt"""
+    folder, settings = Path(config.data), settings_of(config, names)
+    return Where(folder, config.pairs, config.shard, settings, group_of, words)
+
+
+def pair_noise(config, channels: int, number: int, rows: int) -> Tensor:
+    """The noise [rows, C, h, w] from which pair `number` starts (`plans.rows_of`)."""
+    g = generator(config.seed, Stream.PAIR, number)
+    return torch.randn(rows, channels, *config.latent[1:], generator=g)
 
 
 def difference(made: dict | None, asked: dict, keys: Sequence[str] | None = None) -> str:
@@ -89,11 +118,11 @@ def difference(made: dict | None, asked: dict, keys: Sequence[str] | None = None
 
 
 # ---------------------------------------------------------------- making
-Make = Callable[[int, range], dict[str, Tensor]]  # (entry of the mix, pairs) -> tensors
+Make = Callable[[int, range], dict[str, Tensor]]  # (group, pairs) -> tensors
 
 
 def missing_shards(where: Where) -> list[range]:
-    """The shards that are not there or not whole. raises: UserError for one that is of another run"""
+    """The shards that are not there, or not whole. raises: UserError for one of another run"""
     listed, todo = {where.path(numbers) for numbers in where.ranges()}, []
     for path in shard_files(where.folder):
         if path not in listed:
@@ -119,30 +148,62 @@ def shard_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("pairs-*.safetensors") if not p.name.startswith("."))
 
 
-def write_pairs(where: Where, todo: list[range], make: Make, micro: int, bar: tqdm) -> bool:
-    """Make and write these shards, `micro` pairs at a time; False if a signal ended it between two."""
-    with stop_signals() as stop:
-        for numbers in todo:
-            parts = []
-            for a in range(numbers.start, numbers.stop, micro):
-                some = range(a, min(a + micro, numbers.stop))
-                parts.append(
-                    {k: v.half().cpu() for k, v in make(where.entry(numbers), some).items()}
-                )
-                bar.update(len(some))
-                if stop() and some.stop < numbers.stop:
-                    print(f"stopped; {where.folder} keeps its whole shards, run it again to go on")
-                    return False
-            tensors = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-            for name, x in tensors.items():
-                if not x.isfinite().all():
-                    raise FloatingPointError(
-                        f"the teacher's {name} of pairs {numbers.start} to {numbers.stop - 1} are "
-                        "not finite; nothing was written for them"
-                    )
-            write_safetensors(where.path(numbers), tensors, where.record(numbers))
-            if stop():
-                return False
+def write_missing(
+    where: Where, make: Make, shapes: Callable[[int], dict], micro: int, rank: int, world: int
+) -> None:
+    """Make what is missing, every process its share; at the end rank 0 writes the index.
+
+    shapes: group -> tensor -> its shape for one pair;  micro: pairs made at a time, 0: 16"""
+    todo = missing_shards(where)
+    if rank == 0:
+        numbers = sum(
+            len(r) * sum(math.prod(shape) for shape in shapes(where.group(r)).values())
+            for r in where.ranges()
+        )
+        print(
+            f"{where.pairs} pairs in {len(where.ranges())} shards, {2 * numbers / 1e9:.2g} GB in "
+            f"all; {len(todo)} shards to make",
+            flush=True,
+        )
+    mine = todo[rank::world]
+    done = True
+    with (
+        torch.no_grad(),
+        stop_signals() as stop,
+        tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair") as bar,
+    ):
+        for numbers in mine:
+            done = done and write_shard(where, numbers, make, micro or 16, stop, bar)
+    if dist.is_initialized():  # a process that was stopped is enough to leave the index as it is
+        flag = torch.tensor(float(done))
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        done = bool(flag)
+    if rank == 0 and done:
+        write_index(where)
+    elif rank == 0:
+        print(f"stopped; {where.folder} keeps its whole shards, run the same command to go on")
+
+
+def write_shard(
+    where: Where, numbers: range, make: Make, micro: int, stop: Callable[[], bool], bar: tqdm
+) -> bool:
+    """Make and write one shard; False if a signal came before it was whole."""
+    parts = []
+    for a in range(numbers.start, numbers.stop, micro):
+        if stop():
+            return False
+        some = range(a, min(a + micro, numbers.stop))
+        made = make(where.group(numbers), some)
+        parts.append({k: v.half().cpu() for k, v in made.items()})
+        bar.update(len(some))
+    tensors = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise FloatingPointError(
+                f"the teacher's {name} of pairs {numbers.start} to {numbers.stop - 1} are not "
+                "finite; nothing was written for them"
+            )
+    write_safetensors(where.path(numbers), tensors, where.record(numbers))
     return True
 
 
@@ -168,12 +229,16 @@ class Pair:
 
 
 def read_pairs(
-    folder: Path, settings: dict, words: Callable[[int], str], shapes: Callable[[int], dict]
+    config,
+    words: Callable[[int], str],
+    shapes: Callable[[int], dict],
+    names: Sequence[str] = MADE_BY,
 ) -> dict[int, list[Pair]]:
-    """Entry of the mix -> its pairs.
+    """Group -> its pairs in --data.
 
-    settings: those that must agree;  shapes: entry -> tensor -> its shape after the first axis
+    words: pair -> its prompt;  shapes: group -> tensor -> its shape for one pair
     raises: UserError where a shard is missing, damaged, or not what is asked for"""
+    folder, settings = Path(config.data), settings_of(config, names)
     index = folder / "index.json"
     if not index.is_file():
         raise UserError(
@@ -184,14 +249,14 @@ def read_pairs(
         raise UserError(f"{index} names no shards; delete it and run --generate again")
     if unlisted := {p.name for p in shard_files(folder)} - names.keys():
         raise UserError(f"{index} does not name {sorted(unlisted)[0]}; run --generate again")
-    entries: dict[int, list[Pair]] = {}
+    groups: dict[int, list[Pair]] = {}
     for name in sorted(names):
         tensors, made = read_tensors(folder / name)
-        if not made or type(made.get("first")) is not int or type(made.get("entry")) is not int:
+        if not made or type(made.get("first")) is not int or type(made.get("group")) is not int:
             raise UserError(f"{name} is not a shard of pairs; delete it and run --generate again")
         if wrong := difference(made, settings):
             raise UserError(
-                f"{name} was made otherwise: {wrong}; give the same flags, or --data for other pairs"
+                f"{name} was made otherwise: {wrong}; give the same flags, or another --data"
             )
         numbers = range(made["first"], made["first"] + made.get("count", 0))
         spoken = hashlib.sha256("\n".join(map(words, numbers)).encode()).hexdigest()[:16]
@@ -200,15 +265,15 @@ def read_pairs(
                 f"{name} was made for other prompts than --prompts has at {numbers.start} to "
                 f"{numbers.stop - 1}; give the same ones"
             )
-        want = {k: (len(numbers), *shape) for k, shape in shapes(made["entry"]).items()}
+        want = {k: (len(numbers), *shape) for k, shape in shapes(made["group"]).items()}
         if {k: tuple(x.shape) for k, x in tensors.items()} != want:
             raise UserError(
                 f"{name} does not hold what its plans leave behind, {want}; delete it and run "
                 "--generate again"
             )
         rows = [Pair(n, tensors, row) for row, n in enumerate(numbers)]
-        entries.setdefault(made["entry"], []).extend(rows)
-    return entries
+        groups.setdefault(made["group"], []).extend(rows)
+    return groups
 
 
 def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[int, Pair], str]):
@@ -220,10 +285,33 @@ def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[in
                 f"{name} is not the file that the index names (its hash differs); delete it and "
                 "run --generate again"
             )
-    for entry, some in pairs.items():
+    for group, some in pairs.items():
         for pair in some:
             for key, x in pair.shard.items():
                 if not x[pair.row].isfinite().all():
                     raise UserError(f"the {key} of pair {pair.number} are not finite; delete it")
-            if wrong := check(entry, pair):
+            if wrong := check(group, pair):
                 raise UserError(f"pair {pair.number}: {wrong}")
+
+
+def slot_states(pair: Pair, lay: object, d: int) -> Tensor:
+    """What a pair shows at each slot of plan d's layout: [K+1, slots, C, h, w], the end point last.
+
+    lay: an `anchors.Layout`. The clean slots hold the real clip at every level."""
+    latent = torch.tensor([i if i >= 0 else ~i for i in lay.latent])
+    if "states" in pair.shard:
+        return pair.shard["states"][pair.row][:, latent].float()
+    noisy = pair.shard[f"plan{d}"][pair.row].float()  # (K+1, noisy slots, C, h, w)
+    clean = pair.shard["clean"][pair.row][latent[torch.tensor(lay.is_clean)]].float()
+    return torch.cat([clean.expand(len(noisy), *clean.shape), noisy], dim=1)
+
+
+def wrong_states(states: Tensor, start: Tensor, seed: int) -> str:
+    """What is wrong with states [K+1, ...] that should fall from `start` to a clean end; or ""."""
+    states, start = states.float().flatten(1), start.flatten()
+    if (states[0] - start).abs().max() > 2e-3:
+        return f"its states do not start from the noise of seed {seed}"
+    likeness = torch.cosine_similarity(states, start, dim=1)
+    if not (likeness.diff() < 0).all():
+        return f"its states do not fall from noise to a clean end, {likeness.tolist()}"
+    return ""

@@ -1,26 +1,37 @@
-"""What people look at: static HTML pages beside the videos they show. No server, no outside resource, no framework.
+"""What people look at: static HTML pages beside the videos they show, and tables. No server, no
+outside resource, no framework.
 
-`evaluate.py` measures and decides what to show; this file only writes it down. index.html has the clips of every order
-with their plans, the tables, and the flickering ratio along time; ab.html shows random pairs and lets the viewer pick
-the one with less flicker (paper Table 9).
-
-    python evaluate.py --report out/report         # then open out/report/index.html
+tools/report.py decides what to show; this file only writes it down. index.html has the clips of
+every order with their plans, the table, and curves along time; ab.html shows random pairs and lets
+the viewer pick the one with less flicker (paper Table 9).
 """
 
 import html
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 from lib.common import atomic
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.5rem}.clips{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.5rem}
-figure{margin:0}figcaption{font-size:.9rem}video,img{width:100%;image-rendering:pixelated;background:#eee}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+body{color:#222;background:#fff}
+h1{font-size:1.5rem}
+h2{font-size:1.2rem;margin-top:2.5rem}
+.clips{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.5rem}
+figure{margin:0}
+figcaption{font-size:.9rem}
+video,img{width:100%;image-rendering:pixelated;background:#eee}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:.9rem}
 td,th{padding:.25rem .7rem;text-align:left;border-bottom:1px solid #ddd;white-space:nowrap}
-svg{width:100%;height:auto}code{background:#f3f3f3;padding:.1rem .3rem}.pair{display:flex;gap:1rem}.pair video{cursor:pointer}
-button{font:inherit;padding:.4rem 1rem;margin:.5rem .5rem 0 0}"""
+svg{width:100%;height:auto}
+code{background:#f3f3f3;padding:.1rem .3rem}
+.pair{display:flex;gap:1rem}
+.pair video{cursor:pointer}
+button{font:inherit;padding:.4rem 1rem;margin:.5rem .5rem 0 0}
+"""
 COLOURS = ("#2a6f97", "#c8553d", "#588157", "#8338ec", "#6c757d")
 
 
@@ -29,13 +40,16 @@ def write_page(
 ) -> None:
     """A page of (heading, HTML) sections."""
     body = "".join(f"<h2>{html.escape(heading)}</h2>\n{content}\n" for heading, content in sections)
+    title = html.escape(title)
+    page = (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width'>"
+        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>\n{body}"
+    )
+    if script:
+        page += f"<script>{script}</script>"
     with atomic(path) as tmp:
-        tmp.write_text(
-            f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>\n{body}"
-            f"{f'<script>{script}</script>' if script else ''}</html>\n",
-            encoding="utf-8",
-        )
+        tmp.write_text(page + "</html>\n", encoding="utf-8")
 
 
 def paragraph(words: str) -> str:
@@ -48,15 +62,16 @@ def paragraph(words: str) -> str:
 
 def clips(cards: Sequence[tuple[str, str, str, str]]) -> str:
     """(name, video file, plan picture file or "", words) as a grid."""
+    return f"<div class=clips>{''.join(card(*c) for c in cards)}</div>"
+
+
+def card(name: str, video: str, plan: str, words: str) -> str:
+    """One clip with its plan."""
+    name, video, plan, words = (html.escape(x) for x in (name, video, plan, words))
+    picture = f"<img src='{plan}' alt='plan of {name}'>" if plan else ""
     return (
-        "<div class=clips>"
-        + "".join(
-            f"<figure><video src='{html.escape(video)}' autoplay loop muted playsinline controls></video>"
-            + (f"<img src='{html.escape(plan)}' alt='plan of {html.escape(name)}'>" if plan else "")
-            + f"<figcaption><b>{html.escape(name)}</b> {html.escape(words)}</figcaption></figure>"
-            for name, video, plan, words in cards
-        )
-        + "</div>"
+        f"<figure><video src='{video}' autoplay loop muted playsinline controls></video>{picture}"
+        f"<figcaption><b>{name}</b> {words}</figcaption></figure>"
     )
 
 
@@ -72,17 +87,33 @@ def table(rows: dict[str, dict[str, object]]) -> str:
     return f"<div class=wide><table><tr><th>{head}{body}</table></div>"
 
 
-def markdown(rows: dict[str, dict[str, object]]) -> str:
+def markdown(rows: dict[str, dict[str, object]], columns: Sequence[str] = ()) -> str:
     """The same for a terminal or a README."""
-    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    columns = columns or list(dict.fromkeys(c for row in rows.values() for c in row))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(
-        lines
-        + [
-            f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |"
-            for name, row in rows.items()
-        ]
-    )
+    return "\n".join(lines + [markdown_row(name, row, columns) for name, row in rows.items()])
+
+
+def markdown_row(name: str, row: dict[str, object], columns: Sequence[str]) -> str:
+    """One line of it."""
+    return f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |"
+
+
+def write_json(rows: dict[str, dict[str, object]], path: str) -> None:
+    """Write a table's numbers as a .json."""
+    plain = {
+        name: {k: asdict(x) if is_dataclass(x) else x for k, x in row.items()}
+        for name, row in rows.items()
+    }
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(plain, indent=1))
+
+
+def show(rows: dict[str, dict[str, object]], out: str = "") -> None:
+    """Print a table; where `out` names a .json, write its numbers there, too."""
+    print(markdown(rows))
+    if out:
+        write_json(rows, out)
 
 
 def timeline(
@@ -92,11 +123,12 @@ def timeline(
     height: int = 220,
     rule: float | None = 1.0,
 ) -> str:
-    """Curves over a common integer axis that begins at `start`, as SVG; grey bands at `marked`, a dashed line at `rule`."""
+    """Curves over a common integer axis that begins at `start`, as SVG.
+
+    marked: where grey bands stand;  rule: where a dashed line lies, None for none"""
     width, left, low, high = 900, 50, 20, height - 30
-    values = [v for c in curves.values() for v in c if v == v] + (
-        [rule] if rule is not None else []
-    )
+    values = [v for curve in curves.values() for v in curve if v == v]
+    values += [] if rule is None else [rule]
     bottom, top = min(values), max(values)
     count = max(map(len, curves.values()))
 
@@ -106,60 +138,88 @@ def timeline(
     def y(v: float) -> float:
         return high - (v - bottom) / ((top - bottom) or 1) * (high - low)
 
-    parts = [
-        f"<rect x={x(i - 0.5):.1f} y={low} width={x(1) - x(0):.1f} height={high - low} fill=#eee />"
-        for i in marked
-    ]
+    band = f"y={low} width={x(1) - x(0):.1f} height={high - low} fill=#eee"
+    parts = [f"<rect x={x(i - 0.5):.1f} {band} />" for i in marked]
     if rule is not None:
         parts.append(f"<path d='M{left} {y(rule):.1f}H{width}' stroke=#999 stroke-dasharray=4 />")
     parts += [f"<text x=4 y={y(v) + 4:.1f} font-size=12>{v:.2f}</text>" for v in (bottom, top)]
-    parts += [
-        f"<text x={x(i):.1f} y={high + 16} font-size=12 text-anchor=middle>{i}</text>"
-        for i in range(start, start + count)
-    ]
+    for i in range(start, start + count):
+        place = f"x={x(i):.1f} y={high + 16} font-size=12 text-anchor=middle"
+        parts.append(f"<text {place}>{i}</text>")
     for n, (name, curve) in enumerate(curves.items()):
         points = " ".join(f"{x(start + i):.1f},{y(v):.1f}" for i, v in enumerate(curve) if v == v)
-        colour = COLOURS[n % len(COLOURS)]
-        parts += [
-            f"<polyline points='{points}' fill=none stroke='{colour}' stroke-width=2 />",
-            f"<text x={left + 190 * n} y=14 font-size=13 fill='{colour}'>{html.escape(name)}</text>",
-        ]
+        line = f"fill=none stroke='{COLOURS[n % len(COLOURS)]}' stroke-width=2"
+        place = f"x={left + 190 * n} y=14 font-size=13 fill='{COLOURS[n % len(COLOURS)]}'"
+        parts.append(f"<polyline points='{points}' {line} />")
+        parts.append(f"<text {place}>{html.escape(name)}</text>")
     return f"<svg viewBox='0 0 {width} {height}' role=img>{''.join(parts)}</svg>"
 
 
-AB = """const order=pairs.map((p,i)=>[Math.random(),i,Math.random()<.5]).sort((a,b)=>a[0]-b[0]), choices=[];
-const left=document.getElementById('left'), right=document.getElementById('right'), say=document.getElementById('say');
-function show(){const n=choices.length; if(n>=order.length){document.querySelector('.pair').hidden=true;finish();return}
- const [,i,swap]=order[n], p=pairs[i]; left.src=swap?p.b:p.a; right.src=swap?p.a:p.b; say.textContent=`pair ${n+1} of ${order.length}`;}
-function pick(l){if(choices.length>=order.length)return; const [,i,swap]=order[choices.length];
- choices.push({pair:i,chosen:(l!==swap)?'a':'b',fr_a:pairs[i].fr_a,fr_b:pairs[i].fr_b}); show();}
-function result(){const n=choices.length||1; return {names, choices,
- preference_a:choices.filter(c=>c.chosen==='a').length/n,
- agreement_with_fr:choices.filter(c=>(c.fr_a<c.fr_b)===(c.chosen==='a')).length/n};}
-function finish(){const r=result(); say.textContent=choices.length?`${names[0]}: preferred in ${(100*r.preference_a).toFixed(0)} %; `
- +`agreement with FR ${(100*r.agreement_with_fr).toFixed(0)} % of ${choices.length} pairs`:'nothing chosen yet';}
-left.onclick=()=>pick(true); right.onclick=()=>pick(false);
-onkeydown=e=>{if(e.key==='ArrowLeft')pick(true); if(e.key==='ArrowRight')pick(false);};
-document.getElementById('save').onclick=()=>{const a=document.createElement('a');
- a.href=URL.createObjectURL(new Blob([JSON.stringify(result(),null,1)],{type:'application/json'}));
- a.download='choices.json'; a.click(); finish();};
-show();"""
+AB = """
+const drawn = pairs.map((p, i) => [Math.random(), i, Math.random() < .5]);
+const order = drawn.sort((a, b) => a[0] - b[0]);
+const choices = [];
+const [left, right, say] = ['left', 'right', 'say'].map(id => document.getElementById(id));
+
+function show() {
+  const n = choices.length;
+  if (n >= order.length) { document.querySelector('.pair').hidden = true; finish(); return; }
+  const [, i, swap] = order[n], p = pairs[i];
+  left.src = swap ? p.b : p.a;
+  right.src = swap ? p.a : p.b;
+  say.textContent = `pair ${n + 1} of ${order.length}`;
+}
+
+function pick(l) {
+  if (choices.length >= order.length) return;
+  const [, i, swap] = order[choices.length];
+  choices.push({pair: i, chosen: l !== swap ? 'a' : 'b', fr_a: pairs[i].fr_a, fr_b: pairs[i].fr_b});
+  show();
+}
+
+function result() {
+  const n = choices.length || 1, agrees = c => (c.fr_a < c.fr_b) === (c.chosen === 'a');
+  return {names, choices, preference_a: choices.filter(c => c.chosen === 'a').length / n,
+          agreement_with_fr: choices.filter(agrees).length / n};
+}
+
+function finish() {
+  const r = result(), percent = share => (100 * share).toFixed(0) + ' %';
+  say.textContent = !choices.length ? 'nothing chosen yet'
+    : `${names[0]}: preferred in ${percent(r.preference_a)}; `
+      + `agreement with FR ${percent(r.agreement_with_fr)} of ${choices.length} pairs`;
+}
+
+left.onclick = () => pick(true);
+right.onclick = () => pick(false);
+onkeydown = e => {
+  if (e.key === 'ArrowLeft') pick(true);
+  if (e.key === 'ArrowRight') pick(false);
+};
+document.getElementById('save').onclick = () => {
+  const a = document.createElement('a');
+  const text = JSON.stringify(result(), null, 1);
+  a.href = URL.createObjectURL(new Blob([text], {type: 'application/json'}));
+  a.download = 'choices.json';
+  a.click();
+  finish();
+};
+show();
+"""
 
 
 def write_ab(path: Path, names: tuple[str, str], pairs: Sequence[dict[str, str | float]]) -> None:
-    """The A/B test: pairs of {a, b: video files, fr_a, fr_b: their inter-block FR}; order and sides are drawn in the browser.
+    """The A/B test of pairs {a, b: video files, fr_a, fr_b: their inter-block FR}.
 
-    Choices, preference for `names[0]` and agreement with the FR are exported as JSON."""
+    Order and sides are drawn in the browser. Choices, preference for `names[0]` and agreement with
+    the FR are exported as JSON."""
+    videos = "".join(
+        f"<video id={side} autoplay loop muted playsinline></video>" for side in ("left", "right")
+    )
     body = (
         "<p>Which clip flickers less? Click it, or use the arrow keys. <span id=say></span></p>"
-        "<div class=pair>"
-        + "".join(
-            f"<video id={side} autoplay loop muted playsinline></video>"
-            for side in ("left", "right")
-        )
-        + "</div><button id=save>Save choices as JSON</button>"
+        f"<div class=pair>{videos}</div><button id=save>Save choices as JSON</button>"
     )
-    data = f"const pairs={json.dumps(list(pairs))}, names={json.dumps(names)};".replace(
-        "</", "<\\/"
-    )
+    data = f"const pairs={json.dumps(list(pairs))}, names={json.dumps(names)};"
+    data = data.replace("</", "<\\/")  # no clip's name ends the script
     write_page(path, "Which one flickers less?", [("", body)], data + AB)

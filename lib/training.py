@@ -1,50 +1,78 @@
-"""What training loops share, and nobody comes to learn: processes, precision, averages, and states to go on from exactly.
+"""What training loops share, and nobody comes to learn: processes, precision, rates, the loop.
 
-    for step, row in training_steps(...):      goes on after whatever ended the last run; saves, logs, stops on signals
-        loss = ...                             the loop and its ideas stay in the script
-        row["loss"] = ...
+    for step, row in training_steps(...):    goes on after whatever ended the last run
+        loss = ...                           the loop and its ideas stay in the script
+        row["loss"] = ...                    what is logged
 
-Weights, optimisers and averages are float32 whatever the precision of computation; a state is written whole or not at all.
+Weights, optimisers and averages are float32 whatever the precision of computation. What lies in
+the folder of a run, and how to take a student out of it: states.py.
 
-    python -c "import training; help(training)"
+    python -c "import lib.training; help(lib.training)"
 """
 
 import dataclasses
+import gc
 import json
 import math
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
-from lib.common import UserError, atomic, read_pickle, stop_signals
-from lib.media import write_curves
+from lib.common import (
+    HOST,
+    UserError,
+    atomic,
+    check_out,
+    clear_temporaries,
+    is_first,
+    say,
+    stop_signals,
+)
+from lib.picture import write_curves
+from lib.states import EMA, Trained, load_state, save_state
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+RANGES = {  # of the flags that trainings share; 0 is "off" for those that may be 0 and count
+    "steps": (1, 10**9),
+    "schedule_steps": (0, 10**9),
+    "batch": (1, 2**20),
+    "micro": (0, 2**20),
+    "lr": (0, 1),
+    "warmup": (0, 10**9),
+    "decay": (0, 1),
+    "betas": (0, 0.99999, 2),
+    "weight_decay": (0, 1),
+    "clip": (0, 1e9),
+    "ema": (0, 0.99999),
+    "guidance": (0, 100),
+    "shift": (0.1, 100),
+    "latent": (1, 10000, 3),
+    "block": (1, 1000),
+    "anchors": (0, 1000),
+    "head": (0, 1000),
+    "save_every": (0, 10**9),
+    "keep": (0, 10**9),
+    "parallel": ("ddp", "fsdp"),
+    "dtype": ("auto", "bfloat16", "float32"),
+}
 
 
 # ---------------------------------------------------------------- processes and precision
 def distribute(model: nn.Module, how: str, dtype: torch.dtype | None = None) -> nn.Module:
     """Prepare a model for training on all processes, before its optimiser is made.
 
-    "ddp": every process holds all of it, `sync_gradients` averages. "fsdp": FSDP2 shards each block and the rest;
-    float32 masters, computation in `dtype`, gradients reduced in float32. Inputs are not cast: t needs its float32."""
+    "ddp": every process holds all of it, `sync_gradients` averages. "fsdp": FSDP2 shards each block
+    and the rest; float32 masters, computation in `dtype`, gradients reduced in float32. Inputs are
+    not cast: t needs its float32."""
     if how == "fsdp":
         if not dist.is_initialized():  # one process without torchrun
             cuda = next(model.parameters()).is_cuda
@@ -64,10 +92,11 @@ def distribute(model: nn.Module, how: str, dtype: torch.dtype | None = None) -> 
 
 @contextmanager
 def computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Linear layers, convolutions and attention in dtype, weights and sums as they are (autocast); float32: no change.
+    """Linear layers, convolutions and attention in dtype, the rest as it is; float32: no change.
 
-    Casts are not cached: a cast made without gradient would be reused with gradient, and the weight would get none.
-    On a CPU attention is spelt out: under gradients the fused kernel takes twice as long in bfloat16 [measured]."""
+    Casts are not cached: a cast made without gradient would be reused with gradient, and the weight
+    would get none. On a CPU attention is spelt out: under gradients the fused kernel takes twice as
+    long in bfloat16 [measured]."""
     with ExitStack() as stack:
         if dtype != torch.float32:
             stack.enter_context(torch.autocast(device.type, dtype, cache_enabled=False))
@@ -78,8 +107,10 @@ def computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def inference() -> Iterator[None]:
-    """No gradient, and what that allows within `computing`: each weight is cast once, until the end of the block, and attention on a
-    CPU is the fused one again, which is the faster as long as nothing is differentiated [measured: 1.4 times]."""
+    """No gradient, and what that allows within `computing`.
+
+    Each weight is cast once, until the end of the block, and attention on a CPU is the fused one
+    again: the faster as long as nothing is differentiated [measured: 1.4 times]."""
     cached = torch.is_autocast_cache_enabled()
     with (
         torch.no_grad(),
@@ -94,7 +125,7 @@ def inference() -> Iterator[None]:
 
 
 def split_batch(batch: int, micro: int, rank: int, world: int) -> tuple[int, int]:
-    """Samples a forward pass and rounds accumulated, so that micro * rounds * world = batch; prints the product.
+    """Samples a forward pass and rounds accumulated: micro * rounds * world = batch; prints it.
 
     micro = 0: the whole share of a process at once. raises: UserError if it does not divide."""
     micro = micro or max(batch // world, 1)
@@ -104,28 +135,28 @@ def split_batch(batch: int, micro: int, rank: int, world: int) -> tuple[int, int
         )
     rounds = batch // (micro * world)
     if rank == 0:
-        print(
-            f"{world} processes x {rounds} accumulated x {micro} = {batch} samples a step, in each direction",
-            flush=True,
-        )
+        product = f"{world} processes x {rounds} accumulated x {micro} = {batch}"
+        print(f"{product} samples a step, in each direction", flush=True)
     return micro, rounds
 
 
 def sync_gradients(model: nn.Module, how: str) -> None:
     """Average the gradients over the processes (FSDP has done so in its backward pass)."""
-    if how == "ddp" and dist.is_initialized() and dist.get_world_size() > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for g, part in zip(
-            grads, flat.div_(dist.get_world_size()).split([g.numel() for g in grads])
-        ):
-            g.copy_(part.view_as(g))
+    if how != "ddp" or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat.div_(dist.get_world_size())
+    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(part.view_as(g))
 
 
 def clip_gradients(model: nn.Module, limit: float, where: str) -> float:
-    """Clip the gradient to this norm; return the norm before. raises: FloatingPointError saying `where` if not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    """Clip the gradient to this norm, 0: not at all; return the norm before.
+
+    raises: FloatingPointError saying `where` if it is not finite"""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not math.isfinite(norm):
         raise FloatingPointError(
@@ -134,162 +165,110 @@ def clip_gradients(model: nn.Module, limit: float, where: str) -> float:
     return norm
 
 
-def mean_over_processes(value: float, device: torch.device) -> float:
-    """Average a number over the processes: a loss for the log, or whether anyone was asked to stop."""
+def mean_over_processes(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Average named numbers over the processes: losses for the log, or who was asked to stop."""
     if not dist.is_initialized():
-        return value
-    x = torch.tensor(
-        value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
-    )
+        return values
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    x = torch.tensor(list(values.values()), dtype=dtype, device=device)
     dist.all_reduce(x)
-    return x.item() / dist.get_world_size()
+    return dict(zip(values, (x / dist.get_world_size()).tolist()))
 
 
 def finite_means(
-    sums: dict[str, float], lost: list[int], what: str, device: torch.device
+    losses: dict[str, float], lost: list[int], what: str, device: torch.device
 ) -> dict[str, float]:
-    """Each value's mean over the processes.
+    """The mean over the processes of each named loss.
 
-    lost: this process's samples whose loss is not finite. raises: FloatingPointError, on all processes, that names them"""
-    means = {name: mean_over_processes(x, device) for name, x in sums.items()}
+    lost: this process's samples whose loss is not finite
+    raises: FloatingPointError, on all processes, that names the losses and the samples"""
+    means = mean_over_processes(losses, device)
     if not all(map(math.isfinite, means.values())):
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
         where = f"sample {', '.join(map(str, lost))}" if lost else "a sample of another process"
         raise FloatingPointError(
-            f"{what} is {means}, through {where}; the last saved state is good"
+            f"{what} is {shown}, through {where}; the last saved state is good"
         )
     return means
 
 
-# ---------------------------------------------------------------- weights and states
-class EMA:
-    """Exponential moving average of a model's trainable parameters, kept in float32."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.shadow = {k: p.detach().clone().float() for k, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        for k, p in model.named_parameters():
-            self.shadow[k].lerp_(p.detach().float(), 1 - self.decay)
-
-    def load(self, shadow: dict[str, Tensor]) -> None:
-        """Take over another average's values (whole tensors; sharded ones take their part)."""
-        for k, mine in self.shadow.items():
-            value = shadow[k].to(mine.device)
-            if hasattr(mine, "device_mesh"):
-                value = distribute_tensor(value, mine.device_mesh, mine.placements)
-            mine.copy_(value)
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Make the average the model's weights."""
-        for m in (
-            model.modules()
-        ):  # FSDP2 leaves parts gathered after a forward pass without a backward one
-            if isinstance(m, FSDPModule):
-                m.reshard()
-        for k, p in model.named_parameters():
-            p.copy_(self.shadow[k])
-
-
+# ---------------------------------------------------------------- learning rates
 def cosine(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Learning rate: linear warm-up, then half a cosine to zero."""
-    return peak * min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+    """Linear warm-up, then half a cosine to zero."""
+    share = min(step / steps, 1.0)
+    return peak * min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * share)) / 2
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The full state dict on the CPU, gathered if the model is sharded: call it on every process, use it on rank 0."""
-    return get_model_state_dict(model, options=WHOLE)
+def trapezoid(step: int, steps: int, peak: float, warmup: int, decay: float) -> float:
+    """Linear warm-up, constant, then linear to zero over the last `decay` of the steps."""
+    up = (step + 1) / max(warmup, 1)
+    down = max(steps - step, 1) / max(steps * decay, 1)
+    return peak * min(1.0, up, down)
 
 
-def save_state(
-    path: str | os.PathLike,
-    step: int,
-    config: dict,
-    trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
-    **averages: "EMA",
-) -> None:
-    """Write everything a run needs to go on exactly: step, config, models, optimisers, averages. Call it on every process."""
-    tree = {"step": step, "config": json.dumps(config)}
-    for name, (model, optimiser) in trained.items():
-        tree[name] = whole_state(model)
-        tree[name + ".optimiser"] = get_optimizer_state_dict(model, optimiser, options=WHOLE)
-    for name, average in averages.items():
-        tree[name] = {
-            k: (v.full_tensor() if hasattr(v, "full_tensor") else v).cpu()
-            for k, v in average.shadow.items()
-        }
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        with atomic(path) as tmp:
-            try:
-                torch.save(tree, tmp)
-            except RuntimeError as error:  # how torch reports a full disk
-                raise OSError(
-                    f"cannot write {path}, is the disk full? The last state is intact ({str(error).splitlines()[0]})"
-                ) from None
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def load_state(
-    path: str | os.PathLike,
-    config: dict,
-    trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
-    **averages: "EMA",
-) -> int:
-    """Load what `save_state` wrote; return the number of finished steps. The number of processes may differ.
-
-    raises: UserError naming the settings that differ (`steps`, `out`, `save_every`, `micro` and the like may), or a
-    damaged file."""
-    tree = read_pickle(path)
-    free = (
-        "steps",
-        "out",
-        "save_every",
-        "micro",
-        "device",
-        "parallel",
-        "checkpointing",
-        "compile",
-        "sheet_every",
-    )
+# ---------------------------------------------------------------- the folder of a run
+def _take(path: pathlib.Path):
+    """The open and locked file; "" where there are no locks, None where somebody else has it."""
     try:
-        then, step = json.loads(tree["config"]), int(tree["step"])
-        differ = [
-            k
-            for k, v in json.loads(json.dumps(config)).items()
-            if then.get(k) != v and k not in free
-        ]
-        if differ:
-            raise UserError(
-                f"{path} was written by a run with other settings ({', '.join(f'{k}={then.get(k)!r}' for k in differ)}); "
-                "use them again, or another --out"
-            )
-        for name, (model, optimiser) in trained.items():
-            set_model_state_dict(model, tree[name], options=WHOLE)
-            set_optimizer_state_dict(model, optimiser, tree[name + ".optimiser"], options=WHOLE)
-        for name, average in averages.items():
-            average.load(tree[name])
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
-        if isinstance(error, UserError):
-            raise
+        import fcntl
+    except ImportError:  # not a Unix
+        return ""
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:
+        file.close()
+        say(f"note: {path.parent} cannot be locked ({error}); see that no other run writes there")
+        return ""
+    return file
+
+
+@contextmanager
+def locked(path: str | os.PathLike) -> Iterator[None]:
+    """Hold a lock file; the operating system frees it however the process ends, so none is stale.
+
+    raises: UserError naming the process that holds it"""
+    path, me = pathlib.Path(path), f"process {os.getpid()} on {HOST}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _take(path)
+    if file is None and path.read_text(encoding="utf-8") == me:
+        gc.collect()  # a run of this process that ended by an exception, and is not yet gone
+        file = _take(path)
+    if file is None:
+        holder = path.read_text(encoding="utf-8") or "another run"
         raise UserError(
-            f"{path} is not a whole state of this run ({type(error).__name__}); move it away to start again"
-        ) from None
-    return step
+            f"{path.parent} is in use by {holder} ({path.name}); wait for it, stop it, "
+            "or use another --out"
+        )
+    if file:
+        file.truncate(0)
+        file.write(me)
+        file.flush()
+    try:
+        yield
+    finally:
+        if file:
+            path.unlink(missing_ok=True)
+            file.close()
 
 
 def trim_log(path: str | os.PathLike, step: int) -> None:
-    """Drop the rows from this step on, and what is no row: a run that was killed after its last save does these steps again."""
+    """Drop the rows from this step on, and what is no row.
+
+    A run that was killed after its last save does these steps again."""
     path = pathlib.Path(path)
-    if path.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(True):
-            with suppress(ValueError):  # cut off by a full disk
-                kept += [line] if json.loads(line)["step"] < step else []
-        with atomic(path) as tmp:
-            tmp.write_text("".join(kept), encoding="utf-8")
+    if not path.exists() or not is_first():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(True):
+        with suppress(ValueError, KeyError, TypeError):  # cut off by a full disk
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+    with atomic(path) as tmp:
+        tmp.write_text("".join(kept), encoding="utf-8")
 
 
 def log_row(path: str | os.PathLike, **row: float | int | str) -> None:
@@ -298,54 +277,71 @@ def log_row(path: str | os.PathLike, **row: float | int | str) -> None:
         f.write(json.dumps(row) + "\n")
 
 
+# ---------------------------------------------------------------- the steps of a run
 def training_steps(
     config,
     name: str,
-    trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
+    trained: Trained,
     device: torch.device,
-    averages: dict[str, "EMA"] | None = None,
+    averages: dict[str, EMA] | None = None,
     prefix: str = "",
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """The steps of a run that are not done yet, as (step, row): what the body puts into row is logged, with its seconds.
+    """The steps of a run that are not done yet, as (step, row); what is put into row is logged.
 
-    config: has `out`, `steps` and `save_every`. The folder `out` gets log.jsonl, its curves.png and state.pt (with the prefix in front);
-    a run goes on from the last, exactly, wherever and however it ended. SIGINT or SIGTERM: the step is finished and saved, and the script
-    ends with code 0. Every process calls this. raises: UserError if the state is damaged or of other settings"""
-    out, averages, first = pathlib.Path(config.out), averages or {}, 0
-    state, log, rank = (
-        out / f"{prefix}state.pt",
-        out / f"{prefix}log.jsonl",
-        dist.get_rank() if dist.is_initialized() else 0,
-    )
-    if state.exists():
-        first = load_state(state, dataclasses.asdict(config), trained, **averages)
-        trim_log(log, first)
-    out.mkdir(parents=True, exist_ok=True)
-    with (
-        stop_signals() as stop,
-        trange(
-            first, config.steps, initial=first, total=config.steps, desc=name, disable=rank > 0
-        ) as bar,
-    ):
+    config: a dataclass with `out`, `steps`, `save_every` (0: only at the end) and, if it likes,
+    `keep`; a tuple FREE of its class names what may change when a run goes on. The folder `out`
+    gets, with the prefix in front, log.jsonl, its curves.png, state.pt and, every `keep` steps, a
+    copy such as state-000200.pt; copied back to state.pt, a run goes on from there.
+    A run goes on from its last state, exactly, however it ended. SIGINT or SIGTERM: the step is
+    finished and saved, and the script ends with code 0. Every process calls this.
+    raises: UserError if the folder is in use, or the state damaged or of other settings"""
+    out = check_out(config.out, folder=True)
+    state, log = out / f"{prefix}state.pt", out / f"{prefix}log.jsonl"
+    settings, averages = dataclasses.asdict(config), averages or {}
+    with locked(out / f"{prefix}lock") if is_first() else nullcontext(), stop_signals() as stop:
+        if is_first():
+            clear_temporaries(out)
+        first = 0
+        if state.exists():
+            free = vars(type(config)).get("FREE", ())
+            first = load_state(state, settings, trained, free, **averages)
+            trim_log(log, first)
+            rest = "" if first < config.steps else "; nothing left to do"
+            say(f"{state}: resuming at step {first} of {config.steps}{rest}")
+        total, quiet = config.steps, not is_first()
+        bar = trange(first, total, initial=first, total=total, desc=name, disable=quiet)
         for step in bar:
             began, row = time.perf_counter(), {}
             yield step, row
-            last, stopping = (
-                step + 1 == config.steps,
-                mean_over_processes(float(stop()), device) > 0,
-            )
-            if row and rank == 0:
+            done = step + 1
+            stopping = mean_over_processes({"stop": float(stop())}, device)["stop"] > 0
+            if row and is_first():
                 log_row(log, step=step, seconds=round(time.perf_counter() - began, 3), **row)
-                bar.set_postfix(
-                    {k: f"{v:.4f}" for k, v in row.items() if not k.startswith(("norm", "motion"))}
-                )
-            if (step + 1) % config.save_every == 0 or last or stopping:
-                save_state(state, step + 1, dataclasses.asdict(config), trained, **averages)
-                if rank == 0:
-                    write_curves(out / f"{prefix}curves.png", log)
-                if stopping and not last:
-                    if rank == 0:
-                        print(
-                            f"stopped at step {step + 1}; run the same command to go on", flush=True
-                        )
-                    raise SystemExit(0)
+                bar.set_postfix(_shown(row))
+            keeping = _is_due(done, settings.get("keep", 0))
+            if keeping or stopping or done == config.steps or _is_due(done, config.save_every):
+                save_state(state, done, settings, trained, **averages)
+                if is_first():
+                    if log.exists():
+                        write_curves(out / f"{prefix}curves.png", log)
+                    if keeping:
+                        _copy(state, out / f"{prefix}state-{done:06d}.pt")
+            if stopping and done < config.steps:
+                bar.close()
+                say(f"stopped at step {done}; run the same command to go on")
+                raise SystemExit(0)
+
+
+def _is_due(done: int, every: int) -> bool:
+    """Whether something that is done every so many steps is due; 0: never."""
+    return every > 0 and done % every == 0
+
+
+def _shown(row: dict[str, float]) -> dict[str, str]:
+    """What the progress bar shows of a row."""
+    return {k: f"{v:.4f}" for k, v in row.items() if not k.startswith(("norm", "motion"))}
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    with atomic(target) as tmp:
+        shutil.copyfile(source, tmp)

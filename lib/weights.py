@@ -1,21 +1,27 @@
 """Checkpoints: which files people have, and what the names in them mean. No model is built here.
 
-    native         Wan's own folder, Wan2.1-T2V-1.3B/: diffusion_pytorch_model.safetensors (or shards with an index),
-                   Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/ (the tokenizer)
+    native         Wan's own folder, Wan2.1-T2V-1.3B/: diffusion_pytorch_model.safetensors (or
+                   shards with an index), Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth,
+                   google/umt5-xxl/ (the tokenizer)
     diffusers      a folder with transformer/, vae/, text_encoder/, tokenizer/
-    self-forcing   a .pt {"generator_ema": {"model." + name: tensor}}, else "generator": Self-Forcing, CausVid, LongLive,
-                   Causal-Forcing. Such a file is a student without VAE: put it, or a link, beside Wan2.1_VAE.pth
-    ours           student.safetensors, vae.safetensors: native names, and the config in the metadata
+    self-forcing   a .pt {"generator_ema": {"model." + name: tensor}}, else "generator":
+                   Self-Forcing, CausVid, LongLive, Causal-Forcing. Such a file is a student
+                   without VAE: put it, or a link, beside Wan2.1_VAE.pth
+    ours           student.safetensors, vae.safetensors: native names, and in the metadata the
+                   config with the recipe, that is, how a student was trained
 
-All of them are brought to Wan's names, which are the parameters' names in dit.py and vae.py. Nothing is downloaded.
+Other prefixes and other nesting (ComfyUI's, FSDP's, ...) are found by the names inside. All are
+brought to Wan's names, which are the parameters' names in dit.py and vae.py. Nothing is downloaded.
 
-    python weights.py --weights out/dmd --to diffusers --out transformer        # also: --to native, --to self-forcing
+    python -m lib.weights --weights out/dmd --to diffusers --out transformer
+    python -m lib.weights --weights toy/weights --merge_lora style.safetensors --out new.safetensors
 """
 
 import hashlib
 import json
 import re
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +30,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lib import lora
 from lib.common import UserError, atomic, read_pickle, run
+from lib.foreign import refuse_file, refuse_names, said_of_folder
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", *PICKLES)
 
 
 # ---------------------------------------------------------------- files
@@ -33,86 +44,122 @@ def write_safetensors(
 ) -> None:
     """Write tensors and, as JSON under the metadata key `config`, a plain dict; atomically."""
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    metadata = None if config is None else {"config": json.dumps(config)}
     with atomic(path) as tmp:
         try:
-            save_file(
-                tensors, str(tmp), {"config": json.dumps(config)} if config is not None else None
-            )
+            save_file(tensors, str(tmp), metadata)
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from None
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict | None]:
-    """Read a checkpoint: one .safetensors or .pt/.pth file, or a folder with one (sharded with its index, too).
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """Files by a pattern, sorted; hidden ones (._x of a Mac, .x.tmp of a killed run) are none."""
+    return sorted(p for p in folder.glob(pattern) if not p.name.startswith("."))
 
-    Tensors stay memory-mapped until they are used; those of safetensors have a mapping each, so that the memory of the
-    file's pages goes with the tensor. returns: (tensors, config), where config comes from the metadata key `config`,
-    else from `config.json` beside the file, else None.
-    raises: UserError naming the file when it is missing, truncated, not the one that a SHA256SUMS beside it means, not a
-    checkpoint, or an unsafe pickle."""
+
+def read_tensors(path: str | Path) -> tuple[dict, dict | None]:
+    """Read a checkpoint: a .safetensors or .pt file, or a folder with one (or shards, an index).
+
+    Tensors stay memory-mapped until they are used; those of safetensors have a mapping each, so
+    that the memory of the file's pages goes with the tensor. What a pickle holds comes as it is.
+    returns: (tensors, config), where config comes from the metadata key `config`, else from
+        config.json beside the file, else None
+    raises: UserError naming the file when it is missing, truncated, no checkpoint, an unsafe
+        pickle, or not the one that a SHA256SUMS beside it means"""
     path = Path(path)
     if path.is_dir():
-        found = sorted(path.glob("*.index.json")) or sorted(
-            p for s in (".safetensors", ".pt", ".pth") for p in path.glob("*" + s)
-        )
-        if len(found) != 1:
-            raise UserError(
-                f"{path} holds {len(found)} checkpoints ({', '.join(p.name for p in found) or 'none'}); "
-                "name one .safetensors or .pt file"
-            )
-        path = found[0]
+        path = only_checkpoint(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     verify(path)
-    config = (
-        read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else None
-    )
+    beside = path.parent / "config.json"
+    config = read_json(beside) if beside.is_file() else None
     if path.name.endswith(".index.json"):
-        names = read_json(path).get("weight_map")
-        shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
-        absent = [s for s in shards if not (path.parent / s).is_file()]
-        if absent or not shards:
-            raise UserError(
-                f"{path.name} names shards that are missing in {path.parent}: {', '.join(absent) or 'none at all'}"
-            )
-        tensors = {}
-        for shard in shards:
-            tensors.update(read_tensors(path.parent / shard)[0])
-        return tensors, config
-    if path.suffix != ".safetensors":
+        return read_shards(path), config
+    refuse_file(path)
+    if not is_safetensors(path):
         return read_pickle(path), config
+    tensors, inside = read_safetensors(path)
+    return tensors, config if inside is None else inside
+
+
+def only_checkpoint(folder: Path) -> Path:
+    found = listed(folder, "*.index.json")
+    for suffixes in ((".safetensors",), PICKLES):
+        found = found or [p for p in listed(folder, "*") if p.suffix in suffixes]
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found) or "none"
+        raise UserError(
+            f"{folder} holds {len(found)} checkpoints ({names}); name one .safetensors or .pt file"
+            + said_of_folder(folder)
+        )
+    return found[0]
+
+
+def is_safetensors(path: Path) -> bool:
+    """By its content, where that is clear: a length of eight bytes and then JSON."""
+    with open(path, "rb") as f:
+        head = f.read(9)
+    if head[8:] == b"{" or head[:2] == b"PK":  # PK: the archive that torch.save writes
+        return head[8:] == b"{"
+    return path.suffix == ".safetensors"
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
+    """Tensors, each of a mapping of its own, and the metadata's config. raises: UserError"""
     try:
         with safe_open(str(path), "pt") as f:
-            meta, names = f.metadata() or {}, list(f.keys())
-        tensors = {k: safe_open(str(path), "pt").get_tensor(k) for k in names}
-        config = json.loads(meta["config"]) if "config" in meta else config
+            metadata, names = f.metadata() or {}, list(f.keys())
+        tensors = {name: safe_open(str(path), "pt").get_tensor(name) for name in names}
+        config = json.loads(metadata["config"]) if "config" in metadata else None
     except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({error}); copy or download it again"
         ) from None
     if config is not None and not isinstance(config, dict):
-        raise UserError(
-            f"{path}: the metadata's config is a JSON {type(config).__name__}, not an object"
-        )
+        kind = type(config).__name__
+        raise UserError(f"{path}: the metadata's config is a JSON {kind}, not an object")
     return tensors, config
 
 
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """All tensors of the files that an index names. raises: UserError naming those not there"""
+    names = read_json(index).get("weight_map")
+    shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
+    absent = [name for name in shards if not (index.parent / name).is_file()]
+    if absent or not shards:
+        raise UserError(
+            f"{index.name} names shards that are missing in {index.parent}:"
+            f" {', '.join(absent) or 'none at all'}"
+        )
+    tensors = {}
+    for name in shards:
+        tensors.update(read_tensors(index.parent / name)[0])
+    return tensors
+
+
 def verify(path: Path) -> None:
-    """Compare a file with the SHA256SUMS beside it, if that names it. raises: UserError if it is not the file meant there"""
+    """Compare a file with the SHA256SUMS beside it, and say so if that does not name it.
+
+    raises: UserError if it is not the file meant there"""
     sums = path.parent / "SHA256SUMS"
-    lines = (
-        sums.read_text(encoding="utf-8", errors="replace").splitlines() if sums.is_file() else []
-    )
-    meant = {
-        name.lstrip("*"): digest
-        for digest, _, name in (line.replace("  ", " ").partition(" ") for line in lines)
-    }.get(path.name)
-    if meant:
-        with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != meant.lower():
-                raise UserError(
-                    f"{path} is not the file that {sums} names (its hash differs); copy it again, or correct that line"
-                )
+    if not sums.is_file():
+        return
+    text = sums.read_text(encoding="utf-8", errors="replace")
+    pairs = re.findall(r"(?m)^\\?(\w{64})[ \t]+\*?(.+)$", text)  # as sha256sum writes it
+    pairs += [pair[::-1] for pair in re.findall(r"(?m)^SHA256 \((.+)\) = (\w{64})", text)]  # BSD
+    digests = {name.strip().replace("\\", "/"): digest.lower() for digest, name in pairs}
+    here = {name: digest for name, digest in digests.items() if Path(name).name == path.name}
+    meant = here.get(path.name) or here.get(f"./{path.name}") or next(iter(here.values()), None)
+    if not meant:
+        print(f"note: {sums} does not name {path.name}, which is used unverified")
+        return
+    with open(path, "rb") as f:
+        if hashlib.file_digest(f, "sha256").hexdigest() != meant:
+            raise UserError(
+                f"{path} is not the file that {sums} names (its hash differs); copy it again,"
+                " or correct that line"
+            )
 
 
 def read_json(path: Path) -> dict:
@@ -126,46 +173,59 @@ def read_json(path: Path) -> dict:
     return value
 
 
+# ---------------------------------------------------------------- into a network
 def load_strict(
     model: nn.Module,
     tensors: dict[str, Tensor],
     source: object,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    new: tuple[str, ...] = (),
 ) -> nn.Module:
-    """Put `tensors` into `model` (built on the meta device), one at a time cast to `dtype` and taken out of the dict; no
-    second copy is made.
+    """Put `tensors` into `model` (built on the meta device), one at a time cast to `dtype` and
+    taken out of the dict; no second copy is made.
 
-    raises: UserError that names missing, unexpected and wrongly shaped keys in one sentence."""
+    new: parameters whose names begin so may be missing; they start as zeros, and it is said
+    raises: UserError that names missing, unexpected and wrongly shaped keys in one sentence, or
+        the first tensor that holds NaN or infinity (found by a sum, one more pass over memory)"""
     want = model.state_dict()
+    fresh = [k for k in want if k.startswith(new) and k not in tensors] if new else []
     wrong = [
         f"{k} is {tuple(getattr(tensors[k], 'shape', ()))} but should be {tuple(want[k].shape)}"
         for k in want
         if k in tensors and getattr(tensors[k], "shape", None) != want[k].shape
     ]
-    check_names(want, tensors, f"{source} does not fit {type(model).__name__}", wrong)
+    known = [k for k in want if k not in fresh]
+    check_names(known, tensors, f"{source} does not fit {type(model).__name__}", wrong)
+    if fresh:
+        print(f"note: {source} has no {', '.join(fresh)}: new, and zero at first")
     cast = {}
-    for k in want:
+    for k in known:
         x = tensors.pop(k)
         cast[k] = x.to(device=device, dtype=dtype or x.dtype)
+    for k in fresh:
+        cast[k] = torch.zeros(want[k].shape, dtype=dtype or torch.float32, device=device)
+    sums = torch.stack([x.sum(dtype=torch.float32) for x in cast.values()])
+    for k, is_good in zip(cast, sums.isfinite().tolist()):
+        if not is_good:
+            raise UserError(f"{source}: the weights {k} hold NaN or infinity; copy the file again")
     model.load_state_dict(cast, assign=True)
     return model.eval().requires_grad_(False)
 
 
 def check_names(
-    want: typing.Iterable[str],
-    have: typing.Iterable[str],
-    what: str,
-    wrong: list[str] | None = None,
+    want: Iterable[str], have: Iterable[str], what: str, wrong: Iterable[str] = ()
 ) -> None:
-    """raises: UserError with names that are missing, unexpected, or of wrong shape."""
+    """raises: UserError with names that are missing, unexpected, or of wrong shape"""
     want, have = dict.fromkeys(want), dict.fromkeys(have)
+    missing = [k for k in want if k not in have]
+    unexpected = [k for k in have if k not in want]
     problems = [
         f"{label} {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
         for label, names in (
-            ("missing", [k for k in want if k not in have]),
-            ("unexpected", [k for k in have if k not in want]),
-            ("wrong shape", wrong or []),
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrong shape", list(wrong)),
         )
         if names
     ]
@@ -173,60 +233,80 @@ def check_names(
         raise UserError(f"{what}: " + "; ".join(problems))
 
 
-def within(config: object, what: str, **most: int) -> None:
-    """Sizes of a network, often read from a stranger's file, are whole numbers (or tuples of them) from 1 to these.
+MOST = {  # of sizes in a config, which may be a stranger's; all others: 2**18 [ours]
+    "num_layers": 512,
+    "num_heads": 1024,
+    "in_dim": 1024,
+    "out_dim": 1024,
+    "patch_size": 64,
+    "z_dim": 1024,
+    "dim_mult": 64,
+    "num_res_blocks": 16,
+}
+
+
+def check_sizes(config: object, what: str) -> None:
+    """A network's sizes are whole numbers from 1, or up to eight of them, and not absurd.
 
     raises: UserError naming the first that is not, before anything is built from it"""
-    for name, limit in most.items():
-        value = getattr(config, name)
-        for x in value if isinstance(value, tuple) else (value,):
-            if not isinstance(x, int) or isinstance(x, bool) or not 1 <= x <= limit:
-                raise UserError(
-                    f"the {what} config's {name} is {str(value)[:60]}; it must be from 1 to {limit}"
-                )
+    for name, kind in typing.get_type_hints(type(config)).items():
+        if kind not in (int, tuple[int, ...]):
+            continue
+        value, most = getattr(config, name), MOST.get(name, 2**18)
+        sizes = value if isinstance(value, tuple) else (value,)
+        good = all(type(x) is int and 1 <= x <= most for x in sizes)
+        if not good or not 1 <= len(sizes) <= 8:
+            raise UserError(
+                f"the {what} config's {name} is {str(value)[:60]}; it must be from 1 to {most}"
+            )
 
 
 def config_from(cls: type, values: dict, source: object):
-    """Make the config dataclass `cls` from JSON values; keys that start with _ are ignored, lists become tuples.
+    """Make the config dataclass `cls` from JSON values; names that start with _ are ignored,
+    lists become tuples.
 
-    raises: UserError naming an unknown key or a value of the wrong type."""
+    raises: UserError naming an unknown field or a value of the wrong type"""
     kinds = typing.get_type_hints(cls)
-    known = {
-        k: tuple(v) if isinstance(v, list) else v
-        for k, v in values.items()
-        if not k.startswith("_")
-    }
-    for k, v in known.items():
-        kind = typing.get_origin(kinds.get(k)) or kinds.get(k)
-        if kind is None:
+    given = {}
+    for k, v in values.items():
+        if k.startswith("_"):
+            continue
+        if k not in kinds:
             raise UserError(
-                f"{source}: the config has an unknown field {k!r}; {cls.__name__} has {', '.join(kinds)}"
+                f"{source}: the config has an unknown field {k!r};"
+                f" {cls.__name__} has {', '.join(kinds)}"
             )
-        inside = typing.get_args(kinds[k])[0] if kind is tuple else None
-        if (
-            not isinstance(v, (kind, int) if kind is float else kind)
-            or (isinstance(v, bool) and kind is not bool)
-            or (
-                inside
-                and not all(isinstance(x, (inside, int) if inside is float else inside) for x in v)
-            )
-        ):
+        given[k] = tuple(v) if isinstance(v, list) else v
+        if not is_of(kinds[k], given[k]):
             raise UserError(
-                f"{source}: the config field {k} is {v!r}, which is not of type {kind.__name__}"
+                f"{source}: the config field {k} is {v!r}, which is not of type {kinds[k].__name__}"
             )
-    return cls(**known)
+    return cls(**given)
+
+
+def is_of(kind: type, value: object) -> bool:
+    """Whether a value of a config is of its field's type: int, float, bool, or a tuple of one."""
+    if typing.get_origin(kind) is tuple:
+        inside = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(is_of(inside, x) for x in value)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (float, int) if kind is float else kind)
 
 
 # ---------------------------------------------------------------- folders
-FILES = {  # what: the names it has in a folder, the first that exists is taken; where it comes from
+FILES = {  # what: patterns of its names in a folder, the first found is taken; where it comes from
     "transformer": (
         (
             "student.safetensors",
             "diffusion_pytorch_model.safetensors.index.json",
             "diffusion_pytorch_model.safetensors",
             "transformer",
+            "diffusion_pytorch_model*.index.json",  # of a variant: .fp16, .bf16
+            "diffusion_pytorch_model*.safetensors",
+            "diffusion_pytorch_model*.bin",
         ),
-        "Wan's comes with Wan2.1-T2V-1.3B or -14B; a student may also be the folder's only .pt file",
+        "Wan's comes with Wan2.1-T2V-1.3B or -14B; a student may be the folder's only .pt file",
     ),
     "VAE": (
         ("vae.safetensors", "Wan2.1_VAE.pth", "vae"),
@@ -245,28 +325,100 @@ FILES = {  # what: the names it has in a folder, the first that exists is taken;
 
 def _is_folder(path: str | Path) -> bool:
     """Whether a folder is there, or would be if it existed."""
-    return not Path(path).is_file() and Path(path).suffix not in (".safetensors", ".pt", ".pth")
+    return not Path(path).is_file() and Path(path).suffix not in SUFFIXES
 
 
 def find(folder: str | Path, what: str) -> Path:
     """Where a folder keeps its transformer, VAE, text encoder or tokenizer.
 
-    raises: UserError with the names that were looked for and where the file comes from."""
-    folder, (names, origin) = Path(folder), FILES[what]
+    raises: UserError with the names that were looked for and where the file comes from"""
+    folder, (patterns, origin) = Path(folder), FILES[what]
+    names = " or ".join(name for name in patterns if "*" not in name)
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is no folder; it should be one with a {what} ({' or '.join(names)}): {origin}"
+            f"{folder} is no folder; it should be one with a {what} ({names}): {origin}"
         )
-    found = [folder / n for n in names if (folder / n).exists()]
-    if not found and what == "transformer":
-        found = sorted(folder.glob("*.pt"))
-        if len(found) > 1:
+    for pattern in patterns:
+        found = listed(folder, pattern)
+        if len(found) == 1:
+            return found[0]
+        if found:
             raise UserError(
-                f"{folder} holds several students ({', '.join(p.name for p in found)}); name one of these files"
+                f"{folder} holds {', '.join(p.name for p in found)}; name the one that is meant,"
+                " or put the index of these shards beside them"
             )
+    if what == "transformer":
+        students = [p for p in listed(folder, "*.pt") if not p.name.endswith("state.pt")]
+        if len(students) == 1:
+            return students[0]
+        if students:
+            shown = ", ".join(p.name for p in students)
+            raise UserError(f"{folder} holds several students ({shown}); name one of these files")
+    raise UserError(f"{folder} holds no {what} ({names}): {origin}{said_of_folder(folder)}")
+
+
+# ---------------------------------------------------------------- one network in a file
+WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."  # of training
+BEFORE = r"((?:[^.]+\.)*?)"  # a prefix, whatever it is, before the first name of a network
+FIRST = {
+    "transformer": re.compile(BEFORE + r"(?:patch_embedding|blocks\.0)\."),
+    "VAE": re.compile(BEFORE + r"encoder\.conv(?:1|_in)\."),
+}
+PREFERRED = (  # of several networks in a file those that fit, if any do, one rule after the other
+    r"^(?!.*(critic|fake|real|teacher|discriminator))",
+    r"(?<![a-z])ema(?![a-z])",
+    r"generator|student",
+    r"model|state_dict",
+)
+
+
+def network_in(tree: dict, what: str, source: object) -> dict[str, Tensor]:
+    """The tensors of the transformer or VAE in a file, however nested and prefixed, by their names.
+
+    raises: UserError if there is none, or several and none to prefer, or it is another kind"""
+    found: dict[str, dict[str, Tensor]] = {}
+    for where, tensors in dicts_of_tensors(tree):
+        names = {re.sub(WRAPPERS, "", k): v for k, v in tensors.items()}
+        matches = [FIRST[what].match(k) for k in names]
+        prefixes = {match[1] for match in matches if match}
+        for prefix in prefixes:
+            if not any(prefix != p and prefix.startswith(p) for p in prefixes):
+                inside = {
+                    k.removeprefix(prefix): v for k, v in names.items() if k.startswith(prefix)
+                }
+                found[where + prefix] = inside
+    every = [k for _, tensors in dicts_of_tensors(tree) for k in tensors]
     if not found:
-        raise UserError(f"{folder} holds no {what} ({' or '.join(names)}): {origin}")
-    return found[0]
+        refuse_names(source, every, what)
+        raise UserError(
+            f"{source} is not a Wan {what} (it has {len(tree)} entries, the first is"
+            f" {next(iter(tree), 'absent')!r}); expected names like {EXAMPLE[what]}"
+        )
+    chosen = list(found)
+    for rule in PREFERRED:
+        chosen = [k for k in chosen if re.search(rule, k)] or chosen
+    if len(chosen) > 1:
+        shown = ", ".join(repr(k) for k in chosen)
+        raise UserError(f"{source} holds several networks ({shown}); save the one that is meant")
+    if len(found) > 1:
+        print(f"note: of {', '.join(found)} in {source} it is {chosen[0]} that is used")
+    refuse_names(source, found[chosen[0]], what)
+    return found[chosen[0]]
+
+
+EXAMPLE = {"transformer": "blocks.0.self_attn.q.weight", "VAE": "encoder.conv1.weight"}
+
+
+def dicts_of_tensors(tree: dict, where: str = "") -> list[tuple[str, dict[str, Tensor]]]:
+    """All dicts within dicts that hold tensors, and the path to each: "generator.", ..."""
+    found = []
+    tensors = {str(k): v for k, v in tree.items() if isinstance(v, Tensor)}
+    if tensors:
+        found.append((where, tensors))
+    for k, v in tree.items():
+        if isinstance(v, dict):
+            found += dicts_of_tensors(v, f"{where}{k}.")
+    return found
 
 
 # ---------------------------------------------------------------- the transformer
@@ -286,19 +438,12 @@ INNER = {
     "norm3": "norm2",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
-} | {
-    f"{ours}.{a}": f"{theirs}.{b}"
-    for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-    for a, b in (
-        ("q", "to_q"),
-        ("k", "to_k"),
-        ("v", "to_v"),
-        ("o", "to_out.0"),
-        ("norm_q", "norm_q"),
-        ("norm_k", "norm_k"),
-    )
 }
-DIFFUSERS_DIT = {
+for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+    INNER |= {f"{ours}.{a}": f"{theirs}.to_{a}" for a in "qkv"}
+    INNER |= {f"{ours}.{a}": f"{theirs}.{a}" for a in ("norm_q", "norm_k")}
+    INNER[f"{ours}.o"] = f"{theirs}.to_out.0"
+DIFFUSERS_DIT = {  # diffusers' field -> DiTConfig's
     "ffn_dim": "ffn_dim",
     "num_attention_heads": "num_heads",
     "num_layers": "num_layers",
@@ -309,135 +454,213 @@ DIFFUSERS_DIT = {
     "patch_size": "patch_size",
     "eps": "eps",
 }
-WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."  # what training wrappers put into names
+OURS = "_unitemp"  # for what diffusers' config has no field; it ignores names that start with _
+FIXED = {  # what the transformer here is built for, where a config says so
+    "model_type": ("t2v",),
+    "qk_norm": (True, "rms_norm_across_heads"),
+    "cross_attn_norm": (True,),
+    "window_size": ([-1, -1], (-1, -1)),
+    "image_dim": (None,),
+    "added_kv_proj_dim": (None,),
+    "pos_embed_seq_len": (None,),
+}
+FIELDS = (  # of DiTConfig, in its order
+    *("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len"),
+    *("in_dim", "out_dim", "patch_size", "eps", "recipe"),
+)
+HEADS = {1536: 12, 5120: 40}  # of Wan's widths, whose text has 4096 channels and 512 tokens
+OTHERS = {  # channels in and out of models of Wan's that are not built here
+    (36, 16): "an image-to-video transformer: 20 channels of it are for a picture",
+    (48, 48): "Wan2.2's 5B, which has a VAE of its own",
+}
 
 
 def rename(key: str, to_diffusers: bool) -> str:
-    """Translate a parameter name between Wan and diffusers; unknown names stay, to be reported by load_strict."""
+    """Translate a parameter's name between Wan and diffusers; unknown ones stay as they are."""
     block, name = re.match(r"(blocks\.\d+\.)?(.*)", key).groups()
     stem, kind = re.match(r"(.*?)(\.weight|\.bias)?$", name).groups()
     table = INNER if block else OUTER
     if not to_diffusers:
-        table = {b: a for a, b in table.items()}
+        table = {theirs: ours for ours, theirs in table.items()}
     return (block or "") + table.get(stem, stem) + (kind or "")
 
 
 def names_of_dit(layers: int) -> list[str]:
     """All names of a Wan transformer: 15 outside its blocks and 27 in each."""
-    stems = [*OUTER, *(f"blocks.{n}.{stem}" for n in range(layers) for stem in INNER)]
-    return [
-        stem + kind
-        for stem in stems
-        for kind in (
-            ("",)
-            if stem.endswith("modulation")
-            else (".weight",)
-            if "norm_" in stem
-            else (".weight", ".bias")
-        )
-    ]
+    names = []
+    for stem in [*OUTER, *(f"blocks.{n}.{stem}" for n in range(layers) for stem in INNER)]:
+        if stem.endswith("modulation"):
+            names.append(stem)
+        elif "norm_" in stem:
+            names.append(stem + ".weight")
+        else:
+            names += [stem + ".weight", stem + ".bias"]
+    return names
 
 
 def sizes_of_dit(tensors: dict[str, Tensor], source: object) -> dict:
-    """The fields of DiTConfig that the tensors' shapes tell; heads have 128 channels, the text 512 tokens [Wan]."""
+    """The fields of DiTConfig that the tensors' shapes tell: all but heads, text_len and eps."""
     try:
         dim, in_dim, *patch = tensors["patch_embedding.weight"].shape
-        layers = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
         return {
             "dim": dim,
             "ffn_dim": tensors["blocks.0.ffn.0.weight"].shape[0],
-            "num_heads": dim // 128,
-            "num_layers": layers,
+            "num_layers": 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")),
             "freq_dim": tensors["time_embedding.0.weight"].shape[1],
             "text_dim": tensors["text_embedding.0.weight"].shape[1],
-            "text_len": 512,
             "in_dim": in_dim,
             "out_dim": tensors["head.head.weight"].shape[0] // (patch[1] * patch[2]),
             "patch_size": tuple(patch),
-            "eps": 1e-6,
         }
-    except (KeyError, ValueError, IndexError, AttributeError):
+    except (KeyError, ValueError, IndexError) as error:
         raise UserError(
-            f"{source} is not a Wan transformer (it has {len(tensors)} entries, the first is "
-            f"{next(iter(tensors), 'absent')!r}); expected names like blocks.0.self_attn.q.weight"
+            f"{source} is not a whole Wan transformer: {error} is missing or of another shape;"
+            f" the first of its {len(tensors)} names is {next(iter(tensors), 'absent')!r}"
         ) from None
 
 
 def read_dit(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
-    """A transformer in any of the layouts above: the values of its DiTConfig, memory-mapped tensors under Wan's names, and
-    the path that was read.
+    """A transformer in any of the layouts above.
 
-    The values are the safetensors metadata, else config.json, completed by what the shapes tell. raises: UserError"""
+    returns: the values of its DiTConfig, and under "recipe" how it was trained if it says so;
+        memory-mapped tensors under Wan's names; the path that was read.  raises: UserError"""
     path = find(path, "transformer") if _is_folder(path) else Path(path)
-    tensors, values = read_tensors(path)
-    if "generator_lora" in tensors or any("lora_A" in k for k in tensors):
-        raise UserError(
-            f"{path} is a LoRA, a change to weights and not weights; merge it into its base (LongLive: longlive_base.pt) "
-            "first, or use the base alone"
-        )
-    for wrapper in ("generator_ema", "generator", "model", "state_dict"):
-        if isinstance(tensors.get(wrapper), dict):
-            tensors = tensors[wrapper]
-    tensors = {
-        re.sub(rf"^model\.|{WRAPPERS}", "", re.sub(rf"^({WRAPPERS})+", "", k)): v
-        for k, v in tensors.items()
-    }
-    values = {
-        k: v
-        for k, v in (values or {}).items()
-        if k not in ("qk_norm", "cross_attn_norm", "window_size")
-    }  # always the same
+    tree, config = read_tensors(path)
+    tensors = network_in(tree, "transformer", path)
     if any(k.startswith("condition_embedder.") for k in tensors):
         tensors = {rename(k, to_diffusers=False): v for k, v in tensors.items()}
-        heads, width = values.get("num_attention_heads", 40), values.get("attention_head_dim", 128)
-        if not type(heads) is type(width) is int:
+    inside = tree.get("config")
+    values = understood(inside if isinstance(inside, dict) else {}, path)
+    values = values or understood(config or {}, path)
+    sizes = sizes_of_dit(tensors, path)
+    if sizes["text_dim"] == 4096 and (sizes["in_dim"], sizes["out_dim"]) in OTHERS:
+        what = OTHERS[sizes["in_dim"], sizes["out_dim"]]
+        raise UserError(f"{path} is {what}; use Wan2.1-T2V-1.3B or -14B")
+    if not {"num_heads", "text_len"} <= values.keys():
+        if sizes["dim"] not in HEADS or sizes["text_dim"] != 4096:
             raise UserError(
-                f"{path}: the config has {heads!r} heads of {width!r} channels; both must be whole numbers"
+                f"{path} has no config, and num_heads and text_len of a transformer of width"
+                f" {sizes['dim']} for text of width {sizes['text_dim']} cannot be told from its"
+                " tensors (Wan's have 1536 or 5120, and 4096); put a config.json beside it that"
+                " says dim, num_heads and text_len"
             )
-        values = {new: values[old] for old, new in DIFFUSERS_DIT.items() if old in values} | {
-            "dim": heads * width
-        }
-    elif values.pop("model_type", "t2v") != "t2v":
-        raise UserError(f"{path}: only the text-to-video model (model_type t2v) is supported")
-    values = sizes_of_dit(tensors, path) | (values if "dim" in values else {})
-    if not values["num_heads"]:
-        raise UserError(
-            f"{path}: heads of a transformer of width {values['dim']} cannot be told from its tensors; it needs a config.json"
-        )
-    return values, tensors, path
+        sizes |= {"num_heads": HEADS[sizes["dim"]], "text_len": 512}
+    values = sizes | values
+    return {k: values[k] for k in sorted(values, key=place)}, tensors, path
+
+
+def place(field: str) -> int:
+    return FIELDS.index(field) if field in FIELDS else len(FIELDS)
+
+
+def understood(config: dict, path: object) -> dict:
+    """The values of DiTConfig, and the recipe, in a config of ours, Wan's or diffusers'; else {}.
+
+    raises: UserError where it means another network than the one that is built here"""
+    values = dict(config)
+    for name, allowed in FIXED.items():
+        if values.get(name, allowed[0]) not in allowed:
+            raise UserError(
+                f"{path}: the config's {name} is {values[name]!r}; only Wan2.1's text-to-video"
+                f" transformer is supported, where it is {allowed[0]!r}"
+            )
+    values = {k: v for k, v in values.items() if k not in FIXED and (k == OURS or k[:1] != "_")}
+    if "num_attention_heads" in values:
+        values = from_diffusers(values, path)
+    elif "dim" not in values:
+        return {}  # of another network: Wan2.1_VAE.pth lies beside the transformer's config
+    strange = sorted(values.keys() - set(FIELDS))
+    if strange and "_class_name" in config:  # in a config of ours it would be a mistake
+        shown = ", ".join(f"{k}={values.pop(k)!r}" for k in strange)
+        print(f"note: {path}: fields of its config that mean nothing here: {shown}")
+    if not isinstance(values.get("recipe") or {}, dict):
+        raise UserError(f"{path}: the config's recipe is {values['recipe']!r}, not an object")
+    return values
+
+
+def from_diffusers(config: dict, path: object) -> dict:
+    heads, width = config["num_attention_heads"], config.get("attention_head_dim", 128)
+    if type(heads) is not int or type(width) is not int:
+        given = f"{heads!r} heads of {width!r} channels"
+        raise UserError(f"{path}: the config has {given}; both must be whole numbers")
+    values = {ours: config[theirs] for theirs, ours in DIFFUSERS_DIT.items() if theirs in config}
+    known = {*DIFFUSERS_DIT, "attention_head_dim", "rope_max_seq_len", OURS}
+    values |= {k: v for k, v in config.items() if k not in known}
+    ours = config.get(OURS)
+    return values | {"dim": heads * width, "text_len": 512} | (ours if type(ours) is dict else {})
+
+
+def read_recipe(path: str | Path) -> dict | None:
+    """How the student in a checkpoint was trained, if that says so. raises: UserError"""
+    return read_dit(path)[0].get("recipe")
+
+
+SUFFIX_OF = {"native": ".safetensors", "self-forcing": ".pt", "diffusers": ""}
 
 
 def write_dit(
     tensors: dict[str, Tensor], values: dict, path: str | Path, to: str = "native"
 ) -> None:
-    """Write a transformer, given under Wan's names with the values of its DiTConfig, in one of three layouts.
+    """Write a transformer, under Wan's names and with the values of `read_dit`, in a layout.
 
-    native: a .safetensors file that ComfyUI reads, too; diffusers: a folder for `WanTransformer3DModel.from_pretrained`;
-    self-forcing: a .pt with the same tensors as `generator` and `generator_ema`. raises: UserError"""
-    path, suffix = Path(path), {"native": ".safetensors", "self-forcing": ".pt", "diffusers": ""}
-    if to not in suffix:
-        raise UserError(f"unknown format {to!r}; use {', '.join(suffix)}")
-    if path.suffix != suffix[to] and to != "diffusers":
-        raise UserError(f"{path} must be a file that ends in {suffix[to]}, for the format {to}")
+    native: a .safetensors file that ComfyUI reads, too
+    diffusers: a folder for `WanTransformer3DModel.from_pretrained`
+    self-forcing: a .pt with the same tensors as `generator` and `generator_ema`
+    raises: UserError"""
+    path = Path(path)
+    values = {k: v for k, v in values.items() if v is not None}
+    if to not in SUFFIX_OF:
+        raise UserError(f"unknown format {to!r}; use {', '.join(SUFFIX_OF)}")
+    if to != "diffusers" and path.suffix != SUFFIX_OF[to]:
+        raise UserError(f"{path} must be a file that ends in {SUFFIX_OF[to]}, for the format {to}")
     if to == "native":
-        return write_safetensors(path, tensors, values)
-    if to == "self-forcing":
-        tensors = {"model." + k: v.detach().cpu().clone() for k, v in tensors.items()}
+        write_safetensors(path, tensors, values)
+    elif to == "diffusers":
+        write_diffusers(tensors, values, path)
+    else:
+        named = {"model." + k: v.detach().cpu().clone() for k, v in tensors.items()}
         with atomic(path) as tmp:
-            torch.save({"generator": tensors, "generator_ema": tensors}, tmp)
-        return None
-    config = {old: values[new] for old, new in DIFFUSERS_DIT.items()} | {
+            torch.save({"generator": named, "generator_ema": named, "config": values}, tmp)
+        print(f"note: sizes and recipe stand in {path} as `config`; Self-Forcing does not read it")
+
+
+def write_diffusers(tensors: dict[str, Tensor], values: dict, folder: Path) -> None:
+    file = folder / "diffusion_pytorch_model.safetensors"
+    if folder.suffix in SUFFIXES or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} must be a folder, for the format diffusers")
+    older = [p.name for p in listed(folder, "*.index.json") + listed(folder, "*.safetensors")]
+    if set(older) - {file.name}:
+        raise UserError(f"{folder} holds {', '.join(older)}, which would be read in its place")
+    ours = {k: values[k] for k in ("text_len", "recipe") if k in values}
+    config = {theirs: values[ours] for theirs, ours in DIFFUSERS_DIT.items()} | {
         "_class_name": "WanTransformer3DModel",
         "attention_head_dim": values["dim"] // values["num_heads"],
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
+        OURS: ours,
     }
-    write_safetensors(
-        path / "diffusion_pytorch_model.safetensors",
-        {rename(k, True): v for k, v in tensors.items()},
-    )
-    with atomic(path / "config.json") as tmp:
+    write_safetensors(file, {rename(k, True): v for k, v in tensors.items()})
+    with atomic(folder / "config.json") as tmp:
         tmp.write_text(json.dumps(config, indent=1))
+    if ours != {"text_len": 512}:
+        print(
+            f"note: diffusers has no field for {' and '.join(ours)}: they stand in config.json as"
+            f" {OURS}, which only this project reads; diffusers' pipelines pad the text to 512"
+        )
+
+
+def merge_lora(tensors: dict[str, Tensor], path: str | Path, scale: float) -> dict[str, Tensor]:
+    """The transformer's weights with a LoRA added. raises: UserError"""
+    path = Path(path)
+    tree, _ = read_tensors(path)
+    found = [x for _, x in dicts_of_tensors(tree) if any(lora.is_lora(k) for k in x)]
+    if len(found) != 1:
+        raise UserError(f"{path} holds {len(found)} LoRAs; expected names like ....lora_A.weight")
+    changes = {re.sub(WRAPPERS, "", k): v for k, v in found[0].items()}
+    names = {k: k for k in tensors} | {rename(k, to_diffusers=True): k for k in tensors}
+    merged, count = lora.merge(tensors, names, changes, scale, lora.settings(path))
+    print(f"{path}: {count} of {len(tensors)} weights changed, by {scale:g} times the LoRA")
+    return merged
 
 
 # ---------------------------------------------------------------- the VAE
@@ -453,17 +676,21 @@ DIFFUSERS_VAE = {
 
 
 def read_vae(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
-    """A VAE as `Wan2.1_VAE.pth`, a native safetensors file, a diffusers `vae/` folder, or a folder that holds one of these:
-    the values of its VAEConfig (none: Wan2.1's), tensors under Wan's names, and the path that was read. raises: UserError"""
+    """A VAE as `Wan2.1_VAE.pth`, a native file, a diffusers `vae/` folder, or a folder with one.
+
+    returns: the values of its VAEConfig (none: Wan2.1's), tensors under Wan's names, and the path
+        that was read.  raises: UserError"""
     path = Path(path)
-    if _is_folder(path) and not (
-        (path / "config.json").is_file() and "base_dim" in read_json(path / "config.json")
-    ):
-        path = find(path, "VAE")  # else it is the vae/ folder itself
-    tensors, values = read_tensors(path)
-    values = values or {}
+    if _is_folder(path):
+        beside = path / "config.json"
+        if not (beside.is_file() and "base_dim" in read_json(beside)):
+            path = find(path, "VAE")  # else it is the vae/ folder itself
+    tree, config = read_tensors(path)
+    tensors, values = network_in(tree, "VAE", path), config or {}
     if any(k.startswith("encoder.conv_in") for k in tensors):  # diffusers' names
-        values = {new: values[old] for old, new in DIFFUSERS_VAE.items() if old in values}
+        values = {
+            ours: values[theirs] for theirs, ours in DIFFUSERS_VAE.items() if theirs in values
+        }
         blocks = values.get("num_res_blocks", 2)
         tensors = {_vae_name(k, blocks): v for k, v in tensors.items()}
     elif "dim_mult" not in values:
@@ -521,8 +748,10 @@ def _umt5_name(key: str) -> str:
 
 
 def read_umt5(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """UMT5's encoder from Wan's .pth or a Hugging Face `text_encoder/` folder: the sizes that `transformers.UMT5Config` wants,
-    and tensors under transformers' names. raises: UserError"""
+    """UMT5's encoder from Wan's .pth or a Hugging Face `text_encoder/` folder.
+
+    returns: the sizes that `transformers.UMT5Config` wants, and tensors under transformers' names
+    raises: UserError"""
     tensors = {_umt5_name(k): v for k, v in read_tensors(path)[0].items()}
     tensors.setdefault("shared.weight", tensors.get("encoder.embed_tokens.weight"))
     tensors["encoder.embed_tokens.weight"] = tensors[
@@ -545,25 +774,31 @@ def read_umt5(path: Path) -> tuple[dict, dict[str, Tensor]]:
         }, tensors
     except (KeyError, ValueError, AttributeError):
         raise UserError(
-            f"{path} is not the encoder of UMT5: expected names like blocks.0.attn.q.weight or {layer}0.SelfAttention.q.weight"
+            f"{path} is not the encoder of UMT5: expected names like blocks.0.attn.q.weight"
+            f" or {layer}0.SelfAttention.q.weight"
         ) from None
 
 
 # ---------------------------------------------------------------- command line
 @dataclass
 class Config:
-    """Export a transformer: bring it from any layout that is read here to another."""
+    """Bring a transformer from any layout that is read here to another, or merge a LoRA into it."""
 
     weights: str  # a checkpoint, or a folder with one
     out: str  # native: a .safetensors file; self-forcing: a .pt file; diffusers: a folder
     to: str = "native"  # native (Wan's names, which ComfyUI reads), diffusers or self-forcing
+    merge_lora: str = ""  # a LoRA's file: kohya's, diffusers' and peft's names, Wan's .diff
+    scale: float = 1.0  # how much of the LoRA is added; its own alpha comes on top
 
 
 def main(config: Config) -> None:
     values, tensors, source = read_dit(config.weights)
-    check_names(
-        names_of_dit(values["num_layers"]), tensors, f"{source} is not a whole Wan transformer"
-    )
+    names = names_of_dit(values["num_layers"])
+    check_names(names, tensors, f"{source} is not a whole Wan transformer")
+    if config.merge_lora:
+        tensors = merge_lora(tensors, config.merge_lora, config.scale)
+    elif config.scale != 1.0:
+        raise UserError(f"--scale {config.scale:g} is for a LoRA; name it with --merge_lora")
     write_dit(tensors, values, config.out, config.to)
     print(f"{source} -> {config.out}, {sum(x.numel() for x in tensors.values()):,} parameters")
 

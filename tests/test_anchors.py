@@ -4,44 +4,32 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from tiny import PLANS, SINKS, script
+from tiny import MIXED, PLANS, SINKS, command_line
 
 import anchors
-from anchors import HORIZON, ORDERS, Plan, Step, layout, picture, text_picture
+import plans
+from anchors import HORIZON, ORDERS, Plan, Step, View, layout, text_picture
 from lib.common import UserError
+from tools import plan as tool
+from tools.plan import picture
 
-GREEN, YELLOW, BLUE, GREY, LIGHT = (
-    (88, 163, 90),
-    (244, 200, 66),
-    (90, 140, 220),
-    (120, 120, 120),
-    (190, 225, 190),
-)
-FULL_SIZE = (
-    {
-        f.__name__: f()
-        for f in (
-            anchors.forward,
-            anchors.backward,
-            anchors.inbetween,
-            anchors.loop,
-            anchors.transition,
-            anchors.story,
-        )
-    }
-    | {
-        f"long {direction} {sink}": anchors.long(60, direction, sink=sink)
-        for direction in ("forward", "backward")
-        for sink in SINKS
-    }
-    | {
-        "dummy": anchors.backward(anchors=0, dummy=True),
-        "B=6": anchors.backward(block=6, anchors=0, head=3),
-        "long loop": anchors.loop(60),
-        "P=B=6": anchors.backward(18, 6, 6),
-    }
-)
-ALL = PLANS | FULL_SIZE
+GREEN, YELLOW, BLUE = (88, 163, 90), (244, 200, 66), (90, 140, 220)
+GREY, LIGHT = (120, 120, 120), (190, 225, 190)
+LONG = {
+    f"long {direction} {sink}": anchors.long(60, direction, sink=sink)
+    for direction in ("forward", "backward")
+    for sink in SINKS
+}
+OTHERS = {
+    "dummy": anchors.backward(anchors=0, dummy=True),
+    "B=6": anchors.backward(block=6, anchors=0, head=3),
+    "long loop": anchors.loop(60),
+    "P=B=6": anchors.backward(18, 6, 6),
+    "as trained": anchors.backward(12, view=View(as_trained=True)),
+    "long, as trained": anchors.long(60, "backward", as_trained=True),
+}
+FULL_SIZE = {name: make() for name, make in ORDERS.items()} | LONG | OTHERS
+ALL = PLANS | MIXED | FULL_SIZE
 
 
 def same(*latents: int) -> tuple:
@@ -121,7 +109,8 @@ def test_fewer_anchors_by_hand():
 
 
 def test_dummy_by_hand():
-    """Fig. 8b: a dummy block at the start of the clip comes first, and tells the first real block that it is not the beginning."""
+    """Fig. 8b: a dummy block at the start of the clip comes first, and tells the first real block
+    that it is not the beginning."""
     plan = anchors.backward(6, anchors=0, dummy=True)
     assert plan.steps == (
         Step((-1, -2, -3), (0, 1, 2)),
@@ -151,7 +140,8 @@ def test_blocks_of_six_by_hand():
 
 
 def test_the_papers_sequences_have_21_and_39_slots():
-    """Stage 1 trains on 21 latents forward, and on 21 targets and 6 blocks of 3 anchors backward."""
+    """Stage 1 trains on 21 latents forward, and on 21 targets and 6 blocks of 3 anchors
+    backward."""
     assert len(layout(anchors.forward(21)).latent) == 21
     lay = layout(anchors.backward(21))
     assert (
@@ -161,16 +151,17 @@ def test_the_papers_sequences_have_21_and_39_slots():
 
 
 def test_inbetween_by_hand():
-    """Appendix A.2: head at 0-2, tail at 18-20 after it, then 15 latents as one block that sees both."""
+    """Appendix A.2: head at 0-2, tail at 18-20 after it, then 15 latents as one block that sees
+    both."""
     ends, gap = same(0, 1, 2), tuple(range(3, 18))
     last = Step(gap, gap, reads=same(0, 1, 2, 18, 19, 20))
-    plan = anchors.inbetween(3, 15, 3)
+    plan = anchors.inbetween()
     assert plan.steps == (
         Step((0, 1, 2), (0, 1, 2)),
         Step((18, 19, 20), (15, 16, 17, 18, 19, 20), (15, 16, 17), ends),
         last,
     )
-    assert anchors.inbetween(3, 15, 3, given=True).steps == (
+    assert anchors.inbetween(21, given=True).steps == (
         Step((0, 1, 2), (0, 1, 2), given=(0, 1, 2)),
         Step((18, 19, 20), (18, 19, 20), reads=ends, given=(18, 19, 20)),
         last,
@@ -194,7 +185,8 @@ def test_loop_by_hand():
 
 
 def test_long_backward_by_hand():
-    """Appendix A.2, backward: past sink, gap of 3, anchors, block, window of 6, future sink: positions 0 to 20, all 21 in use."""
+    """Appendix A.2, backward: past sink, gap of 3, anchors, block, window of 6, future sink:
+    positions 0 to 20, all 21 in use."""
     plan = anchors.long(33, "backward", window=6, sink="both")
     step = next(s for s in plan.steps if s.targets == (12, 13, 14))
     past_sink, window, future_sink = (
@@ -213,7 +205,8 @@ def test_long_backward_by_hand():
 
 
 def test_long_forward_by_hand():
-    """Appendix A.2, forward: the first block, a window of 6, the block, a gap of 3, the second block as the future."""
+    """Appendix A.2, forward: the first block, a window of 6, the block, a gap of 3, the second
+    block as the future."""
     plan = anchors.long(33, "forward", window=6, sink="both")
     step = next(s for s in plan.steps if s.targets == (18, 19, 20))
     assert step == Step(
@@ -244,7 +237,8 @@ def test_long_forward_by_hand():
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("sink", SINKS)
 def test_each_sink_is_where_its_name_says(direction, sink):
-    """Past sinks stand before the block and future sinks after it, in either direction; `none` reads the window only."""
+    """Past sinks stand before the block and future sinks after it, in either direction; `none`
+    reads the window only."""
     plan = anchors.long(45, direction, window=6, sink=sink)
     step = plan.steps[10]
     first, second = (
@@ -258,96 +252,27 @@ def test_each_sink_is_where_its_name_says(direction, sink):
     assert len(step.reads) == 6 + len(before) + len(after)
 
 
-def test_transition_and_story_structure():
-    """Scenes first, blind to each other and with their own prompts, a later one with anchors; then gaps that see both sides."""
-    plan = anchors.transition(6, 3, 6)
-    assert plan.steps == (
-        Step((0, 1, 2), (0, 1, 2)),
-        Step((3, 4, 5), (3, 4, 5), reads=same(0, 1, 2)),
-        Step((9, 10, 11), (0, 1, 2, 3, 4, 5), anchors=(6, 7, 8), prompt=1),
-        Step((12, 13, 14), (3, 4, 5), reads=((9, 0), (10, 1), (11, 2)), prompt=1),
-        Step(
-            (6, 7, 8),
-            (6, 7, 8),
-            reads=same(0, 1, 2, 3, 4, 5) + same(9, 10, 11, 12, 13, 14),
-            prompt=1,
-        ),
-    )
-    story = anchors.story((3, 6, 9), gap=6)
-    assert story.length == 30 and story.prompts() == 3
-    scene = {i: n for n, r in enumerate((range(0, 3), range(9, 15), range(21, 30))) for i in r}
-    scenes, gaps = story.steps[:6], story.steps[6:]
-    assert all(
-        scene[i] == step.prompt
-        for step in scenes
-        for i in (*step.targets, *(i for i, _ in step.reads))
-    )
-    assert [len(step.anchors) for step in scenes] == [0, 3, 0, 3, 0, 0]
-    assert [(s.targets, s.prompt) for s in gaps] == [
-        (tuple(range(3, 9)), 1),
-        (tuple(range(15, 21)), 2),
-    ]
-    assert [sorted(i for i, _ in s.reads) for s in gaps] == [
-        [0, 1, 2, *range(9, 15)],
-        [*range(9, 15), *range(21, 27)],
-    ]
-    assert anchors.transition(9, 6, 12).steps == anchors.story((9, 12), 6).steps
-
-
-def test_timeline_by_hand():
-    """The user's clip in the middle: committed forward, then blocks after it, then backward blocks with anchors before it."""
-    plan = anchors.with_given(anchors.timeline(12, [(3, 9)]), range(3, 9))
-    assert plan.steps == (
-        Step((3, 4, 5), (3, 4, 5), given=(3, 4, 5)),
-        Step((6, 7, 8), (3, 4, 5), reads=((3, 0), (4, 1), (5, 2)), given=(6, 7, 8)),
-        Step((9, 10, 11), (6, 7, 8), reads=tuple((i, i - 3) for i in range(3, 9))),
-        Step((0, 1, 2), (0, 1, 2), reads=same(*range(3, 12))),
-    )
-    assert anchors.timeline(9, [(3, 6)]).steps[0] == Step((3, 4, 5), (0, 1, 2, 3, 4, 5), (0, 1, 2))
-
-
-def test_timeline_contains_the_other_orders():
-    """One scene at the beginning is forward order, at the end backward order's blocks; two in one shot are inbetween."""
-    assert anchors.timeline(21, [(0, 6)]).steps == anchors.forward(21).steps
-    assert (
-        anchors.timeline(33, [(0, 6)], window=6, past_sink=True, future_sink=True).steps
-        == anchors.long(33).steps
-    )
-    for a, b in (
-        (
-            anchors.timeline(33, [(30, 33)], window=6, past_sink=True),
-            anchors.long(33, "backward", sink="past"),
-        ),
-        (anchors.timeline(21, [(18, 21)]), anchors.backward(21)),
-    ):
-        assert a.steps[1:] == b.steps[1:]
-    joined = anchors.switch(anchors.timeline(21, [(0, 3), (18, 21)], joined=True), ())
-    assert joined.steps == anchors.inbetween().steps
-    assert (
-        anchors.with_given(joined, [0, 1, 2, 18, 19, 20]).steps
-        == anchors.inbetween(given=True).steps
-    )
-    apart = anchors.timeline(36, [(0, 3), (33, 36)], joined=True)
-    assert not apart.steps[1].reads and [len(s.targets) for s in apart.steps] == [
-        3,
-        3,
-        3,
-        3,
-        3,
-        3,
-        3,
-        15,
-    ]  # 30 between, 15 at once
-
-
-def test_timeline_memory_is_constant():
-    """Hundreds of latents before and after a clip: the cache does not grow."""
-    sinks = {"window": 6, "past_sink": True, "future_sink": True}
-    assert {anchors.timeline(2 * n + 6, [(n, n + 6)], **sinks).capacity for n in (60, 300)} == {12}
+def test_as_trained_by_hand():
+    """The block of latent 0, in backward order, sees 18 latents at most, the farthest at the end of
+    the horizon: as in 21."""
+    twelve = anchors.backward(12, view=View(as_trained=True))
+    assert twelve.steps[:-1] == anchors.backward(12).steps[:-1]
+    far = ((9, 18), (10, 19), (11, 20))
+    assert twelve.steps[-1] == Step((0, 1, 2), (0, 1, 2), reads=same(3, 4, 5, 6, 7, 8) + far)
+    whole = anchors.backward(21, view=View(as_trained=True))
+    assert whole.steps == anchors.backward(21).steps
+    for length in (24, 42):
+        plan = anchors.long(length, "backward", as_trained=True)
+        assert plan.steps[:-1] == anchors.long(length, "backward").steps[:-1]
+        assert plan.steps[-1] == Step((0, 1, 2), (0, 1, 2), reads=same(*range(3, 21)))
+        assert plan.capacity >= 18 > anchors.long(length, "backward").capacity
+    forward = anchors.forward(12, view=View(as_trained=True))
+    assert forward == anchors.forward(12)
 
 
 def test_given_latents_are_marked():
-    """Whole steps only commit, without anchors; a part of a step is held; prompts can change at any block."""
+    """Whole steps only commit, without anchors; a part of a step is held; prompts can change at any
+    block."""
     plan = anchors.with_given(anchors.backward(9), [3, 4, 5, 8])
     assert (
         plan.steps[0] == Step((6, 7, 8), (3, 4, 5, 6, 7, 8), (3, 4, 5), given=(3, 4, 5, 8))
@@ -382,7 +307,8 @@ def test_every_latent_is_finished_once(plan):
 
 @pytest.mark.parametrize("plan", ALL.values(), ids=ALL)
 def test_no_step_exceeds_the_horizon(plan):
-    """At most 21 latents in view, on distinct positions within 0 .. 20, and time order is position order within a step."""
+    """At most 21 latents in view, on distinct positions within 0 .. 20, and time order is position
+    order within a step."""
     for step in plan.steps:
         places = [*step.pos, *(p for _, p in step.reads)]
         assert (
@@ -396,7 +322,8 @@ def test_no_step_exceeds_the_horizon(plan):
 
 @pytest.mark.parametrize("plan", ALL.values(), ids=ALL)
 def test_capacity_is_exactly_what_is_needed(plan):
-    """Brute force: the most latents that are finished and still to be read, at any time, and which step reads them last."""
+    """Brute force: the most latents that are finished and still to be read, at any time, and which
+    step reads them last."""
     alive, last = [1], {}
     for n in range(len(plan.steps)):
         done = {i for step in plan.steps[: n + 1] for i in step.targets}
@@ -423,8 +350,8 @@ def test_boundaries_lie_between_steps(plan):
 
 @pytest.mark.parametrize("plan", ALL.values(), ids=ALL)
 def test_the_mask_is_the_plan(plan):
-    """Brute force: a slot sees its own step's slots at their positions and its reads' targets at theirs, and nothing else:
-    never another step's anchors."""
+    """Brute force: a slot sees its own step's slots at their positions and its reads' targets at
+    theirs, and nothing else: never another step's anchors."""
     lay = layout(plan)
     dense, slots = lay.visible.dense(), range(len(lay.latent))
     slot = list(slots) if lay.visible.key_slot is None else lay.visible.key_slot.tolist()
@@ -446,58 +373,38 @@ def test_the_mask_is_the_plan(plan):
 
 
 # ---------------------------------------------------------------- mistakes
-@pytest.mark.parametrize(
-    "call, says",
-    [
-        (lambda: anchors.forward(20), "20 latents is not a multiple of the block 3; use 18 or 21"),
-        (lambda: anchors.forward(0), "multiple"),
-        (lambda: anchors.forward(6, 0), "block 0"),
-        (lambda: anchors.forward(6, -3), "block -3"),
-        (lambda: anchors.forward(24), "spans 24 positions, over the horizon of 21"),
-        (lambda: anchors.forward(60, window=21), "horizon"),
-        (lambda: anchors.backward(20), "use 18 or 21"),
-        (lambda: anchors.backward(24), "horizon"),
-        (lambda: anchors.backward(9, anchors=4), "4 anchors do not fit the block 3; use 0 to 3"),
-        (lambda: anchors.backward(9, anchors=-1), "-1 anchors"),
-        (lambda: anchors.backward(9, head=4), "9 latents are not a head of 4 and blocks of 3"),
-        (lambda: anchors.backward(3, head=6), "head of 6"),
-        (lambda: anchors.inbetween(0, 3, 3), "head 0"),
-        (lambda: anchors.inbetween(3, 0, 3), "gap 0"),
-        (lambda: anchors.inbetween(3, 3, 0), "tail 0"),
-        (lambda: anchors.inbetween(3, 3, 3, anchors=4), "anchors 4"),
-        (lambda: anchors.inbetween(3, 3, 3, anchors=-1), "anchors -1"),
-        (lambda: anchors.inbetween(3, 16, 3), "spans 22"),
-        (lambda: anchors.loop(18, gap=0), "got 0"),
-        (lambda: anchors.loop(3), "loop of 3"),
-        (lambda: anchors.loop(18, gap=16), "first block of 3"),
-        (lambda: anchors.loop(24, gap=18), "horizon"),
-        (lambda: anchors.loop(20), "multiple"),
-        (lambda: anchors.story(()), "0 scenes"),
-        (lambda: anchors.story((3, 3), gap=0), "gap 0"),
-        (lambda: anchors.story((3, 3), gap=16), "gap 16"),
-        (lambda: anchors.story((3, 4)), "4 latents"),
-        (lambda: anchors.story((3, 3), anchors=4), "4 anchors"),
-        (lambda: anchors.transition(3, 0, 3), "gap 0"),
-        (
-            lambda: anchors.long(33, sink="left"),
-            "unknown sink 'left'; use past, future, both or none",
-        ),
-        (lambda: anchors.timeline(9, []), "scenes []"),
-        (lambda: anchors.timeline(9, [(0, 5), (4, 9)]), "one after the other within 9"),
-        (lambda: anchors.timeline(9, [(3, 3)]), "[(3, 3)]"),
-        (lambda: anchors.timeline(9, [(3, 10)]), "within 9 latents"),
-        (
-            lambda: anchors.timeline(9, [(0, 3), (6, 9)], order=(0, 0)),
-            "[0, 0] must name each of 0 to 1 once",
-        ),
-        (lambda: anchors.timeline(9, [(0, 3)], anchors=4), "4 anchors"),
-        (lambda: anchors.timeline(60, [(0, 3)]), "horizon"),
-        (lambda: anchors.long(33, window=30), "horizon"),
-        (lambda: anchors.long(33, "backward", anchors=5), "5 anchors"),
-        (lambda: anchors.long(33, "sideways"), "sideways"),
-        (lambda: anchors.long(33, window=-1), "window -1"),
-    ],
-)
+IMPOSSIBLE = [
+    (lambda: anchors.forward(20), "20 latents is not a multiple of the block 3; use 18 or 21"),
+    (lambda: anchors.forward(0), "multiple"),
+    (lambda: anchors.forward(6, 0), "block 0"),
+    (lambda: anchors.forward(6, -3), "block -3"),
+    (lambda: anchors.forward(24), "spans 24 positions, over the horizon of 21"),
+    (lambda: anchors.forward(60, view=View(21)), "horizon"),
+    (lambda: anchors.backward(20), "use 18 or 21"),
+    (lambda: anchors.backward(24), "horizon"),
+    (lambda: anchors.backward(9, anchors=4), "4 anchors do not fit the block 3; use 0 to 3"),
+    (lambda: anchors.backward(9, anchors=-1), "-1 anchors"),
+    (lambda: anchors.backward(9, head=4), "9 latents are not a head of 4 and blocks of 3"),
+    (lambda: anchors.backward(3, head=6), "head of 6"),
+    (lambda: anchors.inbetween(9, block=0), "two ends of 0"),
+    (lambda: anchors.inbetween(6), "6 latents have no room for two ends of 3, a gap"),
+    (lambda: anchors.inbetween(9, anchors=4), "4 anchors"),
+    (lambda: anchors.inbetween(9, anchors=-1), "-1 anchors"),
+    (lambda: anchors.inbetween(22), "spans 22"),
+    (lambda: anchors.loop(18, gap=-1), "got -1"),
+    (lambda: anchors.loop(3), "loop of 3"),
+    (lambda: anchors.loop(18, gap=16), "first block of 3"),
+    (lambda: anchors.loop(24, gap=18), "horizon"),
+    (lambda: anchors.loop(20), "multiple"),
+    (lambda: anchors.long(33, sink="left"), "unknown sink 'left'; use past, future, both or none"),
+    (lambda: anchors.long(33, window=30), "horizon"),
+    (lambda: anchors.long(33, "backward", anchors=5), "5 anchors"),
+    (lambda: anchors.long(33, "sideways"), "sideways"),
+    (lambda: anchors.long(33, window=-1), "window -1"),
+]
+
+
+@pytest.mark.parametrize("call, says", IMPOSSIBLE)
 def test_impossible_orders_are_refused(call, says):
     """A builder asked for the impossible says what and how much."""
     with pytest.raises(UserError) as error:
@@ -506,59 +413,79 @@ def test_impossible_orders_are_refused(call, says):
 
 
 BEGIN = Step((0, 1), (0, 1))
+BROKEN = [
+    (2, (Step((0, 1), (0, 1), reads=((1, 2),)),), "reads latents [1] before they are finished"),
+    (3, (BEGIN, Step((2,), (2,), reads=((4, 3),))), "step 1 of the plan 'mine' reads latents [4]"),
+    (2, (BEGIN, Step((1,), (1,))), "finishes latents [1] a second time"),
+    (3, (BEGIN, Step((2,), (2, 3))), "puts 1 latents and 0 reads on positions [2, 3]"),
+    (3, (BEGIN, Step((2,), (2,), reads=((0, 2),))), "positions [2, 2]"),
+    (3, (BEGIN, Step((2,), (2,), reads=((0, 1), (1, 1)))), "positions [1, 1, 2]"),
+    (3, (BEGIN, Step((2,), (21,), reads=((0, 0),))), "spans 22 positions"),
+    (4, (BEGIN, Step((3,), (3,))), "never generates latents [2]"),
+    (3, (BEGIN, Step((2, 2), (2, 3))), "finishes latents [2] a second time"),
+    (3, (BEGIN, Step((2,), (2, 3), anchors=(2,))), "latents twice among its anchors (2,)"),
+    (2, (Step((0, 1), (0, 1), given=(2,)),), "is given (2,) but makes (0, 1)"),
+    (4, (BEGIN, Step((2, 3), (1, 2, 3), anchors=(1,), given=(2, 3))), "with anchors (1,)"),
+]
 
 
-@pytest.mark.parametrize(
-    "length, steps, says",
-    [
-        (
-            2,
-            (Step((0, 1), (0, 1), reads=((1, 2),)),),
-            "step 0 of the plan 'mine' reads latents [1] before they are finished",
-        ),
-        (3, (BEGIN, Step((2,), (2,), reads=((4, 3),))), "reads latents [4]"),
-        (2, (BEGIN, Step((1,), (1,))), "[1] a second time"),
-        (3, (BEGIN, Step((2,), (2, 3))), "puts 1 latents and 0 reads on positions [2, 3]"),
-        (3, (BEGIN, Step((2,), (2,), reads=((0, 2),))), "positions [2, 2]"),
-        (3, (BEGIN, Step((2,), (2,), reads=((0, 1), (1, 1)))), "positions [1, 1, 2]"),
-        (3, (BEGIN, Step((2,), (21,), reads=((0, 0),))), "spans 22 positions"),
-        (4, (BEGIN, Step((3,), (3,))), "never generates latents [2]"),
-        (3, (BEGIN, Step((2, 2), (2, 3))), "second time"),
-        (3, (BEGIN, Step((2,), (2, 3), anchors=(2,))), "anchor"),
-        (2, (Step((0, 1), (0, 1), given=(2,)),), "is given (2,) but makes (0, 1)"),
-        (4, (BEGIN, Step((2, 3), (1, 2, 3), anchors=(1,), given=(2, 3))), "with the anchors (1,)"),
-    ],
-)
+@pytest.mark.parametrize("length, steps, says", BROKEN)
 def test_impossible_plans_are_refused(length, steps, says):
-    """A plan checks itself: reads are finished, targets are new, positions are distinct and within the horizon, no latent is left."""
+    """A plan checks itself: reads are finished, targets are new, positions are distinct and within
+    the horizon, no latent is left."""
     with pytest.raises(UserError) as error:
         Plan("mine", length, steps)
     assert says in str(error.value)
 
 
+def test_a_plan_may_have_another_horizon():
+    """The horizon is the model's: a plan for one that was trained on 24 latents may span 24."""
+    steps = (Step(tuple(range(24)), tuple(range(24))),)
+    assert Plan("mine", 24, steps, horizon=24).capacity == 1
+    with pytest.raises(UserError, match="spans 24 positions, over the horizon of 21"):
+        Plan("mine", 24, steps)
+
+
 # ---------------------------------------------------------------- pictures
-def test_text_picture_by_hand():
-    """The picture in anchors.py's own header is what the plan draws; reads at other places are written out."""
-    assert text_picture(anchors.backward(9)) == (
+PICTURES = {
+    "backward": (
+        anchors.backward(9),
         "latent     0  1  2  3  4  5  6  7  8\n"
         "step 0     .  .  .  a  a  a  T  T  T\n"
         "step 1     a  a  a  T  T  T  r  r  r\n"
-        "step 2     T  T  T  r  r  r  r  r  r"
-    )
-    assert text_picture(anchors.backward(6, anchors=0, dummy=True)) == (
+        "step 2     T  T  T  r  r  r  r  r  r",
+    ),
+    "dummy": (
+        anchors.backward(6, anchors=0, dummy=True),
         "latent     d  d  d  0  1  2  3  4  5\n"
         "step 0     T  T  T  .  .  .  .  .  .\n"
-        "step 1     r  r  r  .  .  .  T  T  T   moved: -1@0 -2@1 -3@2\n"
-        "step 2     .  .  .  T  T  T  r  r  r"
-    )
-    assert text_picture(anchors.loop(6, gap=3)).endswith(
-        "step 1     r  r  r  T  T  T   moved: 0@6 1@7 2@8"
-    )
-    assert (
-        text_picture(anchors.inbetween(1, 2, 1, 0, given=True))
-        == "latent     0  1  2  3\nstep 0     G  .  .  .\n"
-        "step 1     r  .  .  G\nstep 2     r  T  T  r"
-    )
+        "step 1     r  r  r  .  .  .  T  T  T\n"
+        "step 2     .  .  .  T  T  T  r  r  r",
+    ),
+    "loop": (
+        anchors.loop(6, gap=3),
+        "latent     0  1  2  3  4  5\n"
+        "step 0     T  T  T  .  .  .\n"
+        "step 1     r  r  r  T  T  T   moved: 0@6 1@7 2@8",
+    ),
+    "given": (
+        anchors.inbetween(4, block=1, anchors=0, given=True),
+        "latent     0  1  2  3\n"
+        "step 0     G  .  .  .\n"
+        "step 1     r  .  .  G\n"
+        "step 2     r  T  T  r",
+    ),
+}
+
+
+@pytest.mark.parametrize("plan, drawn", PICTURES.values(), ids=PICTURES)
+def test_text_picture_by_hand(plan, drawn):
+    """What a plan draws; reads at other places are written out."""
+    assert text_picture(plan) == drawn
+
+
+def test_the_header_shows_what_is_drawn():
+    """The picture in anchors.py's own header is what the plan draws."""
     for line in text_picture(anchors.backward(9)).splitlines()[1:]:
         assert line.split(maxsplit=2)[2] in anchors.__doc__
 
@@ -568,7 +495,8 @@ def test_text_picture_by_hand():
     ["forward", "backward P=2", "backward P=3", "backward, dummy", "inbetween, given", "inbetween"],
 )
 def test_picture_shows_the_plan(name):
-    """Cells of each colour: in the order, one per latent of a step; in the mask, a step's own slots squared, and its reads."""
+    """Cells of each colour: in the order, one per latent of a step; in the mask, a step's own slots
+    squared, and its reads."""
     plan = PLANS[name]
     image = picture(plan)
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
@@ -582,25 +510,42 @@ def test_picture_shows_the_plan(name):
     assert {c: (image == c).all(2).sum() / 15**2 for c in expected} == expected
 
 
-def test_every_order_is_drawn(tmp_path, capsys):
-    """`python anchors.py` prints any order and writes its picture; a wrong name is one line and no file."""
+def test_every_plan_is_drawn():
+    """One line a step, and a picture."""
     for plan in FULL_SIZE.values():
-        assert picture(plan).dtype == np.uint8 and len(text_picture(plan).splitlines()) == 1 + len(
-            plan.steps
-        )
-    done = script(
-        "anchors.py", "--order", "backward", "--latents", "9", "--out", str(tmp_path / "plan.png")
-    )
-    assert done.returncode == 0 and done.stdout.startswith(text_picture(anchors.backward(9)))
-    assert np.array_equal(iio.imread(tmp_path / "plan.png"), picture(anchors.backward(9)))
+        assert picture(plan).dtype == np.uint8
+        assert len(text_picture(plan).splitlines()) == 1 + len(plan.steps)
+
+
+def test_every_order_is_drawn_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """`python -m tools.plan` prints any order and writes its picture; a wrong name is one line and
+    no file."""
+    path = tmp_path / "plan.png"
+    tool.main(tool.Config("backward", 9, out=str(path)))
+    assert capsys.readouterr().out.startswith(text_picture(anchors.backward(9)))
+    assert np.array_equal(iio.imread(path), picture(anchors.backward(9)))
     for order in ORDERS:
-        anchors.main(anchors.Config(order, out=str(tmp_path / "plan.png")))
+        tool.main(tool.Config(order, out=str(path)))
         assert "latents in" in capsys.readouterr().out
-    wrong = script("anchors.py", "--order", "sideways", "--out", str(tmp_path / "no.png"))
-    assert (
-        wrong.returncode == 2
-        and wrong.stderr.count("\n") == 1
-        and wrong.stderr.startswith("error: ")
-        and "backward" in wrong.stderr
-    )
+    code, error = command_line(monkeypatch, capsys, tool, order="sideways", out=tmp_path / "no.png")
+    assert code == 2 and "unknown order 'sideways'" in error and "backward" in error
     assert [p.name for p in tmp_path.iterdir()] == ["plan.png"]
+
+
+def test_an_order_that_is_registered_is_known(monkeypatch, capsys):
+    """A new order is one function and one line: the command line draws it."""
+
+    def outside_in(length: int = 6) -> Plan:
+        ends = Step((0, length - 1), (0, length - 1))
+        inner = tuple(range(1, length - 1))
+        return Plan("outside in", length, (ends, Step(inner, inner, reads=same(0, length - 1))))
+
+    monkeypatch.setitem(ORDERS, "outside in", outside_in)
+    tool.main(tool.Config("outside in", 4))
+    assert "step 1     r  T  T  r" in capsys.readouterr().out
+
+
+def test_stories_are_orders_once_scenes_is_imported():
+    """anchors.py alone knows four orders; scenes.py adds its own."""
+    assert ORDERS["story"] is plans.story and ORDERS["transition"] is plans.transition
+    assert list(ORDERS)[:4] == ["forward", "backward", "inbetween", "loop"]

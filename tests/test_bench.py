@@ -5,59 +5,58 @@ import json
 import pytest
 import torch
 
-from dit import PRESETS, DiTConfig
+from dit import DiTConfig
+from lib.common import UserError
 from tools import bench
-from tools.bench import Clock, Config, flops, main, median_of
+from tools.bench import Clock, Config, main, medians
 
 
 def test_bench_measures_every_part(tmp_path):
-    """Parts, orders, long video and training steps, each a positive number, in the .json."""
+    """Parts, orders, long video and updates, each a positive number, in the .json."""
     main(Config(runs=1, train=True, vae_dtype="bfloat16", out=str(tmp_path / "bench.json")))
     found = json.loads((tmp_path / "bench.json").read_text())
     assert set(found["orders"]) == set(bench.ORDERS) and len(found["parts"]) == 5
-    numbers = [
-        *found["parts"].values(),
-        *found["long"].values(),
-        *found["training"].values(),
-        found["matmul FLOP/s"],
-    ]
-    assert all(
-        x > 0 for x in numbers + [x for row in found["orders"].values() for x in row.values()]
-    )
-    assert all(
-        row["FPS"] == pytest.approx(81 / row["81 frames s"]) for row in found["orders"].values()
-    )
+    assert len(found["training"]) == 8  # student, rollout, critic, stage 1, in two directions
+    numbers = [*found["parts"].values(), *found["long"].values(), *found["training"].values()]
+    numbers += [x for row in found["orders"].values() for x in row.values()]
+    assert all(x > 0 for x in [*numbers, found["matmul FLOP/s"]])
+    for name, row in found["orders"].items():
+        assert row["FPS"] == pytest.approx(81 / row["clip s"]), name
     assert 0 < found["share of the matmul rate"] < 1
 
 
-def test_training_steps_of_another_text_width(monkeypatch, tmp_path):
-    """A model that does not speak the toy world's words gets embeddings of its own."""
-    small = DiTConfig(
-        dim=24,
-        num_heads=2,
-        ffn_dim=48,
-        num_layers=2,
-        freq_dim=16,
-        text_dim=32,
-        text_len=12,
-        in_dim=8,
-        out_dim=8,
+def test_the_first_frame_is_the_first_piece():
+    """Forward it comes after the first block, backward after the last: nearly the whole clip."""
+    vae = bench.autoencoder(bench.VAES["toy"], torch.float32, torch.device("cpu"))
+    c = DiTConfig(
+        dim=48, num_heads=4, ffn_dim=96, num_layers=1, freq_dim=32, text_dim=8, text_len=4
     )
-    monkeypatch.setattr(bench, "PRESETS", PRESETS | {"small": small})
-    monkeypatch.setitem(bench.SIZES, "toy", ("small", "toy", 32, 32))
-    found = bench.training(Config(), small, 4, 4, torch.device("cpu"))
-    assert found["generator step s"] + found["critic step s"] > 0
-
-
-def test_flops_by_hand():
-    """One layer of width 2 and ffn 4, 3 tokens that see 5 keys and 7 words: 2*3*2*(6*2+2*4) + 4*3*(5+7)*2."""
-    c = DiTConfig(dim=24, num_heads=2, ffn_dim=4, num_layers=1, text_len=7)
-    assert flops(c, 3, 5) == 2 * 3 * 24 * (6 * 24 + 2 * 4) + 4 * 3 * (5 + 7) * 24
+    clock, net = Clock(torch.device("cpu")), bench.network(c, torch.float32, "cpu")
+    text = torch.randn(1, 4, 8)
+    for order, when in (("forward", "early"), ("backward, P = 3", "late")):
+        row = bench.measure(clock, net, vae, bench.ORDERS[order], text, 4, 4, 1, torch.float32)
+        early = row["first frame s"] < 0.5 * row["clip s"]
+        assert early == (when == "early"), (order, row)
+        assert row["first block s"] < 0.5 * row["clip s"]
 
 
 def test_the_first_run_is_not_counted():
-    """It warms up."""
+    """It warms up; two calls take turns."""
     ticks = iter([0, 100, 200, 201, 300, 303, 400, 402])
     clock = Clock(torch.device("cpu"))
     clock.now = lambda: next(ticks)
-    assert median_of(clock, 3, lambda: None) == 2
+    assert bench.median_of(clock, 3, lambda: None) == 2
+    turns, ticks = [], iter(range(0, 100))
+    assert medians(clock, 2, lambda: turns.append("a"), lambda: turns.append("b")) == [1, 1]
+    assert turns == ["a", "b"] * 3
+
+
+def test_the_processor_is_named():
+    """With its family, which decides how its products compare; and the threads in use."""
+    assert "family" in bench.processor() and "1 threads" in bench.processor()
+
+
+@pytest.mark.parametrize("flags", [{"preset": "huge"}, {"runs": 0}])
+def test_mistakes_are_named(flags):
+    with pytest.raises(UserError, match="must be one of toy, toy64, wan, and --runs"):
+        main(Config(**flags))

@@ -22,22 +22,22 @@ from tiny import (
     tiny_dit,
     two_processes,
 )
+from zoo.causal_forcing import ar_loss, bell
 
 import anchors
 import train_ode
 from anchors import Plan, Step, layout
 from dit import load_dit
 from lib import pairs
+from lib.clips import Clips
 from lib.common import UserError
 from lib.pairs import KEEP, integrate, many_steps, pair_noise
 from lib.text import Prompts
 from lib.weights import read_tensors
 from sampler import noise_from, ode_sigmas
 from tools import encode as latents
-from tools.encode import Clips
 from train_ode import cd_loss
 from zoo import causal_forcing as train_ar
-from zoo.causal_forcing import ar_loss, bell
 
 
 # ---------------------------------------------------------------- teacher forcing

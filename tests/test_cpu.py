@@ -20,7 +20,8 @@ from lib.cpu import Linear, conv3d, linear
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 def test_convolution_equals_torchs(shape, weight, stride, padding, layout):
-    """Values and gradients of the faster call are those of F.conv3d in float64; other types than float32 take torch's own."""
+    """Values and gradients of the faster call are those of F.conv3d in float64; other types than
+    float32 take torch's own."""
     g = generator(3)
     given = [torch.randn(s, generator=g) for s in (shape, weight, weight[:1])]
     slow, fast = (
@@ -40,7 +41,8 @@ def test_convolution_equals_torchs(shape, weight, stride, padding, layout):
 
 
 def given(layout: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """x [2, 5, 24] whole, transposed, or with gaps between its rows; weight [7, 24]; bias [7]: leaves that want gradients."""
+    """x [2, 5, 24] whole, transposed, or with gaps between its rows; weight [7, 24]; bias [7]:
+    leaves that want gradients."""
     g = generator(4)
     x, weight, bias = (torch.randn(s, generator=g) for s in ((2, 5, 24), (7, 24), (7,)))
     x = {
@@ -53,11 +55,12 @@ def given(layout: str, dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("layout", ["whole", "transposed", "gaps"])
 def test_product_equals_torchs(layout, monkeypatch):
-    """Values and gradients are those of F.linear in float64, for any layout of input and gradient; what oneDNN gets has no gaps."""
-    monkeypatch.setattr("cpu.SMALL", 0)
+    """Values and gradients are those of F.linear in float64, for any layout of input and gradient;
+    what oneDNN gets has no gaps."""
+    monkeypatch.setattr("lib.cpu.SMALL", 0)
     real, taken = cpu._product, []
     monkeypatch.setattr(
-        "cpu._product", lambda x, *more: (taken.append(x.flatten(0, -2)), real(x, *more))[1]
+        "lib.cpu._product", lambda x, *more: (taken.append(x.flatten(0, -2)), real(x, *more))[1]
     )
     results = []
     for dtype, call in ((torch.float64, F.linear), (torch.float32, linear)):
@@ -74,7 +77,8 @@ def test_product_equals_torchs(layout, monkeypatch):
 
 
 def test_rows_do_not_see_each_other():
-    """At a size that oneDNN gets: another row changes no bit of the rest, so nothing leaks through a product."""
+    """At a size that oneDNN gets: another row changes no bit of the rest, so nothing leaks through
+    a product."""
     g = generator(5)
     x, weight, bias = (torch.randn(s, generator=g) for s in ((2, 48, 192), (256, 192), (256,)))
     assert x.numel() * len(weight) >= cpu.SMALL
@@ -88,7 +92,7 @@ def test_rows_do_not_see_each_other():
 
 def test_an_expanded_gradient(monkeypatch):
     """A sum hands down one number for all places."""
-    monkeypatch.setattr("cpu.SMALL", 0)
+    monkeypatch.setattr("lib.cpu.SMALL", 0)
     found = []
     for dtype, call in ((torch.float64, F.linear), (torch.float32, linear)):
         x, weight, bias = given("whole", dtype)
@@ -98,9 +102,9 @@ def test_an_expanded_gradient(monkeypatch):
 
 def test_what_is_frozen_costs_nothing(monkeypatch):
     """Without a wish for the gradient of the weight, or of the input, its product is left out."""
-    monkeypatch.setattr("cpu.SMALL", 0)
+    monkeypatch.setattr("lib.cpu.SMALL", 0)
     real, calls = cpu._product, []
-    monkeypatch.setattr("cpu._product", lambda *args: (calls.append(1), real(*args))[1])
+    monkeypatch.setattr("lib.cpu._product", lambda *args: (calls.append(1), real(*args))[1])
     for frozen in (0, 1, 2):
         leaves = given("whole", torch.float32)
         leaves[frozen].requires_grad_(False)
@@ -110,11 +114,12 @@ def test_what_is_frozen_costs_nothing(monkeypatch):
 
 
 def test_all_else_is_torchs(monkeypatch):
-    """Small products, other types, autocast, torch.compile, and a torch without oneDNN take F.linear, to the bit."""
-    monkeypatch.setattr("cpu._product", None)
+    """Small products, other types, autocast, torch.compile, and a torch without oneDNN take
+    F.linear, to the bit."""
+    monkeypatch.setattr("lib.cpu._product", None)
     x, weight, bias = given("whole", torch.float32)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
-    monkeypatch.setattr("cpu.SMALL", 0)
+    monkeypatch.setattr("lib.cpu.SMALL", 0)
     for dtype in (torch.float64, torch.bfloat16):
         assert torch.equal(linear(*given("whole", dtype)), F.linear(*given("whole", dtype)))
     layer = Linear(24, 7)
@@ -122,7 +127,7 @@ def test_all_else_is_torchs(monkeypatch):
         assert layer(x).dtype == torch.bfloat16
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), F.linear(x, layer.weight, layer.bias))
-    monkeypatch.setattr("cpu.ONEDNN", False)
+    monkeypatch.setattr("lib.cpu.ONEDNN", False)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     c = [torch.randn(s, generator=generator(1)) for s in ((1, 2, 3, 4, 4), (2, 2, 1, 1, 1), (2,))]
     assert torch.equal(conv3d(*c), F.conv3d(*c))

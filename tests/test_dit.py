@@ -1,24 +1,25 @@
-"""The transformer is Wan's, and its additions (time, position and visibility per latent) are exact."""
+"""The transformer is Wan's, and its additions (time, position and visibility per latent) are
+exact."""
 
 import json
 import math
 import re
+import sys
 from dataclasses import asdict
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny import distance, randn, randomise, tiny_dit
+from tiny import ROOT, distance, randn, randomise, tiny_dit
 from torch.nn.attention import flex_attention as flex
 
+import anchors
 from dit import (
     PRESETS,
     DiT,
     DiTConfig,
-    Past,
-    Rope,
     SelfAttention,
     Visible,
     attend,
@@ -30,6 +31,7 @@ from dit import (
 )
 from kvcache import KVCache
 from lib.common import UserError
+from sampler import generate, noise_seeded, student_sigmas
 
 CONFIGS = {
     "head_dim 12": {},
@@ -70,7 +72,8 @@ def inputs(c: DiTConfig, T: int = 3, h: int = 4, w: int = 6, words: int = 5) -> 
 
 
 def wan_sinusoid(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """Wan's embedding of t, angles in float64. (diffusers rounds them to float32: 2e-5 off at t = 1000.)"""
+    """Wan's embedding of t, angles in float64. (diffusers rounds them to float32: 2e-5 off at t =
+    1000.)"""
     return torch.tensor(
         [
             [
@@ -117,7 +120,8 @@ def run_wan(
 # ---------------------------------------------------------------- parity
 @pytest.mark.parametrize("sizes", CONFIGS.values(), ids=CONFIGS)
 def test_equals_diffusers(sizes, tmp_path):
-    """diffusers' Wan transformer, loaded from its own folder, gives the same velocity; the default text_len is Wan's 512."""
+    """diffusers' Wan transformer, loaded from its own folder, gives the same velocity; the default
+    text_len is Wan's 512."""
     c = tiny_dit(**sizes).config
     model = wan(c)
     model.save_pretrained(tmp_path / "transformer")
@@ -132,7 +136,8 @@ def test_equals_diffusers(sizes, tmp_path):
 
 @pytest.mark.parametrize("sizes", CONFIGS.values(), ids=CONFIGS)
 def test_time_per_latent_equals_diffusers(sizes, tmp_path):
-    """A timestep of its own for every latent is diffusers' timestep of its own for every token (Wan 2.2), and not one for all."""
+    """A timestep of its own for every latent is diffusers' timestep of its own for every token (Wan
+    2.2), and not one for all."""
     model = wan(tiny_dit(**sizes).config)
     model.save_pretrained(tmp_path)
     ours = load_dit(tmp_path)
@@ -150,7 +155,8 @@ def test_time_per_latent_equals_diffusers(sizes, tmp_path):
 
 @pytest.mark.parametrize("sizes", CONFIGS.values(), ids=CONFIGS)
 def test_diffusers_loads_what_we_save(sizes, tmp_path, monkeypatch):
-    """save_dit(to="diffusers") is a folder that WanTransformer3DModel.from_pretrained reads, with equal output."""
+    """save_dit(to="diffusers") is a folder that WanTransformer3DModel.from_pretrained reads, with
+    equal output."""
     from diffusers import WanTransformer3DModel
 
     monkeypatch.setattr(
@@ -170,7 +176,8 @@ def test_diffusers_loads_what_we_save(sizes, tmp_path, monkeypatch):
 
 
 def test_sinusoid_by_hand():
-    """[cos | sin] of t, t/100 for width 4: cos 2, cos .02, sin 2, sin .02; at any t within 1e-6 of float64."""
+    """[cos | sin] of t, t/100 for width 4: cos 2, cos .02, sin 2, sin .02; at any t within 1e-6 of
+    float64."""
     assert (
         distance(
             sinusoid(torch.tensor([2.0]), 4),
@@ -186,7 +193,8 @@ def test_sinusoid_by_hand():
     "name, parameters, tensors", [("wan1.3b", 1_418_996_800, 825), ("wan14b", 14_288_491_584, 1095)]
 )
 def test_presets_are_wan(name, parameters, tensors):
-    """The presets have exactly the tensors of Wan2.1's T2V checkpoints: names, shapes and counts."""
+    """The presets have exactly the tensors of Wan2.1's T2V checkpoints: names, shapes and
+    counts."""
     c = PRESETS[name]
     with torch.device("meta"):
         state = DiT(c).state_dict()
@@ -231,7 +239,8 @@ def test_toy_has_the_students_interface():
 
 # ---------------------------------------------------------------- checkpoints
 def test_native_round_trip_is_bit_exact(tmp_path):
-    """A saved model comes back with the same bits, frozen, and with its config read from the metadata."""
+    """A saved model comes back with the same bits, frozen, and with its config read from the
+    metadata."""
     ours = tiny_dit(text_len=11)
     save_dit(ours, tmp_path / "student.safetensors")
     for path in (tmp_path, tmp_path / "student.safetensors"):
@@ -241,7 +250,8 @@ def test_native_round_trip_is_bit_exact(tmp_path):
 
 
 def test_bfloat16_is_loaded_as_asked(tmp_path):
-    """load_dit(dtype=bfloat16) casts every parameter and computes close to float32: rms error below 2 % of the output."""
+    """load_dit(dtype=bfloat16) casts every parameter and computes close to float32: rms error below
+    2 % of the output."""
     ours = tiny_dit()
     save_dit(ours, tmp_path / "a.safetensors")
     half = load_dit(tmp_path / "a.safetensors", torch.bfloat16)
@@ -304,8 +314,9 @@ def test_shards_with_an_index_load(tmp_path):
     ],
 )
 def test_self_forcing_checkpoints_load(prefix, tmp_path):
-    """A .pt of Self-Forcing's kind: the EMA is preferred, wrappers' prefixes go, sizes are read off the tensors."""
-    ours, ema = (tiny_dit(seed, dim=128, num_heads=1, text_len=512) for seed in (1, 2))
+    """A .pt of Self-Forcing's kind: the EMA is preferred, wrappers' prefixes go."""
+    ours, ema = tiny_dit(1), tiny_dit(2)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(ours.config)))
 
     def wrapped(model):
         return {
@@ -341,7 +352,8 @@ def test_every_misfit_is_named_at_once(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    """Foreign, truncated, absent and image-to-video checkpoints each end in a UserError that names the file or the reason."""
+    """Foreign, truncated, absent and image-to-video checkpoints each end in a UserError that names
+    the file or the reason."""
     save_dit(tiny_dit(), tmp_path / "good.safetensors")
     whole = (tmp_path / "good.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
@@ -352,7 +364,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for name, says in (
         ("cut.safetensors", "cut.safetensors is not a whole"),
         ("cut.pt", "cut.pt is not a checkpoint"),
-        ("foreign.pt", "foreign.pt is not a Wan transformer.*'layer.weight'"),
+        ("foreign.pt", "foreign.pt is not a Wan transformer.*'model.layer.weight'"),
         ("none.pt", "none.pt does not exist"),
         ("foreign.safetensors", "not a Wan transformer.*'unet.conv.weight'"),
         (".", "holds several students .cut.pt"),
@@ -369,7 +381,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 
 # ---------------------------------------------------------------- time, position, visibility
 def test_latents_at_their_own_time_equal_separate_passes():
-    """Blocks that do not see each other, each latent at its own t, are what separate passes give."""
+    """Blocks that do not see each other, each latent at its own t, are what separate passes
+    give."""
     ours = tiny_dit()
     z, t, text, _ = inputs(ours.config, T=5)
     pos = torch.tensor([4, 5, 0, 1, 2])
@@ -381,7 +394,8 @@ def test_latents_at_their_own_time_equal_separate_passes():
 
 @pytest.mark.parametrize("shift", [1, 7, 5000, -3, -5000])
 def test_only_relative_position_matters(shift):
-    """Moving all positions by a constant, beyond Wan's 1024 or below 0, changes nothing; moving one latent does."""
+    """Moving all positions by a constant, beyond Wan's 1024 or below 0, changes nothing; moving one
+    latent does."""
     ours = tiny_dit()
     z, t, text, pos = inputs(ours.config)
     assert distance(ours(z, t, text, pos + shift), ours(z, t, text, pos)) <= 1e-5
@@ -392,7 +406,8 @@ def test_only_relative_position_matters(shift):
 
 @pytest.mark.parametrize("head_dim", [6, 12, 16, 128])
 def test_angles_are_wans(head_dim):
-    """Rotation equals Wan's own: complex float64 multiplication, d - 4(d//6), 2(d//6), 2(d//6) channels of t, h, w."""
+    """Rotation equals Wan's own: complex float64 multiplication, d - 4(d//6), 2(d//6), 2(d//6)
+    channels of t, h, w."""
     pos, h, w = torch.tensor([0, 20, -4, 5000]), 3, 2
     dims = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
     grids = torch.meshgrid(
@@ -410,16 +425,16 @@ def test_angles_are_wans(head_dim):
         torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
         * torch.polar(torch.ones_like(angles), angles)[:, None]
     )
-    table = rope(pos, h, w, head_dim)
-    assert distance(rotate(x, table), torch.view_as_real(turned).flatten(-2)) <= 2e-6
-    assert table.cos.dtype == table.sin.dtype == torch.float32 and [d // 2 for d in dims] == (
-        [22, 21, 21] if head_dim == 128 else [d // 2 for d in dims]
-    )
+    cos, sin = rope(pos, h, w, head_dim)
+    assert distance(rotate(x, (cos, sin)), torch.view_as_real(turned).flatten(-2)) <= 2e-6
+    assert cos.dtype == sin.dtype == torch.float32
+    assert cos.shape == sin.shape == (len(pos) * h * w, 1, head_dim // 2)
 
 
 def test_rotate_is_a_rotation():
-    """By hand: a quarter turn sends (a, b) to (-b, a); head_dim 6 at position 2, row 1, column 3 turns by 2, 1, 3 radians."""
-    quarter = Rope(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    """By hand: a quarter turn sends (a, b) to (-b, a); head_dim 6 at position 2, row 1, column 3
+    turns by 2, 1, 3 radians."""
+    quarter = (torch.zeros(1, 1, 1), torch.ones(1, 1, 1))  # cosine, sine
     assert rotate(torch.tensor([[[[3.0, 4.0]]]]), quarter).flatten().tolist() == [-4, 3]
     token = rotate(
         torch.tensor([1.0, 0, 0, 1, 1, 0]).expand(1, 8, 1, 6), rope(torch.tensor([2]), 2, 4, 6)
@@ -471,13 +486,12 @@ def test_dense_by_hand():
 
 
 def test_one_latent_may_be_several_keys():
-    """key_slot and key_pos: the layer equals dense attention over gathered keys at these positions, gradients too."""
+    """key_slot and key_pos: the layer equals dense attention over gathered keys at these positions,
+    gradients too."""
     layer = randomise(SelfAttention(24, 2, 1e-6)).requires_grad_()
     h, w, pos = 1, 3, torch.arange(5)
     x = randn(0, 2, 15, 24).requires_grad_()
-    out, (k_own, _) = layer(
-        x, rope(pos, h, w, 12), REPEATED, rope(REPEATED.key_pos, h, w, 12), None, x.shape[1]
-    )
+    out, (k_own, _) = layer(x, rope(pos, h, w, 12), rope(REPEATED.key_pos, h, w, 12), REPEATED)
     q, k, v = layer.norm_q(layer.q(x)), layer.norm_k(layer.k(x)), layer.v(x)
     rows = (REPEATED.key_slot[:, None] * 3 + torch.arange(3)).flatten()
     q, k, v = (y.view(2, -1, 2, 12) for y in (q, k[:, rows], v[:, rows]))
@@ -494,7 +508,8 @@ def test_one_latent_may_be_several_keys():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("visible", [RAGGED, REPEATED], ids=["ragged", "repeated"])
 def test_the_block_mask_is_the_dense_mask(visible, monkeypatch):
-    """What `prepare` hands to FlexAttention, built here on the CPU, is the dense mask, and flex with it equals the spans."""
+    """What `prepare` hands to FlexAttention, built here on the CPU, is the dense mask, and flex
+    with it equals the spans."""
     tokens, table, create = 37, visible.dense(), flex.create_block_mask
     monkeypatch.setattr(Visible, "dense", lambda self: SimpleNamespace(to=lambda device: table))
     monkeypatch.setattr(
@@ -524,9 +539,10 @@ def test_the_block_mask_is_the_dense_mask(visible, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention with gradients needs CUDA")
 @pytest.mark.parametrize("visible", [RAGGED, REPEATED], ids=["ragged", "repeated"])
 def test_flex_equals_dense_on_cuda(visible):
-    """On CUDA the compiled realisation gives the spans' values and gradients (float32, tf32 off: 1e-4)."""
+    """On CUDA the compiled realisation gives the spans' values and gradients (float32, tf32 off:
+    1e-4)."""
     keys = 6 if visible.key_slot is None else 8
-    q = randn(0, 2, visible.spans[-1][1] * 100, 4, 64).cuda().requires_grad_()
+    q = randn(0, 2, visible.slots * 100, 4, 64).cuda().requires_grad_()
     k, v = (randn(s, 2, keys * 100, 4, 64).cuda().requires_grad_() for s in (1, 2))
     prepared = visible.prepare(100, "cuda")
     assert prepared.block_mask is not None
@@ -537,7 +553,8 @@ def test_flex_equals_dense_on_cuda(visible):
 
 # ---------------------------------------------------------------- text, memory, mistakes
 def test_text_may_come_as_keys_and_values():
-    """text_kv(text) in place of text gives the same bits; so does text that is already padded with zeros."""
+    """text_kv(text) in place of text gives the same bits; so does text that is already padded with
+    zeros."""
     ours = tiny_dit()
     z, t, text, pos = inputs(ours.config)
     v = ours(z, t, text, pos)
@@ -549,10 +566,11 @@ def test_text_may_come_as_keys_and_values():
 
 
 def test_checkpointing_changes_no_bit():
-    """Recomputing blocks in the backward pass gives the same output and gradients, past keys and spans included."""
+    """Recomputing blocks in the backward pass gives the same output and gradients, past keys and
+    spans included."""
     ours = tiny_dit().requires_grad_()
     z, t, text, pos = inputs(ours.config, T=5)
-    past = [Past(randn(7, 2, 12, 4, 12), randn(8, 2, 12, 4, 12), 12)] * 2
+    past = [(randn(7, 2, 12, 4, 12), randn(8, 2, 12, 4, 12))] * 2
     results = []
     for ours.checkpointing in (False, True):
         for how in ({"visible": REPEATED}, {"past": past}):
@@ -586,28 +604,81 @@ def test_bad_shapes_are_named(shape, t_shape, T, says):
     "changes", [{"patch_size": (2, 2, 2)}, {"dim": 50}, {"dim": 60}, {"dim": 16}]
 )
 def test_impossible_sizes_are_refused(changes):
-    """Patches over time, and widths that do not split into even heads of at least 6, are no DiT of this kind."""
+    """Patches over time, and widths that do not split into even heads of at least 6, are no DiT of
+    this kind."""
     with pytest.raises(UserError, match="patch_size|num_heads"):
         tiny_dit(**changes)
 
 
-def test_what_nobody_needs_is_not_computed():
-    """need = k gives the last k velocities of a whole pass, need = 0 its keys and values alone, with a past or without."""
+def test_keys_alone_are_those_of_a_whole_pass():
+    """keys_only gives every layer's keys and values, bit for bit, with a past or without."""
     dit, pos = tiny_dit(5), torch.arange(6)
-    z, text, t = (
-        randn(1, 2, 6, dit.config.in_dim, 4, 4),
-        randn(2, 2, 3, dit.config.text_dim),
-        randn(3, 2, 6).abs() * 100,
-    )
-    cache = KVCache(dit.config, 2, 2, 4, 4)
-    cache.write((0, 1), dit(z[:, :2], t[:, :2], text, pos[:2], need=0))
+    z, t, text, _ = inputs(dit.config, T=6)
+    cache = KVCache(dit.config, 2, 2, 4, 6)
+    cache.write((0, 1), dit(z[:, :2], t[:, :2], text, pos[:2], keys_only=True))
     for past in (None, cache.read(((0, 7), (1, 8)))):
-        whole, kept = dit(z, t, text, pos, past=past, return_kv=True)
-        for k in (1, 3, 6):
-            part, same = dit(z, t, text, pos, past=past, return_kv=True, need=k)
-            assert part.shape[1] == k and distance(part, whole[:, -k:]) <= 1e-6
-            assert all(torch.equal(a, b) for x, y in zip(kept, same) for a, b in zip(x, y))
-        alone = dit(z, t, text, pos, past=past, need=0)
+        _, kept = dit(z, t, text, pos, past=past, return_kv=True)
+        alone = dit(z, t, text, pos, past=past, keys_only=True)
+        assert len(alone) == dit.config.num_layers
         assert all(torch.equal(a, b) for x, y in zip(kept, alone) for a, b in zip(x, y))
-    with pytest.raises(ValueError, match="without them"):
-        dit(z, t, text, pos, Visible(((0, 6, ((0, 6),)),)), need=2)
+
+
+# ---------------------------------------------------------------- a fork
+AN_ACTION_PER_LATENT = {  # a line of dit.py -> with what is added; nothing else changes
+    """        self.init_weights()
+""": """        self.init_weights()
+        self.action = nn.Linear(3, c.dim, bias=False)
+        nn.init.zeros_(self.action.weight)
+""",
+    """        self._check(z, t, pos)
+""": """        self._check(z, t, pos)
+        text, action = text  # action: [B, T, 3]
+""",
+    """        time = self.time_projection(e)""": """        e = e + self.action(action[:, pos])
+        time = self.time_projection(e)""",
+}
+
+
+def test_an_action_per_latent_is_an_edit_of_dit_alone(tmp_path, monkeypatch):
+    """Four lines make a world model of it: old weights load with `new`, the sampler hands the
+    action through, and an action changes its own block and what comes after, not what was
+    before."""
+    source = (ROOT / "dit.py").read_text()
+    for old, new in AN_ACTION_PER_LATENT.items():
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    fork = ModuleType("fork")
+    monkeypatch.setitem(sys.modules, "fork", fork)
+    exec(compile(source, "fork", "exec"), fork.__dict__)
+
+    plain, plan, action = tiny_dit(3), anchors.forward(9), torch.zeros(1, 9, 3)
+    save_dit(plain, tmp_path / "plain.safetensors")
+    world = fork.load_dit(tmp_path / "plain.safetensors", new=("action.",))
+    words, noise = plain.text_kv(randn(1, 1, 5, 32)), noise_seeded([(0, 0, 0)], (4, 4, 4))
+
+    def play(model, text):
+        return generate(model, plan, [text], noise, student_sigmas())
+
+    before = play(plain, words)
+    assert torch.equal(play(world, (words, action)), before)  # zero at first
+    world.action.weight.data = randn(2, 48, 3)
+    action[:, 4] = 1
+    after = play(world, (words, action))
+    assert torch.equal(after[:, :3], before[:, :3])
+    assert all(distance(after[:, n], before[:, n]) > 1e-3 for n in range(3, 9))
+
+
+def test_new_parameters_are_named_and_nothing_else_may_be_missing(tmp_path, capsys):
+    """`new` fills what is missing under a name with zeros, and says so; another missing tensor is
+    an error as ever."""
+    dit = tiny_dit(3)
+    state = dit.state_dict()
+    kept = {k: v for k, v in state.items() if not k.startswith("blocks.1.ffn.2.")}
+    save_file(kept, tmp_path / "a.safetensors", {"config": json.dumps(asdict(dit.config))})
+    back = load_dit(tmp_path / "a.safetensors", new=("blocks.1.ffn.2.",)).state_dict()
+    assert not back["blocks.1.ffn.2.weight"].any() and not back["blocks.1.ffn.2.bias"].any()
+    assert all(torch.equal(back[k], v) for k, v in kept.items())
+    assert "blocks.1.ffn.2.weight, blocks.1.ffn.2.bias: new, and zero" in capsys.readouterr().out
+    for new in ((), ("blocks.0.",)):
+        with pytest.raises(UserError, match=r"missing 2 \(blocks.1.ffn.2.weight"):
+            load_dit(tmp_path / "a.safetensors", new=new)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lib.common import UserError
-from lib.media import VideoWriter, load_clip, read_frames, to_uint8, write_curves, write_sheet
+from lib.media import VideoWriter, load_clip, media_in, read_frames, to_uint8, write_sheet
+from lib.picture import write_curves
 
 
 def ramp(frames, height, width):
@@ -32,7 +33,8 @@ def ramp(frames, height, width):
     "frames, height, width", [(9, 32, 32), (5, 48, 80), (5, 24, 40), (1, 32, 32)]
 )  # multiples of 8, not all of 16
 def test_video_comes_back(tmp_path, name, frames, height, width):
-    """Frame count, size and the order of frames, sides and channels are exact; pixels are in [-1, 1] and close."""
+    """Frame count, size and the order of frames, sides and channels are exact; pixels are in [-1,
+    1] and close."""
     clip = ramp(frames, height, width)
     with VideoWriter(tmp_path / name) as writer:
         for part in clip.split(2, dim=1):
@@ -45,7 +47,8 @@ def test_video_comes_back(tmp_path, name, frames, height, width):
 
 
 def test_mp4_of_odd_size_is_not_resized(tmp_path):
-    """H.264 needs even sides; other sizes are refused, never silently changed, and no file is left."""
+    """H.264 needs even sides; other sizes are refused, never silently changed, and no file is
+    left."""
     with pytest.raises(UserError, match="31x34"):
         with VideoWriter(tmp_path / "a.mp4") as writer:
             writer.write(ramp(3, 31, 34))
@@ -72,13 +75,14 @@ def test_writer_refuses_other_formats(tmp_path):
 
 
 def test_unreadable_clip_is_a_user_error(tmp_path):
-    """Absent, empty, garbage files, and pictures without colour, are the user's mistakes."""
-    import imageio.v3 as iio
-
-    iio.imwrite(tmp_path / "gray.png", np.zeros((32, 32), np.uint8))
+    """Absent, empty and garbage files, and folders, are the user's mistakes; grey pictures are
+    none."""
+    iio.imwrite(tmp_path / "gray.png", np.full((32, 32), 7, np.uint8))
+    assert to_uint8(read_frames(tmp_path / "gray.png")[0]).tolist() == [[[[7] * 3] * 32] * 32]
+    (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "garbage.gif").write_bytes(bytes(range(256)))
-    for name in ("absent.mp4", "empty.mp4", "garbage.gif", "gray.png"):
+    for name in ("absent.mp4", "empty.mp4", "garbage.gif", "folder.mp4"):
         with pytest.raises(UserError, match=name):
             read_frames(tmp_path / name)
 
@@ -131,7 +135,8 @@ def levels(video):
 
 
 def test_clips_are_resampled_by_their_timestamps(tmp_path):
-    """At 30 frames a second and at a variable rate: the last frame up to half a frame later; a .gif goes by its durations."""
+    """At 30 frames a second and at a variable rate: the last frame up to half a frame later; a .gif
+    goes by its durations."""
 
     def expected(there: list[int], frames: int) -> list[int]:
         return [2 * max(n for n in there if n / 30 < f / 16 + 1 / 32) for f in range(frames)]
@@ -155,7 +160,8 @@ def test_clips_are_resampled_by_their_timestamps(tmp_path):
 
 
 def test_clips_are_cut_at_either_end(tmp_path):
-    """`frames` counts from the start, or with `last` from the end; what is there already is exact and not touched."""
+    """`frames` counts from the start, or with `last` from the end; what is there already is exact
+    and not touched."""
     path = clock(tmp_path / "a.mkv", fps=16, height=16, width=16)
     assert levels(load_clip(path, (16, 16))[0]) == list(range(0, 64, 2))
     assert levels(load_clip(path, (16, 16), frames=5)[0]) == [0, 2, 4, 6, 8]
@@ -175,7 +181,8 @@ def test_clips_are_cut_at_either_end(tmp_path):
 
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40), (33, 35), (7, 9), (16, 24)])
 def test_clips_are_fitted(shape, tmp_path):
-    """Cropped clips fill the frame, padded ones have black bars; proportions and the middle stay. Every value is one of 256."""
+    """Cropped clips fill the frame, padded ones have black bars; proportions and the middle stay.
+    Every value is one of 256."""
     height, width = shape
     y, x = np.mgrid[:height, :width]
     inside = np.hypot(y - height / 2 + 0.5, x - width / 2 + 0.5) < min(shape) / 4
@@ -196,7 +203,8 @@ def test_clips_are_fitted(shape, tmp_path):
 
 
 def test_clips_that_cannot_be_used(tmp_path):
-    """Sound without picture, broken, empty and foreign files, and too little video: one sentence with what is needed and there."""
+    """Sound without picture, broken, empty and foreign files, and too little video: one sentence
+    with what is needed and there."""
     ffmpeg("-f", "lavfi", "-i", "sine=duration=1", tmp_path / "sound.mp4")
     clock(tmp_path / "whole.mkv")
     ffmpeg(
@@ -236,7 +244,8 @@ def test_clips_that_cannot_be_used(tmp_path):
 
 
 def test_damaged_clips_end_where_the_damage_is(tmp_path):
-    """No guessed pictures: what comes before the damage can be used, and the sentence says that the file promised more."""
+    """No guessed pictures: what comes before the damage can be used, and the sentence says that the
+    file promised more."""
     ffmpeg(
         "-f",
         "lavfi",
@@ -257,6 +266,179 @@ def test_damaged_clips_end_where_the_damage_is(tmp_path):
     assert 9 <= video.shape[2] < 60 and torch.equal(video, whole[:, :, : video.shape[2]])
     assert "although the file promises 4.0 s: it is damaged" in says
     assert "damaged" not in load_clip(tmp_path / "b.mp4", (48, 64), frames=9)[1]
+
+
+# ---------------------------------------------------------------- what a file says of itself
+def grey(values):
+    """[H, W] -> the picture's levels as read."""
+    return np.tile(np.asarray(values), (48, 1))
+
+
+RAMP = np.arange(64, dtype=np.uint8) * 4
+DEEP = {  # the same ramp in other types of numbers; white is 252
+    "sixteen.png": grey(RAMP).astype(np.uint16) * 257,
+    "sixteen.tiff": grey(RAMP).astype(np.uint16) * 257,
+    "float.tiff": grey(RAMP).astype(np.float32) / 255,
+    "float255.tiff": grey(RAMP).astype(np.float32),
+    "eight.bmp": np.stack([grey(RAMP)] * 3, -1),
+}
+
+
+@pytest.mark.parametrize("name, values", DEEP.items(), ids=DEEP)
+def test_deep_pictures_keep_their_levels(name, values, tmp_path):
+    """16 bit and float pictures are scaled, not cut, and it is said; the name does not matter, the
+    content does."""
+    iio.imwrite(tmp_path / name, values)
+    (tmp_path / name).rename(tmp_path / "picture.jfif")
+    video, says = load_clip(tmp_path / "picture.jfif", (48, 64))
+    assert to_uint8(video[0])[0, 7, :, 1].tolist() == RAMP.tolist()
+    assert ("scaled to 8 bits" in says) == (values.dtype != np.uint8)
+    assert torch.equal(read_frames(tmp_path / "picture.jfif"), video)  # the same reader
+
+
+def test_what_is_transparent_is_black(tmp_path, capsys):
+    """The colour that a file has under alpha 0 was never to be seen; half of it is half, palettes
+    and videos alike."""
+    rgba = np.zeros((16, 16, 4), np.uint8)
+    rgba[..., :3], rgba[:, 8:, 3] = (200, 0, 100), 128
+    for name in ("a.png", "a.webp", "a.tga"):
+        iio.imwrite(tmp_path / name, rgba, **({"lossless": True} if name == "a.webp" else {}))
+        video, says = load_clip(tmp_path / name, (16, 16))
+        left, right = to_uint8(video[0])[0, 4, [2, 12]].tolist()
+        assert (
+            left == [0, 0, 0] and right == [100, 0, 50] and "transparent parts over black" in says
+        )
+    read_frames(tmp_path / "a.png")
+    assert capsys.readouterr().out == "a.png: transparent parts over black\n"
+    clear = "color=magenta:s=64x48:r=16:d=0.5,format=rgba,colorchannelmixer=aa=0"
+    ffmpeg(
+        "-f",
+        "lavfi",
+        "-i",
+        clear,
+        "-c:v",
+        "libvpx-vp9",
+        "-pix_fmt",
+        "yuva420p",
+        tmp_path / "v.webm",
+    )
+    video, says = load_clip(tmp_path / "v.webm", (48, 64))
+    assert to_uint8(video[0]).max() <= 2 and "transparent parts over black" in says
+
+
+MOVING = ("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=16:duration=2")
+
+
+@pytest.mark.parametrize(
+    "name", "a.ts a.mts a.m2ts a.m4v a.3gp a.mxf a.ogv a.flv a.mov a.vob a.wmv bare".split()
+)
+def test_containers_are_known_by_content(name, tmp_path):
+    """Any container that ffmpeg reads, under any name; 32 frames are 32 frames."""
+    codec = {"a.mxf": ["-c:v", "mpeg2video", "-r", "25"], "a.ogv": ["-c:v", "libtheora"]}
+    codec |= {"a.vob": codec["a.mxf"], "bare": ["-f", "mp4"]}
+    ffmpeg(*MOVING, "-pix_fmt", "yuv420p", *codec.get(name, []), tmp_path / name)
+    video, says = load_clip(tmp_path / name, (48, 64))
+    assert video.shape[2] == 32 and video[:, :, 0].std() > 0.3 and "damaged" not in says
+
+
+def test_text_and_playlists_are_no_videos(tmp_path):
+    """ffmpeg would draw a text file as a picture, and follow a playlist to other files; we do
+    neither."""
+    ffmpeg(*MOVING, tmp_path / "a.ts")
+    (tmp_path / "w.txt").write_text("hello\n" * 50)
+    (tmp_path / "l.m3u8").write_text("#EXTM3U\n#EXTINF:2,\na.ts\n")
+    (tmp_path / "c.ffconcat").write_text("ffconcat version 1.0\nfile a.ts\n")
+    for name in ("w.txt", "l.m3u8", "c.ffconcat"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as a video or picture"):
+            load_clip(tmp_path / name, (48, 64))
+
+
+def test_pixels_that_are_not_square_are_made_square(tmp_path):
+    """A disc stays a disc, whichever side its pixels are stretched to."""
+    for name, width, height, ratio in (("a.mp4", 32, 64, "2/1"), ("b.mp4", 64, 32, "1/2")):
+        disc = f"hypot((X-{width // 2})*{64 // width},(Y-{height // 2})*{64 // height})"
+        drawn = f"color=black:s={width}x{height}:r=16:d=1"
+        drawn += f",geq=lum='if(lt({disc},20),255,0)':cb=128:cr=128"
+        ffmpeg(
+            "-f", "lavfi", "-i", f"{drawn},setsar={ratio}", "-pix_fmt", "yuv420p", tmp_path / name
+        )
+        video, says = load_clip(tmp_path / name, (64, 64), fit="pad")
+        bright = video[0, 0, 3] > 0
+        sides = bright.any(1).sum().item(), bright.any(0).sum().item()
+        assert all(abs(side - 39) <= 1 for side in sides), sides
+        assert f"pixels of {ratio.replace('/', ':')} made square" in says and "64x64" in says
+
+
+def test_a_picture_that_begins_late_begins_with_its_first_frame(tmp_path):
+    """No frozen frames are put before it, and a file whose clock begins at 5 s is not damaged."""
+    ffmpeg(*MOVING, "-pix_fmt", "yuv420p", tmp_path / "a.mp4")
+    plain = load_clip(tmp_path / "a.mp4", (48, 64))[0]
+    sound = ("-f", "lavfi", "-i", "sine=duration=2")
+    late = (*sound, "-itsoffset", "1", "-i", tmp_path / "a.mp4", "-map", "1:v", "-map", "0:a")
+    ffmpeg(*late, "-c:v", "copy", "-c:a", "aac", tmp_path / "late.mp4")
+    ffmpeg("-i", tmp_path / "a.mp4", "-c", "copy", "-output_ts_offset", "5", tmp_path / "off.mkv")
+    for name, words in (
+        ("late.mp4", ["its picture begins 1.00 s after its sound", "its sound is not kept"]),
+        ("off.mkv", []),
+    ):
+        video, says = load_clip(tmp_path / name, (48, 64))
+        assert torch.equal(video, plain) and "damaged" not in says
+        assert all(word in says for word in words)
+        assert torch.equal(read_frames(tmp_path / name), plain)
+
+
+def test_interlaced_fields_are_put_together(tmp_path):
+    """A moving edge of an interlaced video has no comb."""
+    edge = (
+        "color=black:s=64x48:r=50:d=1,drawbox=w=20:h=48:color=white:t=fill,scroll=horizontal=0.06"
+    )
+    ffmpeg("-f", "lavfi", "-i", f"{edge},interlace=scan=tff:lowpass=off", "-c:v", "mpeg2video",
+           "-flags", "+ildct+ilme", "-q:v", "2", tmp_path / "a.mpg")  # fmt: skip
+    video, says = load_clip(tmp_path / "a.mpg", (48, 64))
+    rows = to_uint8(video[0])[..., 1].astype(float)
+    comb = np.abs(rows[:, 1:-1] - (rows[:, :-2] + rows[:, 2:]) / 2).mean()
+    assert rows.std() > 50 and comb < 0.5 and "deinterlaced" in says
+
+
+@pytest.mark.parametrize("transfer, name", [("arib-std-b67", "HLG"), ("smpte2084", "PQ")])
+def test_high_dynamic_range_is_tone_mapped(transfer, name, tmp_path):
+    """Greys of ordinary brightness come back as they were, near white a little darker; it is
+    said."""
+    for level in (32, 128, 240):
+        colour = f"color=0x{level:02x}{level:02x}{level:02x}:s=64x48:r=16:d=0.3"
+        tags = "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
+        wide = f"zscale=transfer={transfer}:primaries=bt2020:matrix=bt2020nc,format=yuv420p10le"
+        marks = f"log-level=none:colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc"
+        ffmpeg("-f", "lavfi", "-i", colour, "-vf", f"{tags},{wide}", "-c:v", "libx265",
+               "-x265-params", marks, tmp_path / "a.mp4")  # fmt: skip
+        video, says = load_clip(tmp_path / "a.mp4", (48, 64))
+        assert abs(to_uint8(video[0])[2, 20, 20].astype(int) - level).max() <= 4
+        assert f"high dynamic range ({name}) tone-mapped" in says
+
+
+def test_gifs_without_durations_are_shown_as_browsers_do(tmp_path):
+    """A delay of 0 is a tenth of a second, and said."""
+    shades = np.stack([np.full((16, 16, 3), v, np.uint8) for v in (0, 80, 160)])
+    iio.imwrite(tmp_path / "a.gif", shades, duration=0, loop=0)
+    video, says = load_clip(tmp_path / "a.gif", (16, 16))
+    assert levels(video) == [0] * 2 + [80] * 2 + [160] and "shown for 0.1 s" in says
+    assert read_frames(tmp_path / "a.gif").shape[2] == 3
+
+
+def test_hidden_files_are_no_clips(tmp_path):
+    """What a file manager or a killed run leaves beside a clip is not taken for one."""
+    for name in ("b.mkv", "a.MP4", "._a.mp4", ".b.12.tmp.mkv", "a.txt", "c.jpeg"):
+        (tmp_path / name).touch()
+    assert [p.name for p in media_in(tmp_path)] == ["a.MP4", "b.mkv", "c.jpeg"]
+
+
+def test_nan_is_not_written(tmp_path):
+    """Pixels that are not numbers would be black: refused, with the frames, and no file."""
+    with pytest.raises(FloatingPointError, match="frames 3 to 5 of"):
+        with VideoWriter(tmp_path / "a.mkv") as writer:
+            writer.write(ramp(3, 16, 16))
+            writer.write(ramp(3, 16, 16).log())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -285,7 +467,8 @@ def test_sheet_has_a_row_per_clip(tmp_path, clips, frames, height, width, size):
 
 
 def test_curves_show_every_number(tmp_path):
-    """One strip per logged number, named; a rising curve goes from the lower left to the upper right."""
+    """One strip per logged number, named; a rising curve goes from the lower left to the upper
+    right."""
     (tmp_path / "log").write_text(
         "".join(json.dumps({"step": i, "loss": float(i), "other": 1.0}) + "\n" for i in range(20))
     )

@@ -1,4 +1,5 @@
-"""The report in a browser: videos decode and play, nothing is logged, the A/B test counts and exports. Needs Chromium."""
+"""The report in a browser: videos decode and play, nothing is logged, the A/B test counts and
+exports. Needs Chromium."""
 
 import json
 import shutil
@@ -6,17 +7,24 @@ import time
 
 import pytest
 import torch
+from tiny import WORDED, command_line, tiny_dit
 
+from dit import save_dit
 from lib import report
 from lib.media import VideoWriter
+from tools import report as page
 from toy import world
+from vae import VAE, VAEConfig, save_vae
 
 selenium = pytest.importorskip("selenium.webdriver")
 needs_chromium = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
     reason="needs chromium and chromedriver",
 )
-PLAYS = "const v=document.querySelector(arguments[0]); v.scrollIntoView(); return [v.readyState, v.videoWidth, v.currentTime]"
+PLAYS = (
+    "const v = document.querySelector(arguments[0]); v.scrollIntoView(); "
+    "return [v.readyState, v.videoWidth, v.currentTime]"
+)
 
 
 @pytest.fixture
@@ -67,7 +75,8 @@ def wait(condition, seconds=20):
 @needs_chromium
 @pytest.mark.parametrize("width", [390, 1280])
 def test_clips_play_and_nothing_overflows(width, clips, browser):
-    """On a phone and a laptop: each video decodes at its size and moves on; only wide tables scroll; the console is silent."""
+    """On a phone and a laptop: each video decodes at its size and moves on; only wide tables
+    scroll; the console is silent."""
     rows = {"forward": {f"column {n}": 1.0 for n in range(12)}}
     report.write_page(
         clips / "index.html",
@@ -100,7 +109,8 @@ def test_clips_play_and_nothing_overflows(width, clips, browser):
 
 @needs_chromium
 def test_choices_are_counted_and_exported(clips, browser):
-    """A viewer who always picks the clip named a: preference 1; the FR agrees with one of the two picks. The file says so too."""
+    """A viewer who always picks the clip named a: preference 1; the FR agrees with one of the two
+    picks. The file says so too."""
     pairs = [
         {"a": "0.mp4", "b": "1.mp4", "fr_a": 1.0, "fr_b": 1.4},
         {"a": "2.mp4", "b": "3.mp4", "fr_a": 1.3, "fr_b": 1.1},
@@ -163,3 +173,39 @@ def test_markdown_and_table_hold_every_cell():
         "| two |  | 3 | 4 |",
     ]
     assert report.table(rows).count("<td>") == 6
+
+
+# ---------------------------------------------------------------- a student's page
+@pytest.mark.parametrize("without", [True, False])
+def test_student_is_shown(without, tmp_path, monkeypatch, capsys):
+    """Every clip, plan and pair that the pages name is there; the A/B test is with against without
+    anchors if it can be, and says what it compares."""
+    folder, out = tmp_path / "weights", tmp_path / "r"
+    save_dit(tiny_dit(1, **WORDED), folder / "student.safetensors")
+    torch.manual_seed(0)
+    save_vae(VAE(VAEConfig(dim=4, z_dim=2, num_res_blocks=1)), folder / "vae.safetensors")
+    if without:
+        save_dit(tiny_dit(5, **WORDED), tmp_path / "exp1-0" / "student.safetensors")
+    flags = {"weights": folder, "clips": 2, "out": out, "runs": tmp_path}
+    monkeypatch.setattr(page.anchors, "long", lambda *args, **_: page.anchors.forward(21))
+    assert command_line(monkeypatch, capsys, page, **flags) == (0, "")
+    index, ab = ((out / name).read_text() for name in ("index.html", "ab.html"))
+    data = ab.split("const pairs=")[1]
+    pairs, names = json.loads(data.split(", names=")[0]), data.split(", names=")[1].split(";")[0]
+    named = {part.split("'")[0] for part in index.split("src='")[1:]}
+    named |= {pair[side] for pair in pairs for side in "ab"}
+    assert len(pairs) == 2 and len(named) >= 14 and all((out / x).stat().st_size for x in named)
+    other = "backward, P = 0" if without else "backward, anchors as output"
+    assert json.loads(names) == ["backward", other]
+    assert ("as in the paper&#x27;s Table 9" in index) == without
+    assert ("toy.students --students exp1" in index) != without
+    assert ("backward-P-0.mp4" in named) == without
+
+
+def test_json_holds_the_numbers(tmp_path):
+    from lib.statistics import Stat
+
+    rows = {"one": {"paper": "1.1", "x": Stat(1.0, 0.5, 3)}}
+    report.write_json(rows, str(tmp_path / "t.json"))
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert found["one"]["paper"] == "1.1" and found["one"]["x"]["se"] == 0.5

@@ -1,19 +1,16 @@
 """Executing a plan: cached == full for every order, no leak, no stray gradient, and a command line that cannot surprise."""
 
-import contextlib
 import gc
 
-import imageio.v3 as iio
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import PLANS, distance, randn, randomise, script, side_by_side, tiny_dit
+from tiny import PLANS, distance, randn, randomise, side_by_side, tiny_dit
 
 import anchors
-import sampler
 from anchors import HORIZON, Plan, Step, layout
-from film import decode_in_order
+from generate import decode_in_order
 from kvcache import KVCache
 from lib.common import UserError
 from sampler import (
@@ -28,7 +25,6 @@ from sampler import (
 from vae import VAE, VAEConfig
 
 SIGMAS, H, W = student_sigmas(), 4, 2  # 2 tokens a latent
-PROMPT = "a red square moves left over a green wave"
 
 
 # ---------------------------------------------------------------- schedule and noise
@@ -528,140 +524,6 @@ def test_each_scene_follows_its_own_prompt():
     assert torch.equal(one, generate(model, plan, [model.text_kv(a), model.text_kv(b)], noise))
 
 
-# ---------------------------------------------------------------- decoding
-@pytest.mark.parametrize("chunk", [1, 2])
-@pytest.mark.parametrize(
-    "name", ["forward", "backward P=3", "backward, dummy", "inbetween", "transition"]
-)
-def test_decoding_in_order_equals_decoding_whole(name, chunk):
-    """Whatever the order of generation, the stream of pieces is the decoded video: dummies are not shown, nothing is lost."""
-    vae, plan = randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))), PLANS[name]
-    z = 0.5 * randn(0, 1, plan.length + 3, 4, H, W)  # dummies stand at -1, -2, -3
-    whole = vae.decode(z[:, : plan.length])
-    finished = [(n, z[:, list(step.targets)]) for n, step in enumerate(plan.steps)]
-    pieces = list(decode_in_order(vae, plan, finished, chunk))
-    assert (whole.abs() < 1).float().mean() > 0.3 and whole.shape[2] == vae.config.frames(
-        plan.length
-    )
-    assert distance(torch.cat(pieces, 2), whole) <= 1e-5
-
-
-def test_forward_decodes_early():
-    """Forward order shows each block as soon as it is made; backward order must wait for the last one."""
-    vae = VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1)).eval().requires_grad_(False)
-    for name, expected in (("forward", [9, 12, 12]), ("backward P=3", [0, 0, 33])):
-        plan, frames = PLANS[name], [0]
-
-        def finished(plan=plan, frames=frames):
-            for n, step in enumerate(plan.steps):
-                yield n, torch.zeros(1, len(step.targets), 4, H, W)
-                frames.append(0)
-
-        for piece in decode_in_order(vae, plan, finished()):
-            frames[-1] += piece.shape[2]
-        assert frames[:3] == expected
-
-
-class Side:
-    """Stands in for a CUDA stream: writes down what the host does, in order."""
-
-    def __init__(self) -> None:
-        self.log, self.inside = [], False
-
-    def wait_stream(self, stream: object) -> None:
-        self.log.append("wait")
-
-    @contextlib.contextmanager
-    def entered(self, stream: object):
-        assert stream is self and not self.inside
-        self.inside = True
-        yield
-        self.inside = False
-
-
-@pytest.mark.parametrize("name", ["forward", "backward P=3", "inbetween", "long"])
-def test_decoding_aside(name, monkeypatch):
-    """On a stream of its own: the same pieces. Each is decoded there, after that stream has waited for the block, and from latents whose
-    memory it holds; it is handed on when the next block has been asked for, the first one at once; few are kept."""
-    vae, plan, side = (
-        randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))),
-        PLANS.get(name) or anchors.long(60, "backward"),
-        Side(),
-    )
-    z = 0.5 * randn(0, 1, plan.length, 4, H, W)
-    monkeypatch.setattr(torch.cuda, "stream", side.entered)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr("sampler.side_stream", lambda device: side)
-    real, recorded, most = vae.decode_chunk, [], 0
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: recorded.append(stream))
-
-    def decode_chunk(part, *args, **more):
-        assert side.inside and recorded == [side] * part.shape[1]
-        recorded.clear()
-        side.log.append("decode")
-        return real(part, *args, **more)
-
-    def finished():
-        for n, step in enumerate(plan.steps):
-            side.log.append("asked")
-            yield n, z[:, list(step.targets)]
-
-    monkeypatch.setattr(vae, "decode_chunk", decode_chunk)
-    pieces = []
-    for piece in decode_in_order(vae, plan, finished(), chunk=1):
-        assert not side.inside  # or the caller's own work would land on that stream
-        side.log.append("handed")
-        pieces.append(piece)
-        most = max(most, side.log.count("decode") - len(pieces))
-    monkeypatch.undo()
-    assert distance(torch.cat(pieces, 2), vae.decode(z)) <= 1e-5 and len(pieces) == plan.length
-    assert most <= max(len(step.targets) for step in plan.steps)
-    if name == "forward":  # three blocks of three latents
-        assert side.log == (
-            [
-                "asked",
-                "wait",
-                "decode",
-                "handed",
-                "decode",
-                "decode",
-                "asked",
-                "handed",
-                "handed",
-                "wait",
-            ]
-            + ["decode"] * 3
-            + ["asked"]
-            + ["handed"] * 3
-            + ["wait"]
-            + ["decode"] * 3
-            + ["handed"] * 3
-        )
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@torch.no_grad()
-def test_decoding_aside_on_a_gpu():
-    """The same video as decoded whole afterwards, from a real rollout."""
-    vae, model, plan, made = (
-        randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))).cuda(),
-        tiny_dit().cuda(),
-        PLANS["forward"],
-        [],
-    )
-    cache = KVCache(model.config, 1, plan.capacity, H, W, device="cuda")
-    blocks = rollout(
-        model,
-        plan,
-        [randn(5, 1, 5, 32).cuda()],
-        noise_seeded([(0, 0, 0)], (4, H, W), "cuda"),
-        SIGMAS,
-        cache,
-    )
-    pieces = list(decode_in_order(vae, plan, ((n, made.append(x0) or x0) for n, x0 in blocks), 1))
-    assert distance(torch.cat(pieces, 2), vae.decode(torch.cat(made, 1)).cpu()) <= 1e-5
-
-
 def live_bytes() -> int:
     """Bytes of all tensors that are alive."""
     storages = {
@@ -700,181 +562,6 @@ def test_long_videos_take_constant_memory(way):
         assert len(calls) == evaluations(plan)
     latents = (120 - 42) * 4 * H * W * 4 * (way == "backward")
     assert peaks[0][0] == peaks[1][0] and peaks[1][1] <= 1.01 * peaks[0][1] + latents
-
-
-# ---------------------------------------------------------------- command line
-def clip(tmp_path, name: str, *flags: str):
-    """Run sampler.py with random weights; returns what it printed and the path."""
-    out = tmp_path / name
-    done = script("film.py", "--weights", "random", "--prompt", PROMPT, "--out", str(out), *flags)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, out
-
-
-@pytest.mark.parametrize(
-    "order, frames",
-    [
-        ("forward", 33),
-        ("backward", 33),
-        ("inbetween", 33),
-        ("loop", 33),
-        ("transition", 45),
-        ("story", 81),
-        ("forward", 93),
-        ("backward", 93),
-    ],
-)
-def test_every_order_writes_its_clip(order, frames, tmp_path):
-    """Each order, beyond the horizon too, writes a clip with exactly the asked and printed number of frames, 32 x 32."""
-    printed, out = clip(tmp_path, "clip.mp4", "--order", order, "--frames", str(frames))
-    assert (
-        f"= {frames} frames = " in printed
-        and printed.startswith("latent ")
-        and f"wrote {out}" in printed
-    )
-    assert iio.imread(out).shape == (frames, 32, 32, 3) and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["clip.mp4"]
-
-
-def test_same_seed_same_clip(tmp_path):
-    """The same seed gives the same file, byte for byte; another seed another one. A sheet and a .gif can be had."""
-    a, b = (
-        clip(tmp_path, n, "--frames", "9", "--seed", "5", "--size", "16", "48")[1].read_bytes()
-        for n in ("a.mp4", "b.mp4")
-    )
-    assert (
-        a
-        == b
-        != clip(tmp_path, "c.mp4", "--frames", "9", "--seed", "6", "--size", "16", "48")[
-            1
-        ].read_bytes()
-    )
-    clip(
-        tmp_path,
-        "d.gif",
-        "--frames",
-        "9",
-        "--sheet",
-        str(tmp_path / "sheet.png"),
-        "--size",
-        "16",
-        "48",
-    )
-    assert (
-        iio.imread(tmp_path / "d.gif").shape[:3] == (9, 16, 48)
-        and iio.imread(tmp_path / "sheet.png").ndim == 3
-    )
-
-
-BAD = {
-    "no prompt": ([], "missing --prompt"),
-    "empty prompt": (["--prompt", " "], "--prompt is empty"),
-    "unknown order": (["--order", "sideways"], "unknown order 'sideways'; use forward"),
-    "unknown flag": (["--anchor", "3"], "did you mean --anchors?"),
-    "not a number": (["--seed", "x"], "--seed needs a whole number"),
-    "frames 80": (["--frames", "80"], "--frames 80 is not 1 + 4k"),
-    "frames 77": (["--frames", "77"], "use 69 or 81"),
-    "too short": (
-        ["--order", "transition", "--frames", "33"],
-        "makes 12 latents, but --frames 33 is 9",
-    ),
-    "anchors 4": (["--order", "backward", "--anchors", "4"], "4 anchors do not fit the block 3"),
-    "window": (["--window", "30", "--frames", "177"], "over the horizon of 21"),
-    "negative window": (["--window", "-3", "--frames", "177"], "window -3"),
-    "size": (
-        ["--size", "40", "40"],
-        "--size 40 40 must be a height and a width divisible by 16 and 16",
-    ),
-    "unknown word": (["--prompt", "a purple square"], "does not know the word 'purple'"),
-    "avi": (["--out", "clip.avi"], "clip.avi must end in .mp4, .gif or .mkv"),
-    "no folder": (["--weights", "nowhere"], "--weights nowhere is not a folder"),
-    "empty folder": (["--weights", "empty"], "empty holds no transformer"),
-    "vae_dtype": (["--vae_dtype", "half"], "--vae_dtype 'half' must be float32"),
-    "warm": (["--warm", "4"], "--warm 4 must be from 0 to 3"),
-    "two prompts": (["--prompt", PROMPT, PROMPT], "2 prompts for a plan with 1"),
-}
-
-
-@pytest.mark.parametrize("flags, says", BAD.values(), ids=BAD)
-def test_bad_input_is_one_sentence(flags, says, tmp_path):
-    """A user's mistake ends with exit code 2, one line that names it, no traceback and no file, not even a half one."""
-    (tmp_path / "empty").mkdir()
-    defaults = {"--weights": ["random"], "--out": ["clip.mp4"]} | (
-        {"--prompt": [PROMPT]} if flags else {}
-    )
-    words = flags + [
-        w for name, values in defaults.items() if name not in flags for w in (name, *values)
-    ]
-    done = script("film.py", *words, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr, (
-        done.stderr
-    )
-    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["empty"] and not list(
-        (tmp_path / "empty").iterdir()
-    )
-
-
-def test_prompts_switch_with_the_blocks():
-    """--switch: the next prompt from the first block that begins at that time on; one that no block follows is refused."""
-    plan = sampler.prompted(anchors.forward(21), ["a", "b", "c"], [1.0, 3.1])
-    assert [step.prompt for step in plan.steps] == [
-        0,
-        0,
-        1,
-        1,
-        1,
-        2,
-        2,
-    ]  # latents 0, 3, 6 ...; frames 16 and 49.6 lie in 4 and 13
-    assert [
-        step.prompt for step in sampler.prompted(anchors.backward(9), ["a", "b"], [1.0]).steps
-    ] == [1, 0, 0]
-    assert {step.prompt for step in sampler.prompted(anchors.transition(3, 3, 3), ["a"]).steps} == {
-        0
-    }
-    for prompts, seconds, says in (
-        (["a"], [1.0], "2 prompts, got 1"),
-        (["a", "b", "c"], [2.0, 1.0], "rising times"),
-        (["a", "b"], [0.0], "rising"),
-        (["a", "b"], [9.0], "prompt 2 is never followed"),
-        (["a", "b", "c"], [1.0, 1.1], "prompt 2 is never followed"),
-        (["a", " "], [1.0], "empty"),
-    ):
-        with pytest.raises(UserError, match=says):
-            sampler.prompted(anchors.forward(21), prompts, seconds)
-
-
-def test_plans_of_the_command_line():
-    """--order, --seconds and --frames make the paper's plans: 5 seconds is 21 latents, more is a long plan of window 6."""
-
-    def plan(**changes) -> Plan:
-        return sampler.make_plan(sampler.Config((PROMPT,), **changes))
-
-    assert (
-        plan().steps == anchors.forward(21).steps
-        and plan(order="backward").steps == anchors.backward(21).steps
-    )
-    assert plan(order="backward", anchors=1).steps == anchors.backward(21, anchors=1).steps
-    assert plan(seconds=10).steps == anchors.long(42).steps
-    assert plan(frames=93, order="backward").steps == anchors.long(24, "backward").steps
-    assert (
-        plan(frames=81, window=3, sink="past").steps
-        == anchors.long(21, window=3, sink="past").steps
-    )
-    assert (
-        plan(order="inbetween").steps == anchors.inbetween(3, 15, 3).steps
-        and plan(order="loop").steps == anchors.loop(21).steps
-    )
-    assert plan(order="loop", frames=69).steps == anchors.loop(18).steps
-    assert plan(order="transition", frames=93).steps == anchors.transition(9, 6, 9).steps
-    assert plan(order="story", frames=153).steps == anchors.story((9, 9, 9), 6).steps
-    for seconds in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="--seconds"):
-            plan(seconds=seconds)
-    with pytest.raises(UserError, match="--block 0"):
-        plan(block=0)
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from tiny import at_call, command_line, distance, randn, randomise, tiny_checkpo
 import train_dmd
 import train_ode
 from dit import save_dit
-from film import Config as SamplerConfig
-from film import main as sample
+from generate import Config as ClipConfig
+from generate import main as generate
 from lib import text
 from lib.common import UserError, from_cli
 from lib.text import NEGATIVE, Config, Prompts, clean, embed, lines_of, umt5
@@ -351,20 +351,21 @@ def test_scripts_take_the_file_for_prompts(tmp_path):
 
 
 def test_sampling_with_wans_text(umt5_folders, tmp_path, monkeypatch, capsys):
-    """`sampler.py` embeds with the encoder in the weights' folder, or reads --embeddings, to the same clip; without, it says what
+    """`generate.py` embeds with the encoder in the weights' folder, or reads --embeddings, to the same clip; without, it says what
     is missing."""
     folder = umt5_folders[0]
     save_dit(tiny_dit(text_len=512), tmp_path / "student.safetensors")
     save_vae(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1)), tmp_path / "vae.safetensors")
     path = precompute(tmp_path, SENTENCES[:1], weights=str(folder / "native"))
     flags = {"prompt": (SENTENCES[0],), "weights": str(tmp_path), "frames": 9, "size": (16, 16)}
+    flags["denoising"] = (1000.0, 750.0, 500.0, 250.0)
     with pytest.raises(UserError, match="holds no tokenizer.* it comes with Wan2.1-T2V-1.3B"):
-        sample(SamplerConfig(**flags, out=str(tmp_path / "a.gif")))
+        generate(ClipConfig(**flags, out=str(tmp_path / "a.gif")))
     assert not (tmp_path / "a.gif").exists()
-    sample(SamplerConfig(**flags, out=str(tmp_path / "a.gif"), embeddings=path))
+    generate(ClipConfig(**flags, out=str(tmp_path / "a.gif"), embeddings=path))
     for name in ("google", "models_t5_umt5-xxl-enc-bf16.pth"):
         (tmp_path / name).symlink_to(folder / "native" / name)
-    sample(SamplerConfig(**flags, out=str(tmp_path / "b.gif")))
+    generate(ClipConfig(**flags, out=str(tmp_path / "b.gif")))
     assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
 
 

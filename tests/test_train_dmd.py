@@ -560,12 +560,12 @@ def poisoned(path, to):
 
 @pytest.mark.parametrize("name", ["teacher", "critic", "student"])
 def test_nan_in_weights_stops_training(name, files, tmp_path, monkeypatch, capsys):
-    """One NaN in any network: exit code 1, and one line with the step and the term. No state is written of it."""
+    """One NaN in any network: exit code 2, and one line with the file and the tensor, before anything is computed of it."""
     bad = poisoned(files[name], tmp_path / "bad.safetensors")
     code, error = command_line(
         monkeypatch, capsys, train_dmd, **files | {"out": tmp_path / "run", name: bad}
     )
-    assert code == 1 and error.startswith("error: step 0: the DMD gradient is [nan, nan]")
+    assert code == 2 and "bad.safetensors: the weights head.head.weight hold NaN" in error
     assert not (tmp_path / "run" / "state.pt").exists()
 
 

@@ -1,4 +1,5 @@
-"""The VAE is Wan2.1's, causal, streams exactly and in constant memory, and says what is wrong with its input."""
+"""The VAE is Wan2.1's, causal, streams exactly and in constant memory, and says what is wrong with
+its input."""
 
 import json
 import math
@@ -14,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchors
-from film import decode_in_order
+from generate import decode_in_order
 from lib.common import UserError, generator
 from lib.media import VideoWriter, read_frames
 from lib.weights import write_safetensors
@@ -28,7 +29,8 @@ TINY = VAEConfig(
 
 @torch.no_grad()
 def randomise(model, seed=0):
-    """Random weights that keep activations O(1) and leave neither the attention nor the norms at their identity."""
+    """Random weights that keep activations O(1) and leave neither the attention nor the norms at
+    their identity."""
     g = generator(seed)
     for name, p in model.named_parameters():
         if name.endswith("gamma"):
@@ -98,7 +100,8 @@ def close(a, b, atol=1e-5):
     ],
 )
 def test_equals_diffusers(tmp_path, config, batch, height, width):
-    """A diffusers folder loads, and encoding and decoding agree with diffusers to 1e-5, normalisation included."""
+    """A diffusers folder loads, and encoding and decoding agree with diffusers to 1e-5,
+    normalisation included."""
     from diffusers import AutoencoderKLWan
 
     n = config["z_dim"]
@@ -168,7 +171,8 @@ def test_default_is_wan21():
 
 
 def test_wan_pth_loads_beside_a_transformer_config(tmp_path):
-    """`Wan2.1_VAE.pth` loads by its native names at full size; the config.json beside it is not its own."""
+    """`Wan2.1_VAE.pth` loads by its native names at full size; the config.json beside it is not its
+    own."""
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in VAE().state_dict().items()}
     torch.save(
@@ -186,7 +190,8 @@ def test_wan_pth_loads_beside_a_transformer_config(tmp_path):
 # ---------------------------------------------------------------- streams
 @pytest.mark.parametrize("sizes", [(1,) * 6, (2,) * 3, (3, 3), (6,), (1, 3, 2)])
 def test_streaming_equals_whole(vae, sizes):
-    """Latents and pixels do not depend on where the stream is cut; `encode` and `decode` agree with it."""
+    """Latents and pixels do not depend on where the stream is cut; `encode` and `decode` agree with
+    it."""
     x, z = video(6), latents(6)
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (TINY.mean, TINY.std))
     whole_z = (vae.moments(x)[0].transpose(1, 2) - mean) / std  # no state at all
@@ -201,7 +206,8 @@ def test_streaming_equals_whole(vae, sizes):
 
 
 def test_channels_stay_innermost(vae, monkeypatch):
-    """Between two convolutions nothing is laid out anew: only what comes in from outside, and a stream's zeros."""
+    """Between two convolutions nothing is laid out anew: only what comes in from outside, and a
+    stream's zeros."""
     real, laid = torch.Tensor.contiguous, []
 
     def contiguous(x, **how):
@@ -217,8 +223,8 @@ def test_channels_stay_innermost(vae, monkeypatch):
 
 
 def test_large_frames_pass_one_by_one(vae, monkeypatch):
-    """Above a size the stages at pixels' rate take single frames: the same output, no such stage sees two, and a state that may be
-    used up is."""
+    """Above a size the stages at pixels' rate take single frames: the same output, no such stage
+    sees two, and a state that may be changed in place is."""
     x, z = video(5), latents(5)
     plain = vae.encode(x), vae.decode(z)
     seen, real = [], sys.modules["vae"].conv3d
@@ -236,7 +242,7 @@ def test_large_frames_pass_one_by_one(vae, monkeypatch):
     for step, (a, b, _), _ in both(vae):
         _, state = step(a)
         out, after = step(b, dict(state))
-        used, then = step(b, state, use_up=True)
+        used, then = step(b, state, inplace=True)
         assert (
             then is state
             and torch.equal(used, out)
@@ -259,7 +265,8 @@ def both(vae):
 
 
 def test_interleaved_streams_do_not_disturb_each_other(vae):
-    """The memory of a stream is in its state alone: two streams through one module stay two streams."""
+    """The memory of a stream is in its state alone: two streams through one module stay two
+    streams."""
     for step, first, second in both(vae):
         alone = [stream(step, first)[0], stream(step, second)[0]]
         mixed, states = ([], []), [None, None]
@@ -271,7 +278,8 @@ def test_interleaved_streams_do_not_disturb_each_other(vae):
 
 
 def test_state_is_a_value(vae):
-    """A state can be continued from twice: no call changes it, its other arguments or the module."""
+    """A state can be continued from twice: no call changes it, its other arguments or the
+    module."""
     before = pickle.dumps(vae)
     for step, (a, b, c), _ in both(vae):
         _, state = step(a)
@@ -300,7 +308,8 @@ def test_state_does_not_alias_the_input(vae):
 
 
 def test_state_does_not_grow_with_the_chunk(vae):
-    """A state holds at most two frames of each layer and keeps nothing else alive, however long the chunk was."""
+    """A state holds at most two frames of each layer and keeps nothing else alive, however long the
+    chunk was."""
     for step, chunks in (
         (vae.decode_chunk, latents(7).split((3, 4), dim=1)),
         (vae.encode_chunk, frame_parts(video(7), (3, 4))),
@@ -335,7 +344,8 @@ def test_latent_sees_frames_up_to_4i(vae, i, chunk):
 @pytest.mark.parametrize("chunk", [2, 9])
 @pytest.mark.parametrize("i", range(1, 4))
 def test_latent_i_holds_frames_from_4i_minus_3(vae, i, chunk):
-    """Latent i reaches no frame before 4i-3, reaches that one, and the decoder carries it into the next latents' frames."""
+    """Latent i reaches no frame before 4i-3, reaches that one, and the decoder carries it into the
+    next latents' frames."""
     z = latents(5)
     other = z.clone()
     other[:, i] = -z[:, i]
@@ -356,7 +366,8 @@ def test_image_latent_is_frame_0_alone(vae):
 
 # ---------------------------------------------------------------- constant memory
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors made within the block that are still alive; `peak` is their maximum after any operation."""
+    """Bytes of all tensors made within the block that are still alive; `peak` is their maximum
+    after any operation."""
 
     def __init__(self):
         super().__init__()
@@ -404,7 +415,8 @@ def encoding(toy, count):
 
 
 def test_memory_of_streaming_is_constant():
-    """Peak tensor memory of 400 latents is that of 40, decoding (as the sampler does) and encoding."""
+    """Peak tensor memory of 400 latents is that of 40, decoding (as the sampler does) and
+    encoding."""
     toy = VAE(PRESETS["toy"]).eval()
     for work in (decoding, encoding):
         assert peak(work(toy, 400)) <= 1.1 * peak(work(toy, 40))
@@ -428,7 +440,8 @@ def message(path):
 
 
 def test_save_and_load_is_exact(folder, vae):
-    """Config and tensors come back bit for bit, from the file and from its folder; dtype casts them."""
+    """Config and tensors come back bit for bit, from the file and from its folder; dtype casts
+    them."""
     for path in (folder[0], folder[0] / "vae.safetensors"):
         back = load_vae(path)
         assert back.config == TINY and back.state_dict().keys() == vae.state_dict().keys()
@@ -440,7 +453,8 @@ def test_save_and_load_is_exact(folder, vae):
 
 
 def test_config_json_beside_the_file_is_read(folder):
-    """A native safetensors file without metadata takes its config from config.json, lists being tuples."""
+    """A native safetensors file without metadata takes its config from config.json, lists being
+    tuples."""
     from safetensors.torch import save_file
 
     path, tensors = folder
@@ -465,7 +479,8 @@ def test_all_wrong_tensors_are_named_at_once(folder):
 
 
 def test_native_pth_of_another_size_is_refused(folder):
-    """A .pth holds no config and is taken for Wan2.1's; a smaller one is refused with the shapes."""
+    """A .pth holds no config and is taken for Wan2.1's; a smaller one is refused with the
+    shapes."""
     path, tensors = folder
     torch.save(tensors, path / "small.pth")
     assert "wrong shape" in message(path / "small.pth") and "(96, 3, 3, 3, 3)" in message(
@@ -498,15 +513,19 @@ def test_damaged_file_is_a_user_error_naming_it(folder, name, damage):
 
 
 def test_something_else_is_refused(tmp_path):
-    """A checkpoint of another model, a dictionary of dictionaries and an empty folder are refused, not half loaded."""
-    write_safetensors(tmp_path / "lora.safetensors", {"lora.down": torch.zeros(2, 2)}, {"rank": 4})
-    assert "missing 194" in message(tmp_path / "lora.safetensors") and "lora.down" in message(
-        tmp_path / "lora.safetensors"
-    )
-    torch.save({"generator": {"weight": torch.zeros(2)}, "step": 3}, tmp_path / "train.pth")
-    assert "missing 194" in message(tmp_path / "train.pth") and "generator, step" in message(
-        tmp_path / "train.pth"
-    )
+    """A LoRA, a transformer, a dictionary of dictionaries and an empty folder are refused, not half
+    loaded."""
+    for name, tree, words in (
+        ("lora.pth", {"lora.down": torch.zeros(2, 2)}, "is a LoRA"),
+        ("dit.pth", {"patch_embedding.weight": torch.zeros(2)}, "is a transformer and not a VAE"),
+        (
+            "train.pth",
+            {"generator": {"w": torch.zeros(2)}, "step": 3},
+            "2 entries, the first is 'generator'",
+        ),
+    ):
+        torch.save(tree, tmp_path / name)
+        assert name in message(tmp_path / name) and words in message(tmp_path / name)
     (tmp_path / "empty").mkdir()
     assert "Wan2.1_VAE.pth" in message(tmp_path / "empty")
 
@@ -638,7 +657,8 @@ def test_cli_reconstructs_a_clip(folder):
     ],
 )
 def test_cli_error_is_one_line_and_leaves_no_file(folder, name, make, words):
-    """A bad clip gives exit code 2, one line of error, and neither an output nor a temporary file."""
+    """A bad clip gives exit code 2, one line of error, and neither an output nor a temporary
+    file."""
     path, _ = folder
     make(path / name)
     before = sorted(path.rglob("*"))

@@ -1,4 +1,5 @@
-"""Small models with random weights, and one plan of every kind. Shared by the tests; no test here."""
+"""Small models with random weights, and one plan of every kind. Shared by the tests; no test
+here."""
 
 import json
 import os
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import anchors
-import scenes
+import plans
 from anchors import Step, View
 from dit import DiT, DiTConfig, Visible, save_dit
 from lib.common import run
 from lib.weights import read_tensors
+from plans import any_mix
 from vae import VAE, VAEConfig, save_vae
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,23 +32,29 @@ PLANS = {
     "inbetween": anchors.inbetween(12),
     "inbetween, given": anchors.inbetween(12, given=True),
     "loop": anchors.loop(9),
-    "transition": scenes.transition(15, gap=3),
-    "story": scenes.story(18, gap=3),
-    "timeline, middle of a shot": scenes.timeline(15, [(6, 9)]),
+    "transition": plans.transition(15, gap=3),
+    "story": plans.story(18, gap=3),
+    "timeline, middle of a shot": plans.timeline(15, [(6, 9)]),
     "timeline, held latents": anchors.with_given(
-        scenes.timeline(11, [(2, 5), (6, 8)]), [0, 3, 6, 7]
+        plans.timeline(11, [(2, 5), (6, 8)]), [0, 3, 6, 7]
     ),
     "timeline, one shot": anchors.with_given(
-        scenes.timeline(12, [(0, 3), (7, 12)], joined=True), [*range(3), *range(7, 12)]
+        plans.timeline(12, [(0, 3), (7, 12)], joined=True), [*range(3), *range(7, 12)]
     ),
     "timeline, in another order": anchors.switch(
-        scenes.timeline(13, [(1, 4), (6, 9), (9, 12)], order=(2, 0, 1)), (3, 9)
+        plans.timeline(13, [(1, 4), (6, 9), (9, 12)], order=(2, 0, 1)), (3, 9)
     ),
-    "timeline, wide gap": scenes.timeline(22, [(0, 1), (19, 22)], block=2, anchors=2),
-    "timeline, long": scenes.timeline(27, [(9, 15)], view=View(6, True, True)),
+    "timeline, wide gap": plans.timeline(22, [(0, 1), (19, 22)], block=2, anchors=2),
+    "timeline, long": plans.timeline(27, [(9, 15)], view=View(6, True, True)),
     "forward, held latent": anchors.with_given(anchors.forward(9), [0]),
     **{f"long forward, {s} sink": anchors.long(18, "forward", sink=s) for s in SINKS},
     **{f"long backward, {s} sink": anchors.long(18, "backward", sink=s) for s in SINKS},
+    "long backward, as trained": anchors.long(18, "backward", as_trained=True),
+}
+# what training draws from, each plan once
+MIXED = {
+    f"mix {n}, {plan.name}": plan
+    for n, plan in enumerate(dict.fromkeys(p for _, plans in any_mix(15) for p in plans))
 }
 
 
@@ -55,7 +63,8 @@ def randn(seed: int, *shape: int) -> Tensor:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill every parameter, the zero-initialised and constant ones too, so that no path is multiplied away."""
+    """Fill every parameter, the zero-initialised and constant ones too, so that no path is
+    multiplied away."""
     for n, (name, p) in enumerate(model.named_parameters()):
         noise = randn(1000 * seed + n, *p.shape)
         if name.endswith("modulation") or name.endswith("scale_shift_table"):
@@ -84,7 +93,8 @@ def tiny_dit(seed: int = 0, **changes: int) -> DiT:
 
 
 def distance(a: Tensor | Iterable[Tensor], b: Tensor | Iterable[Tensor]) -> float:
-    """Largest absolute difference of two tensors (or lists of them) of equal shapes; NaN counts as infinite."""
+    """Largest absolute difference of two tensors (or lists of them) of equal shapes; NaN counts as
+    infinite."""
     if not isinstance(a, Tensor):
         return max(distance(x, y) for x, y in zip(a, b, strict=True))
     assert a.shape == b.shape, (a.shape, b.shape)
@@ -92,7 +102,8 @@ def distance(a: Tensor | Iterable[Tensor], b: Tensor | Iterable[Tensor]) -> floa
 
 
 def side_by_side(steps: Iterable[Step]) -> tuple[list[int], list[int], Visible]:
-    """The obvious way to see a plan as one sequence, independent of `anchors.layout`: every step has its own keys.
+    """The obvious way to see a plan as one sequence, independent of `anchors.layout`: every step
+    has its own keys.
 
     returns: step of each slot, position of each slot, who sees whom."""
     owner, pos, keys, spans, home = [], [], [], [], {}
@@ -150,7 +161,8 @@ common.leave()
 
 
 def tiny_checkpoints(folder: Path) -> dict[str, str]:
-    """What training starts from, as small as can be and in the toy world's words: another random teacher and student, and a VAE."""
+    """What training starts from, as small as can be and in the toy world's words: another random
+    teacher and student, and a VAE."""
     paths = {name: str(folder / f"{name}.safetensors") for name in ("teacher", "student", "vae")}
     save_dit(tiny_dit(1, **WORDED), paths["teacher"])
     save_dit(tiny_dit(2, **WORDED), paths["student"])
@@ -159,7 +171,8 @@ def tiny_checkpoints(folder: Path) -> dict[str, str]:
 
 
 def two_processes(folder: Path, *runs: tuple[str, dict], timeout: float = 200) -> str:
-    """Run `main(Config(**changes))` of the named scripts, one after the other, in two processes under torchrun; what they printed.
+    """Run `main(Config(**changes))` of the named scripts, one after the other, in two processes
+    under torchrun; what they printed.
 
     sigterm_in_step_0 among the changes: only process 1 gets the signal."""
     (folder / "worker.py").write_text(WORKER)
@@ -250,7 +263,8 @@ def crash() -> None:
 
 
 def command_line(monkeypatch, capsys, script, *switches: str, **flags: object) -> tuple[int, str]:
-    """Run a script's `run(main, Config)` with flags as typed; exit code and the line of its error."""
+    """Run a script's `run(main, Config)` with flags as typed; exit code and the line of its
+    error."""
     words = [
         str(w) for k, v in flags.items() for w in (f"--{k}", *(v if isinstance(v, tuple) else (v,)))
     ]

@@ -1,9 +1,9 @@
-"""Wan2.1's sizes on a CPU: how long loading and decoding take, and how much memory. Not a test: it writes a 5.7 GB file
-(and removes it), needs 8 GiB of memory and, for the video, an hour or so of a CPU core. Weights are random: time and
-memory do not depend on them. Each part runs in a process of its own and prints its largest resident memory, in which
-pages of mapped files count.
+"""Wan2.1's sizes on a CPU: how long loading and decoding take, and how much memory. Not a test: it
+writes a 5.7 GB file (and removes it), needs 8 GiB of memory and, for the video, an hour or so of a
+CPU core. Weights are random: time and memory do not depend on them. Each part runs in a process of
+its own and prints its largest resident memory, in which pages of mapped files count.
 
-    make fullsize
+    python -m tools.full_size
 """
 
 import json
@@ -27,11 +27,10 @@ from vae import VAE
 
 @dataclass
 class Config:
-    """Load a 1.3B checkpoint of the official layout to bfloat16; decode 81 frames of 480 x 832 as a stream."""
+    """Load a 1.3B checkpoint of the official layout to bfloat16; decode 81 frames of 480 x 832 as a
+    stream."""
 
-    folder: str = (
-        ""  # where the checkpoint is written for a while [the system's folder for temporary files]
-    )
+    folder: str = ""  # where the checkpoint is written for a while; default: the system's for such
     part: str = "all"  # write, load, decode, or all of them
     latents: int = 21  # how many to decode: 81 frames
 
@@ -93,13 +92,14 @@ def decode(latents: int) -> None:
         video, state = vae.decode_chunk(
             torch.randn(1, 1, 16, 60, 104, generator=torch.Generator().manual_seed(i)),
             state,
-            use_up=True,
+            inplace=True,
         )
         assert torch.isfinite(video).all() and video.shape[3:] == (480, 832)
         frames += video.shape[2]
     print(
         f"decode: {frames} frames of 480 x 832 in {(time.perf_counter() - began) / 60:.1f} minutes "
-        f"({time.process_time() / 60:.1f} minutes of CPU, {torch.get_num_threads()} threads), {memory()}"
+        f"({time.process_time() / 60:.1f} minutes of CPU, {torch.get_num_threads()} threads), "
+        f"{memory()}"
     )
 
 
@@ -109,15 +109,11 @@ def main(config: Config) -> None:
     if config.part == "decode":
         decode(config.latents)
     elif config.part == "all":
+        command = [sys.executable, "-m", "tools.full_size", "--part"]
         with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
             for part in ("write", "load"):
-                subprocess.run(
-                    [sys.executable, __file__, "--part", part, "--folder", folder], check=True
-                )
-        subprocess.run(
-            [sys.executable, __file__, "--part", "decode", "--latents", str(config.latents)],
-            check=True,
-        )
+                subprocess.run([*command, part, "--folder", folder], check=True)
+        subprocess.run([*command, "decode", "--latents", str(config.latents)], check=True)
     else:
         (write if config.part == "write" else load)(Path(config.folder))
 

@@ -24,9 +24,9 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
+import clips
 import evaluate
-import generate as edit
-import sampler
+import generate
 import train_dmd
 import train_ode
 from dit import load_dit, save_dit
@@ -37,6 +37,7 @@ from lib.pairs import read_pairs
 from lib.text import Prompts, read_embeddings
 from lib.training import load_state, save_state
 from lib.weights import read_tensors, read_umt5
+from sampler import Recipe
 from tests.tiny import WORDED, tiny_dit
 from tools import encode as latents
 from vae import VAE, VAEConfig, load_vae, save_vae
@@ -54,15 +55,13 @@ STORY = {
     ],
     "order": [1, 0],
 }
-SCRIPTS = (sampler, edit, evaluate, latents, text, train_ar, train_dmd, train_ode)
+SCRIPTS = (generate, evaluate, latents, text, train_ar, train_dmd, train_ode)
 
 
 def story(path: Path) -> object:
-    """Read a story as edit.py does."""
-    config = edit.Config(story=str(path))
-    return edit.story(
-        config, (32, 32), edit.Given(load_vae(path.parent / "vae.safetensors"), torch.device("cpu"))
-    )
+    """Read a story as generate.py does."""
+    given = clips.Given(load_vae(path.parent / "vae.safetensors"), torch.device("cpu"))
+    return clips.Around(generate.Config(story=str(path)), Recipe(), (32, 32), given).plan()
 
 
 def folder_of_pairs(path: Path) -> object:

@@ -1,27 +1,36 @@
-"""How much memory a DMD step needs, before you rent it.
+"""How much memory a training step needs, before you rent it.
 
-The step of `train_dmd.py` runs at full size on the meta device: every shape and dtype is real, nothing is computed, and
-each tensor's bytes are counted from its birth to its death. The peak is what activations, cache and scratch tensors need
-on each GPU; weights, masters, optimisers and averages are added by arithmetic, sharded over the GPUs as FSDP2 does.
-What is not counted: the workspace of kernels and of NCCL, and the allocator's fragmentation.
+The updates of both stages run at full size on the meta device: every shape and dtype is real,
+nothing is computed, and each tensor's bytes are counted from its birth to its death. The peak is
+what activations, cache and scratch tensors need on each GPU; weights, masters, optimisers and
+averages are added by arithmetic, sharded over the GPUs as FSDP2 does. What is not counted: the
+workspace of kernels and of NCCL, and the allocator's fragmentation. `tools/gpu.py` runs the same
+updates on a GPU and puts what they took beside what is said here.
 
-    python memory.py --preset wan --gpus 1 8 64
+    python -m tools.memory --preset wan --gpus 1 8 64
+    python -m tools.memory --write docs/many-gpus.md          # and put the tables there
 """
 
 import weakref
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import dit
 import train_dmd
-from anchors import both_directions
-from dit import PRESETS, DiT
+from anchors import Plan, both_directions, layout
+from dit import PRESETS, DiT, DiTConfig
 from lib.common import UserError, dtype_of, run
 from sampler import generate, noise_from, student_sigmas
+from tools.count import put, table
+from train_ode import ode_loss
+
+GIB = 2**30
+STAGE_1 = 16  # bytes a parameter: float32 master, gradient, Adam's two moments
 
 
 class Meter(TorchDispatchMode):
@@ -36,27 +45,34 @@ class Meter(TorchDispatchMode):
         self.known.discard(key)
         self.live -= size
 
+    @staticmethod
+    def _is_given(key: int, inputs: tuple) -> bool:
+        """Whether a storage is that of an input: the result of an operation in place, on a weight
+        for instance."""
+        given = (x for x in tree_iter(inputs) if isinstance(x, Tensor))
+        return any(x.untyped_storage()._cdata == key for x in given)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        before = {
-            x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)
-        }
-        for x in tree_iter(out):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                if (
-                    storage._cdata not in self.known and storage._cdata not in before
-                ):  # not a view, not a weight
-                    self.known.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        if func.is_view:
+            return out
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if not isinstance(x, Tensor):
+                continue
+            storage = x.untyped_storage()
+            if storage._cdata in self.known or self._is_given(storage._cdata, (args, kwargs)):
+                continue
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
         return out
 
 
 class Fused(torch.autograd.Function):
-    """The memory of fused attention: it keeps q, k, v, its output and one float a query. (On the meta device torch would
-    take the unfused path and count scores that no GPU ever holds.)"""
+    """The memory of fused attention: it keeps q, k, v, its output and one float a query.
+
+    On the meta device torch would take the unfused path and count scores that no GPU ever holds."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -69,83 +85,195 @@ class Fused(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-def network(name: str, dtype: torch.dtype, trained: bool, checkpointing: bool) -> DiT:
-    """A transformer without data; gradients vanish as soon as they are complete, as after FSDP's reduce-scatter."""
-    with torch.device("meta"):
-        model = DiT(PRESETS[name]).to(dtype).requires_grad_(trained)
-    model.checkpointing = checkpointing
-    for p in model.parameters() if trained else ():
+def fused(q: Tensor, k: Tensor, v: Tensor, visible: object = None) -> Tensor:
+    """In place of `dit.attend`: [B, L, A, D] -> [B, L, A, D], whoever sees whom."""
+    return Fused.apply(q, k, v)
+
+
+# ---------------------------------------------------------------- networks and their updates
+def network(c: DiTConfig, dtype: torch.dtype, device: torch.device | str = "meta") -> DiT:
+    """A transformer with random weights, made in its own type: 14B in float32 would take 57 GB for
+    a moment."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            dit = DiT(c)
+            torch.nn.init.normal_(dit.head.head.weight, std=0.02)  # else v = 0
+    finally:
+        torch.set_default_dtype(usual)
+    return dit.eval().requires_grad_(False)
+
+
+def trainable(dit: DiT, checkpointing: bool) -> DiT:
+    """The same with gradients that vanish as soon as they are complete, as after FSDP's
+    reduce-scatter."""
+    dit.checkpointing = checkpointing
+    for p in dit.requires_grad_(True).parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    return model
+    return dit
 
 
-def peaks(config: train_dmd.Config, student: str, teacher: str, direction: int) -> dict[str, float]:
-    """Peak GiB of one student and one critic update of `config.micro` samples, in one direction, without weights."""
-    dtype, (T, h, w), B = dtype_of(config.dtype), config.latent, config.micro or config.batch
-    dit.attend = lambda q, k, v, visible=None: Fused.apply(q, k, v)
-    g, f_fake = (network(student, dtype, True, config.checkpointing) for _ in range(2))
-    f_real = network(teacher, dtype, False, False)
-    plan = both_directions(T, config.block, config.anchors, config.head)[direction]
-    c, sigmas = g.config, student_sigmas(shift=config.shift)
-    empty = {
-        k: torch.empty(s, device="meta")
-        for k, s in {
-            "text": (B, c.text_len, c.text_dim),
-            "u": (B,),
-            "noise": (len(sigmas), B, T + config.block, c.in_dim, h, w),
-            "score": (B, T, c.in_dim, h, w),
-        }.items()
+def stage_1(
+    g: DiT, plan: Plan, latent: tuple[int, int, int], B: int, device: torch.device | str
+) -> Callable[[], None]:
+    """Stage 1's update of B samples, forward and backward, in one direction: call it to run it."""
+    c, (_, h, w) = g.config, latent
+    lay = layout(plan)
+    lay = replace(lay, visible=lay.visible.prepare(c.tokens(h, w), device))
+    sigmas = torch.tensor([*student_sigmas(), 0.0], device=device)
+    states = torch.randn(B, len(sigmas), len(lay.latent), c.in_dim, h, w, device=device)
+    levels = torch.zeros(B, len(plan.steps), dtype=torch.long, device=device)
+    text = torch.randn(B, c.text_len, c.text_dim, device=device)
+    return lambda: ode_loss(g, lay, states, levels, sigmas, text).mean().backward()
+
+
+def stage_2(
+    g: DiT,
+    f_fake: DiT,
+    f_real: DiT,
+    plan: Plan,
+    config: train_dmd.Config,
+    B: int,
+    device: torch.device | str,
+) -> dict[str, Callable[[], None]]:
+    """The student's update of B samples, all denoising steps, in one direction; and the critic's in
+    its two halves."""
+    c, (T, h, w) = g.config, config.latent
+    sigmas, rows = student_sigmas(shift=config.shift), T + config.block  # dummies have noise, too
+    text = torch.randn(B, c.text_len, c.text_dim, device=device)
+    noise = torch.randn(len(sigmas), B, rows, c.in_dim, h, w, device=device)
+    score, u = torch.randn(B, T, c.in_dim, h, w, device=device), torch.rand(B, device=device)
+
+    def generated() -> Tensor:
+        last = len(sigmas) - 1
+        return generate(g, plan, [text], noise_from(noise[0], noise[1:], T), sigmas, exit_at=last)
+
+    @torch.no_grad()
+    def rollout() -> Tensor:
+        return generated()
+
+    def student() -> None:
+        x = generated()
+        gradient = train_dmd.dmd_gradient(
+            f_real, f_fake, x.detach(), u, score, text, text, config.guidance, config.shift
+        )
+        train_dmd.dmd_loss(x, gradient).mean().backward()
+
+    def critic() -> None:
+        x = torch.randn_like(score)
+        train_dmd.critic_loss(f_fake, x, u, score, text, config.shift).mean().backward()
+
+    return {"student": student, "rollout": rollout, "critic": critic}
+
+
+# ---------------------------------------------------------------- estimates
+@torch.enable_grad()
+def peaks(
+    config: train_dmd.Config, student: DiTConfig, teacher: DiTConfig, direction: int
+) -> dict[str, float]:
+    """Peak GiB, without weights, of updates of `config.micro` samples in one direction, of both
+    stages."""
+    dtype, B = dtype_of(config.dtype), config.micro or config.batch
+    plans = both_directions(config.latent[0], config.block, config.anchors, config.head)
+    g, f_fake = (trainable(network(student, dtype), config.checkpointing) for _ in range(2))
+    with torch.device("meta"):
+        f_real = network(teacher, dtype)
+        updates = stage_2(g, f_fake, f_real, plans[direction], config, B, "meta")
+        updates["stage 1"] = stage_1(g, plans[direction], config.latent, B, "meta")
+    found = {}
+    with mock.patch("dit.attend", fused):
+        for what, update in updates.items():
+            with Meter() as meter:
+                update()
+            found[what] = meter.peak / GIB
+    return found
+
+
+def estimate(
+    config: train_dmd.Config, student: DiTConfig, teacher: DiTConfig, direction: int
+) -> dict[str, float]:
+    """The same from two and three layers of each network, extended: every layer more adds the same,
+    and saves you minutes."""
+    two, three = (
+        peaks(config, replace(student, num_layers=n), replace(teacher, num_layers=2), direction)
+        for n in (2, 3)
+    )
+    found = {k: two[k] + (student.num_layers - 2) * (three[k] - two[k]) for k in two}
+    found["critic"] = max(found.pop("rollout"), found["critic"])  # one after the other
+    return found
+
+
+def gathered(c: DiTConfig, itemsize: int) -> float:
+    """GiB of the parameters of a sharded network that lie whole on a GPU while it computes: this
+    block and the next."""
+    with torch.device("meta"):
+        model = DiT(c)
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    whole = sum(p.numel() for p in model.parameters())
+    return (whole - block * (len(model.blocks) - 2)) * itemsize / GIB
+
+
+def size_of(c: DiTConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in DiT(c).parameters())
+
+
+def weights_2(
+    student: DiTConfig, teacher: DiTConfig, gpus: int, itemsize: int = 2
+) -> dict[str, float]:
+    """GiB a GPU in stage 2: what is sharded over the GPUs, and what is gathered while they
+    compute."""
+    sizes = size_of(student), size_of(student), size_of(teacher)
+    blocks = 2 * gathered(student, itemsize) + gathered(teacher, itemsize)
+    return train_dmd.memory_of_weights(*sizes, gpus, itemsize) | {"gathered blocks": blocks}
+
+
+def weights_1(student: DiTConfig, gpus: int, itemsize: int = 2) -> dict[str, float]:
+    """The same in stage 1, which has the student alone."""
+    return {
+        "student: master, gradient, Adam": size_of(student) * STAGE_1 / gpus / GIB,
+        "gathered blocks": gathered(student, itemsize),
     }
-    noise = noise_from(empty["noise"][0], empty["noise"][1:], T)
-    result = {}
-    for what in ("student", "critic"):
-        with Meter() as meter, torch.set_grad_enabled(what == "student"):
-            x = generate(g, plan, [empty["text"]], noise, sigmas, exit_at=len(sigmas) - 1)
-            if what == "student":
-                gradient = train_dmd.dmd_gradient(
-                    f_real,
-                    f_fake,
-                    x.detach(),
-                    empty["u"],
-                    empty["score"],
-                    empty["text"],
-                    empty["text"],
-                    config.guidance,
-                    config.shift,
-                )
-                train_dmd.dmd_loss(x, gradient).mean().backward()
-            else:
-                with torch.enable_grad():
-                    train_dmd.critic_loss(
-                        f_fake, x, empty["u"], empty["score"], empty["text"], config.shift
-                    ).mean().backward()
-        if x.shape != (B, T, c.in_dim, h, w) or x.dtype != torch.float32:
-            raise AssertionError(f"the rollout gave {tuple(x.shape)} {x.dtype}")
-        result[what] = meter.peak / 2**30
-    return result
 
 
-def weights(student: str, teacher: str, gpus: int, itemsize: int = 2) -> dict[str, float]:
-    """GiB a GPU: what is sharded over the GPUs, and the parts gathered while they compute (this block and the next)."""
-    whole, gathered = {}, {}
-    for name in {student, teacher}:
-        with torch.device("meta"):
-            model = DiT(PRESETS[name])
-        block = sum(p.numel() for p in model.blocks[0].parameters())
-        whole[name] = sum(p.numel() for p in model.parameters())
-        gathered[name] = (whole[name] - block * (len(model.blocks) - 2)) * itemsize / 2**30
-    return train_dmd.memory_of_weights(
-        whole[student], whole[student], whole[teacher], gpus, itemsize
-    ) | {"gathered blocks": 2 * gathered[student] + gathered[teacher]}
+def sheet(weights: list[dict[str, float]], active: dict[str, float], gpus: tuple[int, ...]) -> str:
+    """Markdown: a row for each thing, a column for each number of GPUs, and the peak."""
+    rows = [[name, *(f"{row[name]:.1f}" for row in weights)] for name in weights[0]]
+    rows += [[f"activations: {name}"] + [f"{gib:.1f}"] * len(gpus) for name, gib in active.items()]
+    tops = (sum(row.values()) + max(active.values()) for row in weights)
+    rows.append(["**peak**", *(f"**{top:.1f}**" for top in tops)])
+    return table(["GiB a GPU", *(f"{n} GPU{'s' * (n > 1)}" for n in gpus)], rows)
+
+
+def estimated(config: "Config") -> str:
+    """Both stages' tables, in Markdown."""
+    preset = train_dmd.Config.PRESETS[config.preset] | {"micro": config.micro}
+    settings = train_dmd.Config(**preset)
+    student = PRESETS["wan1.3b"]
+    teacher = PRESETS["wan14b"] if config.preset == "wan" else student
+    stage_1, stage_2 = {}, {}
+    for direction, name in enumerate(("forward", "backward")):
+        for what, gib in estimate(settings, student, teacher, direction).items():
+            (stage_1 if what == "stage 1" else stage_2)[f"{what}, {name}"] = gib
+    slots = len(layout(both_directions()[1]).latent)
+    tokens = slots * student.tokens(*settings.latent[1:])
+    return (
+        f"Stage 1 ({slots} latents = {tokens:,} tokens backward):\n\n"
+        + sheet([weights_1(student, n) for n in config.gpus], stage_1, config.gpus)
+        + "\n\nStage 2:\n\n"
+        + sheet([weights_2(student, teacher, n) for n in config.gpus], stage_2, config.gpus)
+    )
 
 
 @dataclass
 class Config:
-    """Estimate the memory of a DMD step per GPU, in GiB."""
+    """Estimate the memory of a training step per GPU, in GiB."""
 
     preset: str = "wan"  # wan or wan-small-teacher
     gpus: tuple[int, ...] = (1, 8, 64)  # how many share the weights
     micro: int = 1  # samples a GPU
+    write: str = ""  # also put the tables into this page, between its marks
 
 
 def main(config: Config) -> None:
@@ -153,45 +281,15 @@ def main(config: Config) -> None:
         raise UserError(f"--preset {config.preset!r} must be wan or wan-small-teacher")
     if not config.gpus or min(config.gpus) < 1:
         raise UserError(
-            f"--gpus {' '.join(map(str, config.gpus)) or 'nothing'} must be whole numbers of at least 1"
+            f"--gpus {' '.join(map(str, config.gpus)) or 'nothing'} must be whole numbers of at "
+            "least 1"
         )
-    settings = train_dmd.Config(
-        **{
-            **asdict(train_dmd.Config()),
-            **train_dmd.Config.PRESETS[config.preset],
-            "micro": config.micro,
-        }
-    )
-    student, teacher = "wan1.3b", "wan14b" if config.preset == "wan" else "wan1.3b"
-    active = {
-        f"{what}, {name}": gib
-        for d, name in enumerate(("forward", "backward"))
-        for what, gib in peaks(settings, student, teacher, d).items()
-    }
-    print(
-        f"preset {config.preset}, {config.micro} sample a GPU, latents {settings.latent}, {settings.dtype}; GiB a GPU\n"
-    )
-    print(
-        "| what | "
-        + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in config.gpus)
-        + " |\n|---"
-        + "|---" * len(config.gpus)
-        + "|"
-    )
-    table = [weights(student, teacher, n) for n in config.gpus]
-    for name in table[0]:
-        print(f"| {name} | " + " | ".join(f"{row[name]:.1f}" for row in table) + " |")
-    for name, gib in active.items():
-        print(
-            f"| activations and cache: {name} | "
-            + " | ".join([f"{gib:.1f}"] * len(config.gpus))
-            + " |"
-        )
-    print(
-        "| **peak** | "
-        + " | ".join(f"**{sum(row.values()) + max(active.values()):.1f}**" for row in table)
-        + " |"
-    )
+    if config.micro < 1:
+        raise UserError(f"--micro {config.micro} must be at least 1")
+    text = estimated(config)
+    print(f"preset {config.preset}, samples a GPU: {config.micro}\n\n{text}")
+    if config.write:
+        put(config.write, f"python -m tools.memory --preset {config.preset}", text)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import imageio.v3 as iio
 import numpy as np
 
-import scenes  # noqa: F401  (registers its orders)
+import plans  # noqa: F401  (registers its orders)
 from anchors import ORDERS, Plan, layout, marks, text_picture
 from lib.common import UserError, atomic, run
-from lib.media import draw_grid
+from lib.picture import draw_grid
 
 COLOURS = {
     ".": (255, 255, 255),

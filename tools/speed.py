@@ -1,16 +1,15 @@
-"""Speed as ratios, in one process, on equal threads: ours against diffusers', cached against recomputed.
+"""Speed as ratios, in one process, on equal threads: ours against diffusers', cached against
+recomputed.
 
-The contestants take turns, so a slow minute of the machine slows both; medians of the turns are compared. Random
-weights: speed does not depend on them. Not a test (a busy machine would make it fail); the README quotes its output.
+The contestants take turns, so a slow minute of the machine slows both; medians of the turns are
+compared. Random weights: speed does not depend on them. Not a test (a busy machine would make it
+fail); docs/speed.md quotes its output.
 
-    make bench
+    python -m tools.speed
 """
 
-import contextlib
 import copy
-import io
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,44 +25,50 @@ import anchors
 import vae as vae_module
 from anchors import Plan, layout
 from dit import PRESETS, DiT, DiTConfig
-from film import Settings, film, load_models
+from generate import decode_in_order, load_models, make_blocks, write_video
 from lib import cpu
 from sampler import generate, noise_from, student_sigmas
+from tools.bench import Clock, matmul_rate, medians, processor
 from vae import VAE, VAEConfig
+
+CLOCK = Clock(torch.device("cpu"))
 
 
 def race(name: str, ours: Callable, other: Callable, turns: int = 9) -> None:
     """Print the median times and how many times faster ours is."""
-    times: dict[int, list[float]] = {0: [], 1: []}
-    for turn in range(turns + 1):  # the first turn warms up
-        for who, run in enumerate((ours, other)):
-            start = time.perf_counter()
-            run()
-            if turn:
-                times[who].append(time.perf_counter() - start)
-    a, b = (statistics.median(t) for t in times.values())
-    pairs = statistics.median(y / x for x, y in zip(*times.values()))
-    print(f"| {name} | {a * 1e3:.0f} ms | {b * 1e3:.0f} ms | {pairs:.2f} |", flush=True)
+    a, b = medians(CLOCK, turns, ours, other)
+    print(f"| {name} | {a * 1e3:.0f} ms | {b * 1e3:.0f} ms | {b / a:.2f} |", flush=True)
+
+
+def products() -> None:
+    """Print the rate of large matrix products, by oneDNN (what `lib/cpu.py` takes) and by torch's
+    own choice."""
+    rate = matmul_rate(CLOCK, torch.float32) / 1e9
+    with mock.patch.object(cpu, "ONEDNN", False):
+        own = matmul_rate(CLOCK, torch.float32) / 1e9
+    print(f"matrix products: oneDNN {rate:.0f}, torch's choice {own:.0f} GFLOP/s\n")
 
 
 def longer(way: str) -> None:
-    """How time and memory of a toy video on disk grow from 10 s to 100 s: in one process, the short one first."""
+    """How time and memory of a toy video on disk grow from 10 s to 100 s: in one process, the short
+    one first."""
     dit, vae = load_models("random", torch.float32, torch.device("cpu"))
     times, peaks = [], []
     with tempfile.TemporaryDirectory() as folder:
         for length in (42, 42, 402):  # the first turn warms up
             Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
             start = time.perf_counter()
-            config = Settings(("a red disc moves up over a blue wave",), out=f"{folder}/clip.mp4")
-            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
-                film(config, anchors.long(length, way), config.prompt, dit, vae, (32, 32))
+            plan = anchors.long(length, way)
+            blocks = make_blocks(dit, plan, ["a red disc moves up over a blue wave"], (4, 4))
+            write_video(f"{folder}/clip.mp4", decode_in_order(vae, plan, blocks))
             times.append(time.perf_counter() - start)
             peaks.append(
                 int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
             )
     print(
-        f"| 100 s of toy video, {way}, against 10 s | {times[2]:.1f} s | {times[1]:.1f} s | time x {times[2] / times[1]:.2f}, "
-        f"peak memory {peaks[1]:.2f} -> {peaks[2]:.2f} GiB (+ {100 * (peaks[2] / peaks[1] - 1):.1f} %) |",
+        f"| 100 s of toy video, {way}, against 10 s | {times[2]:.1f} s | {times[1]:.1f} s | "
+        f"time x {times[2] / times[1]:.2f}, peak memory {peaks[1]:.2f} -> {peaks[2]:.2f} GiB "
+        f"(+ {100 * (peaks[2] / peaks[1] - 1):.1f} %) |",
         flush=True,
     )
 
@@ -96,8 +101,9 @@ def transformers(
 
 
 def floor(run: Callable) -> Callable:
-    """The matrix products, attention calls and convolutions of a run, all of them and nothing else, each shape on one and the same
-    input, which the caches of the machine then hold."""
+    """The matrix products, attention calls and convolutions of a run, all of them and nothing else.
+
+    Each shape is run on one and the same input, which the caches of the machine then hold."""
     calls, inputs = [], {}
     real = {
         (where, name): getattr(where, name)
@@ -133,7 +139,8 @@ def floor(run: Callable) -> Callable:
 
 
 def autoencoders(dim: int) -> None:
-    """Decoding and encoding of 17 frames against diffusers' VAE, and against its own convolutions alone."""
+    """Decoding and encoding of 17 frames against diffusers' VAE, and against its own convolutions
+    alone."""
     vae, theirs = (
         VAE(VAEConfig(dim=dim)).eval().requires_grad_(False),
         AutoencoderKLWan(base_dim=dim).eval(),
@@ -156,7 +163,8 @@ def autoencoders(dim: int) -> None:
 
 
 def rollouts(name: str, dit: DiT) -> None:
-    """A rollout of 21 latents: cached against recomputed, forward against backward; and what fusing two passes would save."""
+    """A rollout of 21 latents: cached against recomputed, forward against backward; and what fusing
+    two passes would save."""
     plans, text = (
         {"forward": anchors.forward(21), "backward": anchors.backward(21)},
         torch.randn(1, 512, 512),
@@ -172,7 +180,8 @@ def rollouts(name: str, dit: DiT) -> None:
         generate(dit, plans[way], [dit.text_kv(text)], noise_from(noise, renoise))
 
     def recompute(words: torch.Tensor | list) -> None:
-        """Every denoising step runs all earlier blocks again, clean, and the current one: what a cache saves."""
+        """Every denoising step runs all earlier blocks again, clean, and the current one: what a
+        cache saves."""
         plan = plans["forward"]
         for n in range(len(plan.steps)):
             latents = plan.steps[n].targets[-1] + 1
@@ -204,15 +213,17 @@ def rollouts(name: str, dit: DiT) -> None:
 
 
 def fused(name: str, config: DiTConfig, h: int) -> None:
-    """What fusing a block's clean pass with the next one's first step would save: twice the tokens in one pass, or one after the other."""
+    """What fusing a block's clean pass with the next one's first step would save: one pass of both,
+    or one after the other."""
     dit = DiT(config).eval().requires_grad_(False)
     z, t, pos = torch.randn(1, 6, config.in_dim, h, h), torch.zeros(1, 6), torch.arange(6)
     kv = dit.text_kv(torch.randn(1, config.text_len, config.text_dim))
     race(
-        f"clean pass and next step in one pass, {name}, 6x{config.tokens(h, h)} tokens, against one after the other",
+        f"clean pass and next step in one pass, {name}, 6x{config.tokens(h, h)} tokens, "
+        "against one after the other",
         lambda: dit(z, t, kv, pos),
         lambda: (
-            dit(z[:, :3], t[:, :3], kv, pos[:3], need=0),
+            dit(z[:, :3], t[:, :3], kv, pos[:3], keys_only=True),
             dit(z[:, 3:], t[:, 3:], kv, pos[3:]),
         ),
     )
@@ -220,7 +231,8 @@ def fused(name: str, config: DiTConfig, h: int) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
+    print(f"{processor()}, torch {torch.__version__}, float32")
+    products()
     print("| what | ours | other | other / ours |\n|---|---|---|---|")
     for way in ("forward", "backward"):
         longer(way)

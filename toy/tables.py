@@ -1,62 +1,32 @@
-"""The paper's ablations as data: which students exist, the commands that train them, and which of them a table compares.
+"""The paper's tables again: which student and which plan make each row, and what is measured of it.
 
-A student is a stage-1 run and a stage-2 run that starts from it; names follow the paper's Table 5. All share teacher, VAE
-and ODE pairs and differ only in the flags written here. `evaluate.py --table N` reads this and measures.
+Each training seed is measured on captions, clips and noise of its own, so that the error over seeds
+holds all there is. Two rows of true clips stand first: what the numbers would be of the real thing,
+and of other real clips of the same captions, which is the floor of the Fréchet distance.
 
-    python -m toy.tables --seeds 0 1 2 --jobs 2        # train what is missing, one thread a job; stop and go on at will
+    python -m toy.tables --table 1 --clips 48        # students of `python -m toy.students`
+    python -m toy.tables --table 1 --share_noise none start all      # each sampled in three ways
 """
 
-import os
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import anchors
-from anchors import Plan
-from lib.common import UserError, run, stop_signals
+import torch
+from tqdm import tqdm
 
-STAGE1 = {  # flags of train_ode.py
-    "p0": "--anchors 0",
-    "p1": "--anchors 1",
-    "p2": "--anchors 2",
-    "p3": "--anchors 3",
-    "b6": "--block 6 --anchors 0 --head 3",
-    "p3-loss": "--anchors 3 --loss_on_anchors",
-    "clean-p3": "--anchors 3 --teacher_forcing",
-    "clean-p0": "--anchors 0 --teacher_forcing",
-}
-AR = {
-    3: "out/ar",
-    0: "out/ar0",
-}  # folders of the autoregressive teachers (train_ar.py); their causal pairs lie in .../pairs
-for P, ar in AR.items():
-    teacher = (
-        f"--anchors {P} --teacher ar:{ar}/teacher.safetensors --weights {ar}/teacher.safetensors"
-    )
-    STAGE1 |= {f"causal-p{P}": f"{teacher} --data {ar}/pairs", f"cd-p{P}": f"{teacher} --method cd"}
-STAGE2 = {  # student: (its stage 1, flags of train_dmd.py)
-    "exp1": ("p0", "--anchors 0"),
-    "exp3": ("b6", STAGE1["b6"]),
-    "exp5": ("b6", "--anchors 3"),
-    "exp7": ("p3", "--anchors 3"),
-    "exp9": ("p3", STAGE1["b6"]),
-    "loss": ("p3-loss", "--anchors 3"),
-    "exp10": ("p1", "--anchors 1"),
-    "exp11": ("p2", "--anchors 2"),
-    "separate": ("p3", "--anchors 3 --shared_student false --shared_critic false"),
-    "separate-critic": ("p3", "--anchors 3 --shared_critic false"),
-}
-CAUSAL = {
-    f"{way}{P}": (f"{way}-p{P}", f"--anchors {P}")
-    for way in ("clean", "causal", "cd")
-    for P in (3, 0)
-}
-BUDGET = (
-    "--steps 300 --batch 16 --lr 5e-4",  # [ours] a laptop's
-    "--steps 120 --ratio 2 --batch 8 --lr 2e-5 --ema_start 60 --sheet_every 0",
-)
+import anchors
+from anchors import HORIZON, Plan
+from dit import load_dit
+from evaluate import Maker, drift, measure_made, measure_true, measure_words, summary
+from lib import report
+from lib.changes import temporal_flickering
+from lib.common import UserError, run, start
+from lib.statistics import Stat, Values, joined, over_runs
+from lib.world import OTHER, numbers_of
+from toy import inbetween, world
+from toy.students import CAUSAL, STAGE2, folder
+from vae import VAE, load_vae
 
 FORWARD = anchors.forward(21)
 DUMMY = anchors.backward(21, anchors=0, dummy=True)  # no anchors (Fig. 9b)
@@ -66,7 +36,9 @@ P1, P2, P3 = (anchors.backward(21, anchors=p) for p in (1, 2, 3))  # anchors dro
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a student, the plan by which it generates, what the paper has there, and the seeds if not all."""
+    """One line of a table: a student, the plan by which it generates, what the paper has there.
+
+    seeds: if not all"""
 
     label: str
     student: str
@@ -161,106 +133,155 @@ TABLES[10] = tuple(
 )
 
 
-def folder(root: str, name: str, seed: int) -> Path:
-    """Where the run of this name and seed lies."""
-    return Path(root) / f"{name}-{seed}"
+# ---------------------------------------------------------------- measuring
+@dataclass
+class Config:
+    """Measure the students of a table."""
 
-
-def commands(
-    root: str, weights: str, pairs: str, seeds: list[int]
-) -> list[tuple[Path, Path | None, str]]:
-    """(the file a run ends with, the file it needs first, the command) of every run, stage 1 first."""
-    todo = []
-    for seed in seeds:
-        for name, flags in STAGE1.items():
-            out, teacher = folder(root, name, seed), f"{weights}/teacher.safetensors"
-            start = "" if "--weights" in flags else f"--teacher {teacher} --weights {teacher} "
-            data = "" if "--data" in flags else f"--data {pairs} "
-            todo.append(
-                (
-                    out / "student.safetensors",
-                    None,
-                    f"train_ode.py {start}{data}--out {out} --seed {seed} {BUDGET[0]} {flags}",
-                )
-            )
-        for name, (first, flags) in (STAGE2 | CAUSAL).items():
-            out, student = (
-                folder(root, name, seed),
-                folder(root, first, seed) / "student.safetensors",
-            )
-            end = out / (
-                "backward.safetensors" if "shared_student false" in flags else "student.safetensors"
-            )
-            teacher = f"{weights}/teacher.safetensors"
-            todo.append(
-                (
-                    end,
-                    student,
-                    f"train_dmd.py --student {student} --teacher {teacher} --critic {teacher} "
-                    f"--vae {weights}/vae.safetensors --out {out} --seed {seed} {BUDGET[1]} {flags}",
-                )
-            )
-    return todo
+    table: int  # 1 to 6, or 10 (the initialisations)
+    runs: str = "out/tables"  # where the students are
+    weights: str = "toy/weights"  # VAE, and what Table 4 compares
+    seeds: tuple[int, ...] = (0, 1, 2)  # training seeds
+    clips: int = 48  # held-out captions, others for each seed
+    share_noise: tuple[str, ...] = ()  # sample each with none, start, all; default: as trained
+    out: str = ""  # also write the table as .json
+    device: str = "auto"
 
 
 @dataclass
-class Config:
-    """Train the students of the tables."""
+class Setting:
+    """What all students of one seed are measured with: captions, and true clips to compare with."""
 
-    out: str = "out/tables"  # a folder a run
-    weights: str = "toy/weights"  # teacher and VAE
-    pairs: str = "out/pairs"  # made by train_ode.py --generate
-    seeds: tuple[int, ...] = (0, 1, 2)
-    students: tuple[
-        str, ...
-    ] = ()  # only these (and the stages 1 they need); default: all of the paper's tables
-    jobs: int = 2  # runs at a time, one thread each
+    seed: int
+    captions: list[str]
+    true: Values
+    decoded: dict[str, Stat]  # rows of true clips, and of others of the same captions
+    others: dict[str, Stat]
+
+
+def setting(config: Config, vae: VAE, seed: int) -> Setting:
+    """The captions and true clips of a seed."""
+    numbers = numbers_of(world, config.clips, seed)
+    captions = [world.caption(number) for number in numbers]
+    true, decoded = measure_true(vae, 32, FORWARD, captions, world, numbers)
+    others = [number + OTHER for number in numbers]
+    floor = measure_true(vae, 32, FORWARD, captions, world, others)[1]
+    return Setting(seed, captions, true, summary(decoded, true), summary(floor, true))
+
+
+def measure_long(maker: Maker, plan: Plan, captions: list[str], batch: int = 4) -> Values:
+    """What is left of long clips in the 5 s made last, against the 5 s made first."""
+    parts = []
+    for a in range(0, len(captions), batch):
+        some = captions[a : a + batch]
+        video = maker.make(plan, some, a)[1]
+        words = measure_words(world, video, plan, some)
+        last = {name: values[:, -1] for name, values in drift(video, plan).items()}
+        parts.append(words | {"flicker (VBench)": temporal_flickering(video)} | last)
+    return joined(parts)
+
+
+def columns_of(table: int) -> tuple[str, ...]:
+    """What a table shows of each student."""
+    if table == 2:
+        return ("caption", "motion", "Fréchet")
+    if table == 3:
+        words = ("caption", "caption, last made", "lost: ball", "lost: ground", "flicker (VBench)")
+        return words + ("colour offset", "contrast", "sharpness", "motion")
+    ratios = ("FR inter", "FR inter max", "FR intra", "FR intra max")
+    return (*ratios, "round trip", "motion", "caption", "frame 0: colours")
+
+
+def chosen(row: dict[str, Stat], table: int) -> dict[str, Stat]:
+    """The columns of a row that a table shows."""
+    return {name: row[name] for name in columns_of(table) if name in row}
+
+
+def student_file(config: Config, row: Row, seed: int) -> Path:
+    """The weights of a row's student: those of its direction, where directions have their own."""
+    path = folder(config.runs, row.student, seed)
+    own = path / f"{'backward' if row.plan.name == 'backward' else 'forward'}.safetensors"
+    return own if own.exists() else path / "student.safetensors"
+
+
+def rows_there(config: Config) -> list[Row]:
+    """The rows of --table whose students are all there; the others are named with their command.
+
+    raises: UserError with that command if no row is left"""
+    rows, missing = [], set()
+    for row in TABLES[config.table]:
+        seeds = row.seeds or config.seeds
+        absent = {(row.student, s) for s in seeds if not student_file(config, row, s).exists()}
+        missing |= absent
+        rows += [] if absent else [row]
+    if missing:
+        names = ", ".join(sorted(f"{name}-{seed}" for name, seed in missing))
+        seeds = " ".join(sorted({str(seed) for _, seed in missing}))
+        finals = " ".join(sorted({name for name, _ in missing} & (STAGE2 | CAUSAL).keys()))
+        says = (
+            f"students {names} are not trained yet: python -m toy.students --out {config.runs} "
+            f"--seeds {seeds} --students {finals}"
+        )
+        if not rows:
+            raise UserError(says)
+        print(says)
+    return rows
+
+
+def ways_of(row: Row, share_noise: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(label, noise rule) of each way to sample a row: those asked for, if it has anchors."""
+    if share_noise and any(step.anchors for step in row.plan.steps):
+        yield from ((f"{row.label}, noise: {share}", share) for share in share_noise)
+    else:
+        yield row.label, ""
+
+
+def measure_row(row: Row, maker: Maker, where: Setting) -> dict[str, Stat]:
+    """All that is measured of one student by one plan."""
+    if row.plan.length > HORIZON:
+        return summary(measure_long(maker, row.plan, where.captions), where.true)
+    return summary(measure_made(maker, row.plan, where.captions, world), where.true)
+
+
+@torch.no_grad()
+def table(config: Config, device: torch.device) -> dict[str, dict[str, object]]:
+    """The rows of --table, measured, after two of true clips. raises: UserError"""
+    if config.table not in TABLES:
+        raise UserError(f"--table {config.table} must be 1 to 6, or 10 (the initialisations)")
+    vae = load_vae(config.weights, device=device)
+    rows = rows_there(config)
+    seeds = {seed for row in rows for seed in row.seeds or config.seeds}
+    settings = {seed: setting(config, vae, seed) for seed in sorted(seeds)}
+    truths = {
+        "true clips, decoded": [where.decoded for where in settings.values()],
+        "other true clips, decoded": [where.others for where in settings.values()],
+    }
+    result: dict[str, dict[str, object]] = {
+        name: chosen(over_runs(found), config.table) for name, found in truths.items()
+    }
+    for row in tqdm(rows, desc=f"table {config.table}", unit="row"):
+        for label, share in ways_of(row, config.share_noise):
+            found = []
+            for seed in row.seeds or config.seeds:
+                dit = load_dit(student_file(config, row, seed), torch.float32, device)
+                maker = Maker(dit, vae, (32, 32), seed, None, share)
+                found.append(measure_row(row, maker, settings[seed]))
+            shown = chosen(over_runs(found), config.table)
+            result[label] = ({"paper": row.paper} if row.paper else {}) | shown
+    return result
 
 
 def main(config: Config) -> None:
-    every = STAGE2 | CAUSAL
-    unknown = set(config.students) - set(every)
-    if unknown:
-        raise UserError(f"unknown students {', '.join(sorted(unknown))}; use {', '.join(every)}")
-    wanted = set(config.students or STAGE2)
-    wanted |= {every[name][0] for name in wanted}
-    todo = [
-        (end, need, line)
-        for end, need, line in commands(
-            config.out, config.weights, config.pairs, list(config.seeds)
-        )
-        if not end.exists() and end.parent.name.rsplit("-", 1)[0] in wanted
-    ]
-    running: list[tuple[subprocess.Popen, str]] = []
-    print(f"{len(todo)} runs to go", flush=True)
-    with stop_signals() as stop:
-        while (todo or running) and not stop():
-            for job, line in [x for x in running if x[0].poll() is not None]:
-                running.remove((job, line))
-                if job.returncode:
-                    raise UserError(f"a run failed with code {job.returncode}: {line}")
-            ready = next((x for x in todo if x[1] is None or x[1].exists()), None)
-            if ready and len(running) < config.jobs:
-                todo.remove(ready)
-                ready[0].parent.mkdir(parents=True, exist_ok=True)
-                print(f"{len(todo):3} left  {ready[2]}", flush=True)
-                with open(ready[0].parent / "run.out", "a") as log:
-                    running.append(
-                        (
-                            subprocess.Popen(
-                                [sys.executable, *ready[2].split()],
-                                stdout=log,
-                                stderr=log,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            ),
-                            ready[2],
-                        )
-                    )
-            else:
-                time.sleep(1)
-    for job, _ in running:
-        job.terminate()  # saves at the end of its step
-        job.wait()
+    if config.clips < 2:
+        raise UserError(f"--clips {config.clips} must be at least 2, for a standard error")
+    if wrong := set(config.share_noise) - {"none", "start", "all"}:
+        raise UserError(f"--share_noise {min(wrong)} must be none, start or all")
+    device = start(config.device)[2]
+    if config.table == 4:
+        rows = inbetween.table(inbetween.Config(config.weights, clips=config.clips), device)
+    else:
+        rows = table(config, device)
+    report.show(rows, config.out)
 
 
 if __name__ == "__main__":

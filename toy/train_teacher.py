@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anchors import draw, prefix_mix
+from anchors import forward
 from dit import PRESETS, DiT, save_dit
 from lib import text
+from lib.clips import Clips
 from lib.common import Stream, UserError, dtype_of, generator, run, start
 from lib.media import write_sheet
-from lib.pairs import many_steps
 from lib.training import (
     EMA,
     clip_gradients,
@@ -32,7 +32,8 @@ from lib.training import (
     sync_gradients,
     training_steps,
 )
-from sampler import noise_from, shift_sigma
+from plans import draw, prefix_mix
+from sampler import gather, noise_from, shift_sigma, teacher_blocks
 from tools import encode as latents
 from toy import world
 from vae import VAE, load_vae
@@ -78,7 +79,7 @@ def teacher_loss(
 def report(dit: DiT, vae: VAE, config: Config, sheet: Path, n: int = 64) -> dict[str, float]:
     """Sample n held-out captions, write a sheet of eight, read the captions back."""
     device = dit.patch_embedding.weight.device
-    captions = [text.toy_caption(text.HELD_OUT + i) for i in range(n)]
+    captions = [world.caption(text.HELD_OUT + i) for i in range(n)]
     side = config.size // vae.config.space
     noise = torch.stack(
         [
@@ -89,17 +90,11 @@ def report(dit: DiT, vae: VAE, config: Config, sheet: Path, n: int = 64) -> dict
         ]
     )
     prompts = text.embed(captions, dit.config.text_dim, dit.config.text_len)
-    parts = [
-        many_steps(
-            dit,
-            None,
-            p.to(device),
-            torch.zeros_like(p, device=device),
-            noise_from(x.to(device)),
-            config.guidance,
-        )
-        for p, x in zip(prompts.split(16), noise.split(16))
-    ]
+    plan, parts = forward(21, 21), []
+    for p, x in zip(prompts.to(device).split(16), noise.to(device).split(16)):
+        negative = torch.zeros_like(p[:1])
+        made = teacher_blocks(dit, plan, [p], negative, noise_from(x), config.guidance)
+        parts.append(gather(plan, made))
     video = torch.cat([vae.decode(z[None]).cpu() for z in torch.cat(parts)])
     write_sheet(sheet, video[:8], columns=11)
     return world.accuracy(video, captions) | {"motion": video.diff(dim=2).abs().mean().item()}
@@ -131,7 +126,7 @@ def main(config: Config) -> None:
         text.Prompts("toy", dit.config.text_dim, dit.config.text_len),
         config.size // vae.config.space,
     )
-    clips = latents.Clips(
+    clips = Clips(
         str(out / "latents"), (vae.config.latents(FRAMES), side, side), vae.config.z_dim, source
     )
     mix, sizes = prefix_mix(vae.config.latents(FRAMES)), (config.batch, config.pictures)
@@ -164,7 +159,7 @@ def main(config: Config) -> None:
                 )
             losses.mean().backward()
             if step % 20 == 0:
-                row[plan.name] = mean_over_processes(losses.mean().item(), device)
+                row |= mean_over_processes({plan.name: losses.mean().item()}, device)
         sync_gradients(dit, "ddp")
         norm = clip_gradients(dit, 1.0, f"step {step}")
         optimiser.step()

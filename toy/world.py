@@ -1,17 +1,19 @@
-"""The toy world: captioned procedural video with exact ground truth, made to be learned on a laptop.
+"""The toy world: captioned procedural video with exact ground truth, to be learned on a laptop.
 
 The idea: a caption such as "a red disc moves left over a blue wave" and an integer seed fix a clip
-completely. One bright sprite crosses the frame and wraps round (so its direction holds at every moment), now
-faster, now slower, turning, and drifting between the other two walls. Behind it a small pale ball bounces,
-and behind that a dark wave of the ground colour pans. Colour words name sprite and ground alike, so word
-order matters. No word names the ball's tint or the waves: what a clip began with must be kept (`identity`).
-One caption in eight is held out, by a hash of its words: no training stream has it (`held_out`). `measure` reads the words back from pixels alone, so a generated clip is scored without a
-judge. Lengths are in units of 1/32 frame (a pixel at 32 px), times in frames; drawing is plain arithmetic on
-[clips, frames, rows, columns].
+completely. One bright sprite crosses the frame and wraps round (so its direction holds at every
+moment), now faster, now slower, turning, drifting between the other two walls. Behind it a small
+pale ball bounces, and behind that a dark wave of the ground colour pans. Colour words name sprite
+and ground alike, so word order matters. No word names the ball's tint or the waves: what a clip
+began with must be kept (`identity`). One caption in eight is held out, by a hash of its words: no
+training stream has it (`held_out`, `caption`). `measure` reads the words back from pixels alone, so
+a generated clip is scored without a judge. Lengths are in units of 1/32 frame (a pixel at 32 px),
+times in frames; drawing is plain arithmetic on [clips, frames, rows, columns].
 
-What it does not do: keep a data set on disk, move a camera, light a scene; `measure` knows this world only.
+What it does not do: keep a data set on disk, move a camera, light a scene; `measure` knows this
+world only.
 
-    python -m toy.world sheet.png        # a contact sheet: clips in rows, every 8th frame in columns
+    python -m toy.world sheet.png      # a contact sheet: clips in rows, every 8th frame in columns
 """
 
 import functools
@@ -21,7 +23,11 @@ import math
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lib.common import Stream, generator
+from lib.text import HELD_OUT, KNOWN
 
 PALETTE = {
     "red": (1, 0, 0),
@@ -57,6 +63,8 @@ BALL_GREY, BALL_TINT = (
     0.55,
     0.20,
 )  # [ours] ball = grey + tint * cos(hue - 0, 1/3, 2/3 of a turn): paler than any sprite
+BALL_DARKEST = 0.22  # [ours] the ball's lowest channel is above it, all other things' below
+GROUND_BRIGHTEST = 0.5  # [ours] the sprite's highest channel is above it, the ground's below
 SPEED_SWING = 0.4  # [ours] speed factor is 1 +- swing
 SCALARS = 21  # [ours] random numbers per clip
 RADII = (1, 2, 3, 4, 5, 6, 7, 8)  # [ours] circles on which `measure` looks at a shape
@@ -70,7 +78,7 @@ def held_out(caption: str) -> bool:
 
 @functools.cache
 def captions_of(part: str) -> tuple[str, ...]:
-    """All 576 captions ("all"), or those of one part: "known", which training sees, or "new", which it never does."""
+    """All 576 captions, or a part: "known", which training sees, or "new", which it never does."""
     every = [" ".join(words) for words in itertools.product(*GRAMMAR)]
     return tuple(c for c in every if part == "all" or held_out(c) == (part == "new"))
 
@@ -83,8 +91,16 @@ def random_captions(
     return [some[i] for i in torch.randint(len(some), (n,), generator=generator).tolist()]
 
 
+def caption(number: int) -> str:
+    """The caption of a clip: one held out from HELD_OUT to KNOWN, else one training sees."""
+    part = "new" if HELD_OUT <= number < KNOWN else "known"
+    return random_captions(1, generator(number, Stream.CAPTION), part)[0]
+
+
 def parse(caption: str) -> dict[str, str]:
-    """A caption's words as {colour, shape, direction, ground}; ValueError if it does not fit the grammar."""
+    """A caption's words as {colour, shape, direction, ground}.
+
+    raises: ValueError if it does not fit the grammar"""
     words = caption.split()
     for place, (word, allowed) in enumerate(itertools.zip_longest(words, GRAMMAR), start=1):
         if allowed is None:
@@ -101,11 +117,16 @@ def parse(caption: str) -> dict[str, str]:
 
 
 def render(
-    captions: list[str], seeds: list[int] | Tensor, size: int = 32, frames: int = 81
+    captions: list[str],
+    seeds: list[int] | Tensor,
+    size: int = 32,
+    frames: int = 81,
+    speed: float = 1.0,
 ) -> Tensor:
     """Draw clips: float32 [B, 3, frames, size, size] in [-1, 1].
 
-    Clip i depends only on (captions[i], seeds[i], size), never on the batch; `frames` only cuts the length.
+    Clip i depends only on (captions[i], seeds[i], size), never on the batch; `frames` only cuts the
+    length. speed: how much of the world's time passes in a frame; below 1 it is slow motion
     """
     if not len(captions) == len(seeds) > 0:
         raise ValueError(
@@ -119,7 +140,7 @@ def render(
     draws = iter(
         scalars[..., None].unbind(1)
     )  # each [B, 1], against t [F]; float64 up to the pixels
-    t = torch.arange(frames, dtype=torch.float64)
+    t = torch.arange(frames, dtype=torch.float64) * speed
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * next(draws)
@@ -140,7 +161,7 @@ def render(
     turn = uniform(0, 2 * math.pi) + uniform(-0.05, 0.05) * t
     ball_x, ball_y = (bounce(BALL_RADIUS, uniform(0.4, 0.9)) for _ in "xy")
 
-    # The ground: two crossing plane waves that pan, sin(a + b) split so that pixels only multiply and add.
+    # The ground: two crossing plane waves that pan, sin(a + b) split so that pixels only multiply.
     pixel = (torch.arange(size, dtype=torch.float64) + 0.5) * UNITS / size
     pan, pan_angle, tilt = uniform(0.5, 0.8), uniform(0, 2 * math.pi), uniform(0, 2 * math.pi)
     wave = 1.0
@@ -175,7 +196,7 @@ def _palette(colours) -> Tensor:
 
 
 def _offsets(x: Tensor, y: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Shortest way round the torus from centres [B, F] to every pixel: [B, F, 1, W] and [B, F, H, 1]."""
+    """Shortest way round the torus from centres [B, F] to pixels: [B, F, 1, W], [B, F, H, 1]."""
     pixel = (torch.arange(size, dtype=torch.float64) + 0.5) * UNITS / size
     dx, dy = (_around(pixel - c[..., None].double()).float() for c in (x, y))
     return dx[:, :, None, :], dy[:, :, :, None]
@@ -193,7 +214,7 @@ def _turned(dx: Tensor, dy: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cover(shape: str, u: Tensor, v: Tensor, size: int, blur: float = 1.0) -> Tensor:
-    """How much of each pixel a shape covers, 0..1: a signed distance from its edge, `blur` pixels soft."""
+    """How much of each pixel a shape covers, 0..1: its edge is `blur` pixels soft."""
     if shape == "square":
         distance = torch.maximum(u.abs(), v.abs()) - 5.3
     elif shape == "triangle":
@@ -205,9 +226,9 @@ def _cover(shape: str, u: Tensor, v: Tensor, size: int, blur: float = 1.0) -> Te
 
 
 def _descriptor(cover: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """How a shape [B, F, H, W] about centres [B, F] looks whichever way it is turned: [B, F, 2 * radii].
+    """How a shape [B, F, H, W] about centres [B, F] looks, however it is turned: [B, F, 2 * radii].
 
-    On circles of several radii: the mean cover, and how strongly it repeats four times round the circle.
+    On circles of several radii: the mean cover, and how strongly it repeats four times round it.
     """
     z = torch.complex(*torch.broadcast_tensors(*_offsets(x, y, cover.shape[-1])))
     r = z.abs()
@@ -221,7 +242,7 @@ def _descriptor(cover: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 @functools.lru_cache
 def _references(size: int) -> Tensor:
-    """Mean descriptor of every shape at every blur over angles and places: [blurs * shapes, 2 * radii]."""
+    """Mean descriptors over angles and places: [blurs * shapes, 2 * radii]."""
     x, y = UNITS / 2 + torch.rand(2, 1, 64, generator=torch.Generator().manual_seed(0))
     u, v = _turned(*_offsets(x, y, size), torch.linspace(0, math.pi / 2, 64)[None])
     drawn = [_cover(shape, u, v, size, blur * size / UNITS) for blur in BLURS for shape in SHAPES]
@@ -238,7 +259,7 @@ def _nearest_colour(rgb: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(video: Tensor) -> list[dict[str, str]]:
-    """Read {colour, shape, direction, ground} from pixels [B, 3, F, H, W] in [-1, 1]; 'none' if not there."""
+    """Read {colour, shape, direction, ground} from pixels [B, 3, F, H, W] in [-1, 1], or 'none'."""
     rgb = (video.float().cpu().nan_to_num().clamp(-1, 1) + 1) / 2
     size, frames = rgb.shape[-1], rgb.shape[2]
     mask = ((rgb.amax(1) - rgb.amin(1) - 0.35) / 0.5).clamp(
@@ -253,7 +274,7 @@ def measure(video: Tensor) -> list[dict[str, str]]:
     ground_rgb = few.masked_fill(few_mask > 0, math.nan).flatten(2).nanmedian(2).values.nan_to_num()
     ground = _nearest_colour(ground_rgb)
 
-    # Direction: circular centroids and their mean step (which counts as far as both its ends are seen).
+    # Direction: circular centroids and their mean step (it counts as far as both ends are seen).
     circle = torch.exp(2j * math.pi * (torch.arange(size) + 0.5) / size)
     x, y = ((mask.sum(d) * circle).sum(-1).angle() / (2 * math.pi) * UNITS for d in (-2, -1))
     seen = torch.minimum(mass[:, 1:], mass[:, :-1])
@@ -261,7 +282,7 @@ def measure(video: Tensor) -> list[dict[str, str]]:
     velocity = velocity / seen.sum(1, keepdim=True).clamp_min(1e-6)
     progress, direction = (velocity @ torch.tensor(list(HEADINGS.values())).float().T).max(1)
 
-    # Shape: where pixels lie from ground to sprite colour, grey removed; linear, so noise averages out.
+    # Shape: where pixels lie from ground to sprite colour, grey removed (linear: noise averages).
     sprite_rgb = _palette(COLOURS).flatten(1)[colour]
     pixels, near, far = (
         c - c.mean(1, keepdim=True) for c in (few.flatten(2), ground_rgb, sprite_rgb)
@@ -290,12 +311,82 @@ def measure(video: Tensor) -> list[dict[str, str]]:
     ]
 
 
-def accuracy(video: Tensor, captions: list[str]) -> dict[str, float]:
-    """Share of clips [B, 3, F, H, W] with each word as captioned, and `all`: colour, shape and direction."""
+def hits(video: Tensor, captions: list[str]) -> dict[str, Tensor]:
+    """Whether each word shows in clips [B, 3, F, H, W] as captioned, bool [B] each.
+
+    caption: colour, shape and direction all do"""
     pairs = list(zip(measure(video), map(parse, captions), strict=True))
-    hits = [{key: seen[key] == word for key, word in said.items()} for seen, said in pairs]
-    hits = [{**hit, "all": hit["colour"] and hit["shape"] and hit["direction"]} for hit in hits]
-    return {key: sum(hit[key] for hit in hits) / len(hits) for key in hits[0]}
+    keys = ("colour", "shape", "direction", "ground")
+    found = {key: torch.tensor([seen[key] == said[key] for seen, said in pairs]) for key in keys}
+    return found | {"caption": found["colour"] & found["shape"] & found["direction"]}
+
+
+def accuracy(video: Tensor, captions: list[str]) -> dict[str, float]:
+    """Share of clips [B, 3, F, H, W] with each word as captioned, and the whole `caption`."""
+    return {key: hit.double().mean().item() for key, hit in hits(video, captions).items()}
+
+
+# ---------------------------------------------------------------- what no word says
+@torch.no_grad()
+def identity(video: Tensor) -> dict[str, Tensor]:
+    """What a clip keeps though no word says it, from pixels [B, 3, F, H, W] in [-1, 1].
+
+    NaN where it is not to be seen.
+    ball: [B, 2], its tint, as the cosine and sine of its hue times its strength
+    ground: [B, 2], the pan of its waves (x, y), pixels a frame at 32 px
+    Two pieces of one clip have nearly the same numbers, two clips do not. (The way the waves face
+    would be another, but the frame shows less than two of them: there, pieces differ as clips do.)
+    """
+    rgb = (video.float().cpu().nan_to_num().clamp(-1, 1) + 1) / 2
+    return {"ball": _ball_tint(rgb), "ground": _ground_pan(rgb.mean(1), _is_ground(rgb))}
+
+
+def _ball_tint(rgb: Tensor) -> Tensor:
+    """Mean chroma [B, 2] of the ball, which alone has no dark channel, even blurred a little."""
+    weight = ((rgb.amin(1) - BALL_DARKEST) / 0.1).clamp(0, 1)  # (B, F, H, W)
+    thirds = torch.arange(3) * 2 * math.pi / 3
+    axes = torch.stack([thirds.cos(), thirds.sin()]) * 2 / 3  # grey has no part in either
+    share = weight.mean((1, 2, 3))[:, None]  # of the frame; a ball fills .027
+    chroma = torch.einsum("bcfhw,bfhw,ac->ba", rgb, weight, axes) / weight.sum((1, 2, 3))[:, None]
+    return torch.where((share > 0.002) & (share < 0.1), chroma, torch.nan)
+
+
+def _is_ground(rgb: Tensor) -> Tensor:
+    """1 where a pixel [B, 3, F, H, W] and all within 3 of it are ground, else 0: [B, F, H, W]."""
+    other = (rgb.amax(1) > GROUND_BRIGHTEST) | (rgb.amin(1) > BALL_DARKEST)
+    return 1 - F.max_pool2d(other.float(), 7, stride=1, padding=3)
+
+
+def _ground_pan(light: Tensor, ground: Tensor, lag: int = 2) -> Tensor:
+    """How fast light [B, F, H, W] moves where `ground` is 1: (x, y) of each clip, [B, 2].
+
+    Least squares of light_t + pan . light_xy = 0 over all pixels and frames. Waves are long, so
+    light is blurred first: noise in gradients would make the pan look slow.
+    """
+    frames, size = light.shape[1], light.shape[-1]
+    if frames <= 2 * lag:
+        return light.new_full((len(light), 2), torch.nan)
+    light = F.avg_pool2d(light, 5, stride=1, padding=2)
+    inside = slice(3, size - 3)  # the blur is whole there
+    before, now, after = (
+        slice(0, frames - 2 * lag),
+        slice(lag, frames - lag),
+        slice(2 * lag, frames),
+    )
+    dx = (light[:, now, inside, 4 : size - 2] - light[:, now, inside, 2 : size - 4]) / 2
+    dy = (light[:, now, 4 : size - 2, inside] - light[:, now, 2 : size - 4, inside]) / 2
+    dt = (light[:, after, inside, inside] - light[:, before, inside, inside]) / (2 * lag)
+    valid = (ground[:, before] * ground[:, now] * ground[:, after])[..., inside, inside]
+
+    def total(product: Tensor) -> Tensor:
+        return (product * valid).sum((1, 2, 3)).double()
+
+    xx, xy, yy = total(dx * dx), total(dx * dy), total(dy * dy)
+    xt, yt = total(dx * dt), total(dy * dt)
+    determinant = xx * yy - xy * xy
+    pan = torch.stack([xy * yt - yy * xt, xy * xt - xx * yt], 1) / determinant[:, None]
+    known = determinant > 1e-6 * (xx + yy).square()  # gradients face more than one way
+    return torch.where(known[:, None], pan * UNITS / size, torch.nan).float()
 
 
 def main(path: str, clips: int = 8, size: int = 32, zoom: int = 3) -> None:

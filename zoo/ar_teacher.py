@@ -10,7 +10,7 @@ that sees what the student will see, in every order that the student shall know:
 
 Data are latents of real clips (tools/encode.py); it starts from the bidirectional teacher. Its end
 points are what zoo/causal_ode.py regresses and zoo/consistency.py follows.
-What the paper leaves open: anchors and dummies get a loss here, since its ODE moves them too [ours].
+What the paper leaves open: anchors and dummies get a loss here, as its ODE moves them too [ours].
 
     python -m tools.encode && python -m zoo.ar_teacher
 """
@@ -24,11 +24,12 @@ from torch import Tensor
 
 from anchors import Layout
 from dit import DiT
+from lib import presets
 from lib.clips import Clips
 from lib.common import Stream, generator, run, start
 from lib.media import write_sheet
 from lib.text import HELD_OUT, Prompts
-from mixes import Mix
+from plans import Mix
 from sampler import gather, noise_seeded, shift_sigma, teacher_blocks
 from train_ode import fit, mean_over, mix_of, network, per_slot, prepared_layouts, scored_slots
 from vae import load_vae
@@ -38,29 +39,7 @@ from vae import load_vae
 class Config:
     """Train the autoregressive teacher on latents of real clips."""
 
-    PRESETS = {
-        "toy": {},
-        "toy64": {"latent": (21, 8, 8)},
-        "wan": {  # [Causal Forcing]
-            "weights": "Wan2.1-T2V-1.3B",
-            "vae": "",
-            "prompts": "out/latents/prompts.safetensors",
-            "latent": (21, 60, 104),
-            "plans": "paper",
-            "steps": 2000,
-            "batch": 64,
-            "micro": 1,
-            "lr": 2e-6,
-            "warmup": 0,
-            "decay": 0.0,
-            "betas": (0.0, 0.999),
-            "dropout": 0.0,
-            "shift": 5.0,
-            "parallel": "fsdp",
-            "checkpointing": True,
-        },
-    }
-    PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}
+    PRESETS = presets.AR_TEACHER
     preset: str = "toy"  # toy, toy64 (64 pixels), wan or wan-framewise: the published numbers
     weights: str = "toy/weights/teacher.safetensors"  # the bidirectional teacher it starts from
     clips: str = "out/latents"  # folder of real clips' latents, made by tools/encode.py
@@ -69,7 +48,7 @@ class Config:
     guidance: float = 2.0  # of these samples
     out: str = "out/ar"  # folder of teacher.safetensors, its sheet, log.jsonl and the resume state
     latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
-    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (mixes.py) [ours]
+    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (plans.py) [ours]
     shift: float = 3.0  # of the training times [ours; Causal Forcing: 5]
     dropout: float = 0.1  # share of prompts replaced by the empty one [Causal Forcing: 0]
     loss_on_anchors: bool = True  # and on dummies: the teacher's ODE moves them, too

@@ -8,7 +8,7 @@ each block after the clean latents of a *real clip*; stage 1 then shows the stud
     pairs     clean [S, T, ...] and, for each plan, states at every slot (an anchor has its own)
     training  train_ode.py's, with all context clean: [clean | noisy]
 
-    python -m zoo.causal_ode --generate && python -m zoo.causal_ode         # after zoo/ar_teacher.py
+    python -m zoo.causal_ode --generate && python -m zoo.causal_ode     # after zoo/ar_teacher.py
 """
 
 from collections.abc import Callable
@@ -21,33 +21,32 @@ from torch import Tensor
 import train_ode
 from anchors import Plan, layout
 from dit import DiT, load_dit
+from lib import presets
 from lib.clips import Clips
 from lib.common import UserError, dtype_of, run, start
-from lib.pairs import Pair, check_shards, kept_states
+from lib.pairs import (
+    MADE_BY,
+    PLANS,
+    Pair,
+    check_shards,
+    kept_states,
+    pair_noise,
+    pairs_where,
+    read_pairs,
+    write_missing,
+    wrong_states,
+)
 from lib.text import Prompts
-from mixes import Mix
+from plans import Mix, draw, rows_of
 from sampler import Noise, cache_for, clean_pass, many_steps, noise_from, rollout
-from train_ode import generate_pairs, mix_of, pair_noise, pairs_for, train, where_pairs_lie
+from train_ode import mix_of, train
 
 
 @dataclass
 class Config(train_ode.Config):
     """Stage 1 from an autoregressive teacher: make causal pairs (--generate, --check), or train."""
 
-    PRESETS = {
-        "toy": {},
-        "toy64": {"latent": (21, 8, 8)},
-        "wan": train_ode.Config.PRESETS["wan"]
-        | {  # [Causal Forcing]
-            "teacher": "out/ar/teacher.safetensors",
-            "weights": "out/ar/teacher.safetensors",
-            "prompts": "out/latents/prompts.safetensors",
-            "guidance": 6.0,
-            "steps": 1000,
-            "batch": 64,
-        },
-    }
-    PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}
+    PRESETS = presets.CAUSAL_ODE
     preset: str = "toy"  # toy, toy64, wan or wan-framewise: the published numbers
     teacher: str = "out/ar/teacher.safetensors"  # makes the pairs (zoo/ar_teacher.py)
     weights: str = "out/ar/teacher.safetensors"  # what the student starts from
@@ -94,17 +93,16 @@ def plan_states(
     return torch.stack(parts, dim=2)
 
 
-def make_pairs(config: Config, rank: int, world: int, device: torch.device) -> None:
+def make_pairs(config: Config, mix: Mix, rank: int, world: int, device: torch.device) -> None:
     """Real clips and, for each plan of the shard's entry, the teacher's states after them."""
-    mix = mix_of(config)
     teacher = load_dit(config.teacher, dtype_of(config.dtype), device)
     c = teacher.config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
     clips = Clips(config.clips, config.latent, c.in_dim, source)
     if len(clips) < config.pairs:
         raise UserError(
-            f"{config.clips} holds {len(clips)} clips; use --pairs {len(clips)} or encode more with "
-            "tools/encode.py"
+            f"{config.clips} holds {len(clips)} clips; use --pairs {len(clips)}, or encode more "
+            "with tools/encode.py"
         )
     negative = source.embed([config.negative]).to(device)
     keep = kept_states(config.denoising)
@@ -114,7 +112,9 @@ def make_pairs(config: Config, rank: int, world: int, device: torch.device) -> N
         T = plans[0].length
         prompt = source(numbers).to(device)
         text = teacher.text_kv(torch.cat([prompt, negative.expand_as(prompt)]))
-        start_noise = torch.stack([pair_noise(config, c.in_dim, n, plans) for n in numbers])
+        start_noise = torch.stack(
+            [pair_noise(config, c.in_dim, n, rows_of(plans)) for n in numbers]
+        )
         noise = noise_from(start_noise.to(device), length=config.latent[0])
         clean = torch.stack([clips[n][:T] for n in numbers]).to(device)
         made = {"clean": clean}
@@ -122,7 +122,8 @@ def make_pairs(config: Config, rank: int, world: int, device: torch.device) -> N
             made[f"plan{d}"] = plan_states(teacher, plan, text, noise, clean, keep, config)
         return made
 
-    generate_pairs(config, where_pairs_lie(config, mix, source), make, rank, world)
+    where = pairs_where(config, source.words, lambda u: draw(mix, u), MADE_BY + PLANS)
+    write_missing(where, make, causal_shapes(config, mix, c.in_dim), config.micro, rank, world)
 
 
 def causal_shapes(config: Config, mix: Mix, channels: int) -> Callable[[int], dict]:
@@ -145,7 +146,7 @@ def check_pair(config: Config, mix: Mix, channels: int) -> Callable[[int, Pair],
 
     def check(entry: int, pair: Pair) -> str:
         plans = mix[entry][1]
-        rows = pair_noise(config, channels, pair.number, plans)[None]
+        rows = pair_noise(config, channels, pair.number, rows_of(plans))[None]
         noise = noise_from(rows, length=config.latent[0])
         share = "all" if config.share_noise == "all" else "none"
         for d, plan in enumerate(plans):
@@ -155,13 +156,10 @@ def check_pair(config: Config, mix: Mix, channels: int) -> Callable[[int, Pair],
                 if not clean:
                     step = plan.steps[n]
                     numbers.append(step.noise(share, 0)[step.own.index(latent)])
-            states = pair.shard[f"plan{d}"][pair.row].float().flatten(1)
-            start_noise = noise(0, tuple(numbers)).flatten()
-            if (states[0] - start_noise).abs().max() > 2e-3:
-                return f"its {plan.name} states do not start from the noise of seed {config.seed}"
-            likeness = torch.cosine_similarity(states, start_noise, dim=1)
-            if not (likeness.diff() < 0).all():
-                return f"its {plan.name} states do not fall from noise to a clean end"
+            start_noise = noise(0, tuple(numbers))
+            states = pair.shard[f"plan{d}"][pair.row]
+            if wrong := wrong_states(states, start_noise, config.seed):
+                return f"{plan.name}: {wrong}"
         return ""
 
     return check
@@ -171,16 +169,16 @@ def main(config: Config) -> None:
     rank, world, device = start(config.device)
     mix = mix_of(config)
     if config.generate:
-        make_pairs(config, rank, world, device)
+        make_pairs(config, mix, rank, world, device)
         return
     c = load_dit(config.teacher, None).config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
-    pairs = pairs_for(config, mix, source, causal_shapes(config, mix, c.in_dim))
+    pairs = read_pairs(config, source.words, causal_shapes(config, mix, c.in_dim), MADE_BY + PLANS)
     if config.check:
         check_shards(Path(config.data), pairs, check_pair(config, mix, c.in_dim))
         print(f"{sum(map(len, pairs.values()))} pairs of {len(pairs)} entries are good")
         return
-    train(config, mix, pairs, True, rank, world, device)
+    train(config, mix, pairs, lambda entry: entry, True, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from anchors import Layout
 from dit import DiT
+from lib import presets
 from lib.clips import Clips
 from lib.common import Stream, UserError, dtype_of, generator, run, start
 from lib.text import Prompts
@@ -41,12 +42,7 @@ from zoo.ar_teacher import clip_at_slots
 class Config(causal_ode.Config):
     """Stage 1 by consistency distillation from an autoregressive teacher, without pairs."""
 
-    PRESETS = {
-        "toy": {},
-        "toy64": {"latent": (21, 8, 8)},
-        "wan": causal_ode.Config.PRESETS["wan"]
-        | {"guidance": 3.0, "steps": 3000, "betas": (0.0, 0.999)},  # [Causal Forcing++]
-    }
+    PRESETS = presets.CONSISTENCY
     preset: str = "toy"  # toy, toy64 or wan: the published numbers
     out: str = "out/cd"  # folder of student.safetensors, log.jsonl and the resume state
     ema: float = 0.99  # of the average that is agreed with, and handed on [Causal Forcing++]

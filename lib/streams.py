@@ -1,0 +1,193 @@
+"""What is done to blocks and frames as they pass by, on their way from the network to a file.
+
+Each function takes a stream and passes it on, so that memory does not grow with the video:
+
+    blocks   (n, latents [1, T, C, h, w]) as step n of a plan is finished
+    pieces   video [1, 3, F, H, W], in time
+"""
+
+import signal
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lib.media import VideoWriter
+
+Blocks = Iterator[tuple[int, Tensor]]
+FADE = 8  # frames over which the user's fade into decoded ones towards a seam [ours]
+STILL = 2e-3  # a change from frame to frame below which a jump has no ratio: a quarter grey level
+
+
+def only_finite(blocks: Blocks, plan) -> Blocks:
+    """Refuse NaN, which would become a black picture. raises: FloatingPointError"""
+    for n, x0 in blocks:
+        if not torch.isfinite(x0).all():
+            latents = f"{plan.steps[n].targets[0]} to {plan.steps[n].targets[-1]}"
+            raise FloatingPointError(
+                f"block {n + 1} of {len(plan.steps)} (step {n}, latents {latents}) holds numbers"
+                " that are not finite, so no video was written; check the weights, and try"
+                " --dtype float32"
+            )
+        yield n, x0
+
+
+def counted(blocks: Blocks, bar) -> Blocks:
+    """Move a progress bar on."""
+    for block in blocks:
+        bar.update()
+        yield block
+
+
+def previewed(blocks: Blocks, plan, vae, folder: Path) -> Blocks:
+    """Write each backward block, named by its first frame, once the block before it in time is
+    made: that one serves as its past and is not shown itself."""
+    last = None
+    for n, x0 in blocks:
+        targets = plan.steps[n].targets
+        if last is not None and plan.steps[n - 1].targets[0] == targets[-1] + 1:
+            video = vae.decode(torch.cat([x0, last], dim=1))[0]
+            first = vae.config.frames(targets[-1] + 1)  # of the block that is shown
+            with VideoWriter(folder / f"{first:06d}.mp4") as writer:
+                writer.write(video[:, vae.config.frames(len(targets)) :])
+        last = x0
+        yield n, x0
+
+
+def or_the_end(
+    pieces: Iterable[Tensor], plan, vae, block: int, waiting: dict[int, Tensor]
+) -> Iterator[Tensor]:
+    """If Ctrl-C comes before the first piece (backward order), decode the end of the video, as far
+    as it is made: waiting latents. Its newest block serves as the past and is not shown itself."""
+    is_shown = False
+    try:
+        for video in pieces:
+            is_shown = True
+            yield video
+    except KeyboardInterrupt:
+        begin = plan.length
+        while begin - 1 in waiting:
+            begin -= 1
+        if not is_shown and plan.length - begin > block:
+            z = torch.stack([waiting[i] for i in range(begin, plan.length)], dim=1)
+            yield vae.decode(z).cpu()[:, :, vae.config.frames(block) :]
+        raise
+
+
+def remember(pieces: Iterable[Tensor], kept: dict[int, Tensor | None]) -> Iterator[Tensor]:
+    """Put the frames whose numbers `kept` has into it, [3, H, W] each."""
+    at = 0
+    for video in pieces:
+        for f, frame in enumerate(video[0].unbind(1), at):
+            if f in kept:
+                kept[f] = frame.clone()
+        at += video.shape[2]
+        yield video
+
+
+@contextmanager
+def sigterm_is_ctrl_c() -> Iterator[None]:
+    old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+# ---------------------------------------------------------------- the user's frames, and seams
+def seams(given: Container[int], frames: int, is_loop: bool = False) -> list[int]:
+    """Frames before which what is given meets what was made; frame 0 where a loop closes."""
+    cuts = [f for f in range(1, frames) if (f in given) != (f - 1 in given)]
+    return [f for f in cuts if 2 <= f <= frames - 2] + [0] * is_loop
+
+
+def shares(given: Iterable[int], frames: int, fade: int, is_loop: bool = False) -> dict[int, float]:
+    """How much of each of the user's frames is shown, the rest being decoded: 1, but towards a seam
+    less and less, over `fade` frames or half of the clip. A picture that stands alone is shown
+    whole.
+
+    frames 0 to 7 given, more to come, fade 2 -> 1 1 1 1 1 1 1/2 0"""
+    share = {f: 1.0 for f in given}
+    for start in [f for f in share if f - 1 not in share]:
+        stop = start
+        while stop in share:
+            stop += 1
+        n = min(fade, (stop - start) // 2)
+        for i in range(n):
+            less = i / n  # at the seam itself a frame is decoded like its neighbour
+            if start > 0 or is_loop:
+                share[start + i] = min(share[start + i], less)
+            if stop < frames or is_loop:
+                share[stop - 1 - i] = min(share[stop - 1 - i], less)
+    return share
+
+
+def put_back(
+    pieces: Iterable[Tensor], given: dict[int, Tensor], share: dict[int, float]
+) -> Iterator[Tensor]:
+    """Show the user's frames, {frame: [3, H, W]}, instead of the decoded ones, to these shares."""
+    at = 0
+    for video in pieces:
+        for f, frame in enumerate(video[0].unbind(1), at):
+            if share.get(f) == 1:
+                frame.copy_(given[f])  # to the bit
+            elif f in share:
+                frame.lerp_(given[f], share[f])
+        at += video.shape[2]
+        yield video
+
+
+def jump(four: list[Tensor]) -> float:
+    """How a cut in the middle of four frames shows: the change there over the mean of those
+    beside."""
+    before, across, after = [
+        (b - a).abs().mean().item() for a, b in zip(four[:-1], four[1:], strict=True)
+    ]
+    return across / max((before + after) / 2, STILL)
+
+
+class Seams:
+    """The user's frames on their way into a video, and how the seams beside them come out.
+
+    given: {frame: [3, H, W]};  exact: True, to the bit; False, decoded like the rest; None, exact
+    but for a fade towards each seam: the decoder blends what follows into what was, exact frames do
+    not know of it and jump;  keep: other frames to remember as they are written"""
+
+    def __init__(
+        self,
+        given: dict[int, Tensor],
+        frames: int,
+        exact: bool | None = None,
+        is_loop: bool = False,
+        keep: Iterable[int] = (),
+    ) -> None:
+        self.given = {} if exact is False else given
+        self.share = shares(self.given, frames, FADE if exact is None else 0, is_loop)
+        self.views = {
+            cut: [(cut + i) % frames for i in range(-2, 2)]  # the four frames around a seam
+            for cut in seams(given, frames, is_loop)
+        }
+        around = [f for view in self.views.values() for f in view]
+        self.decoded: dict[int, Tensor] = dict.fromkeys(around)
+        self.written: dict[int, Tensor] = dict.fromkeys([*around, *keep])
+
+    def through(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        pieces = remember(pieces, self.decoded)
+        pieces = put_back(pieces, self.given, self.share)
+        return remember(pieces, self.written)
+
+    def say(self, fps: int) -> None:
+        """Print how each seam came out: as written, and as it would be with exact frames alone."""
+        for cut, view in self.views.items():
+            exact = jump([self.given.get(f, self.decoded[f]) for f in view])
+            shown = jump([self.written[f] for f in view])
+            other = "" if abs(shown - exact) < 0.005 else f" ({exact:.2f} with your frames exact)"
+            print(f"seam before frame {cut} ({cut / fps:.2f} s): jump {shown:.2f}{other}")
+        faded = sum(share < 1 for share in self.share.values())
+        if faded:
+            print(
+                f"{faded} of your frames beside seams fade into decoded ones; --exact true shows"
+                " them as they are"
+            )

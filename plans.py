@@ -1,0 +1,275 @@
+"""Plans made of plans: scenes anywhere in time, for users; and mixes of plans, for training.
+
+    [scene 0]  gap  [scene 1]  after          before  [your clip]  after
+
+*Scenes.* A scene is a run of latents with a prompt of its own, made forward and blind to the others,
+or given by the user (`anchors.with_given`). When all scenes are there, the gaps between them are
+filled, each seeing both of its sides; then the video grows forward after the last scene, and
+backward, with anchors, before the first. Your own clip is a plan with one scene.
+
+*Mixes.* Which plans a training run draws from is data: a list of (share, plans). An iteration draws
+one entry and trains on each of its plans. The paper's mix has one entry, forward and backward over
+the whole clip. But a student trained at one length is right at one length only, so ours has all
+lengths, long video's window and sinks, and plans around given clips. A new order joins the training
+by a line in `any_mix`.
+
+    python -c "import anchors, plans; print(anchors.text_picture(plans.story()))"
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from anchors import (
+    EVERYTHING,
+    HORIZON,
+    ORDERS,
+    Plan,
+    Step,
+    View,
+    backward,
+    backward_step,
+    both_directions,
+    check_anchors,
+    forward,
+    forward_step,
+    place,
+    with_given,
+)
+from lib.common import UserError
+
+
+# ---------------------------------------------------------------- scenes
+def timeline(
+    length: int,
+    scenes: Sequence[tuple[int, int]],
+    block: int = 3,
+    anchors: int = 3,
+    view: View = EVERYTHING,
+    order: Sequence[int] = (),
+    joined: bool = False,
+    split_gaps: bool = True,
+) -> Plan:
+    """Scenes (start, stop) first, in `order`; then what is missing: between, after, before them.
+
+    A scene is forward, blind to the others, with its own prompt. After the last scene come forward
+    blocks, before the first backward blocks with anchors; the view is theirs.
+    joined: one shot: the first block of a later scene sees the end of the scene before it across the
+        gap, if both fit the horizon, and a gap is one block that sees both (as in `inbetween`)
+    split_gaps: else the first half of a gap sees, and follows, only the scene that it leaves; a
+        block that sees both while one prompt speaks mixes their colours [measured]"""
+    _check_scenes(length, scenes, order)
+    check_anchors(anchors, block)
+    steps: list[Step] = []
+    for n in order or range(len(scenes)):
+        before = range(0)
+        if joined and n and scenes[n][0] - scenes[n - 1][1] <= HORIZON - 2 * block:
+            before = range(*scenes[n - 1])[-block:]
+        steps += _scene(range(*scenes[n]), block, anchors, before, prompt=n)
+    first, last = range(*scenes[0]), range(*scenes[-1])
+    for n in range(1, len(scenes)):
+        gap = range(scenes[n - 1][1], scenes[n][0])
+        split = split_gaps and not joined and len(gap) >= 2 * block
+        alone = gap.start + (len(gap) // 2 // block * block if split else 0)
+        steps += _gap(first.start, gap, alone, range(*scenes[n]), block, n)
+    # The sinks are the two blocks farthest from what is made.
+    at = last.start
+    sinks = range(at, at + block), range(at + block, at + 2 * block)
+    for b in _pieces(last.stop, length, block):
+        finished = range(first.start, b.start)
+        steps.append(forward_step(b, finished, view, *sinks, prompt=len(scenes) - 1))
+    at = first.stop
+    sinks = range(at - block, at)[::-1], range(at - 2 * block, at - block)
+    for b in _pieces(0, first.start, block)[::-1]:
+        finished = range(length - 1, b.stop - 1, -1)
+        steps.append(backward_step(b, finished, anchors, view, *sinks))
+    return Plan("timeline", length, tuple(steps))
+
+
+def _check_scenes(length: int, scenes: Sequence[tuple[int, int]], order: Sequence[int]) -> None:
+    edges = [i for scene in scenes for i in scene]
+    inside = bool(edges) and edges[0] >= 0 and edges[-1] <= length
+    if not inside or edges != sorted(edges) or any(start == stop for start, stop in scenes):
+        raise UserError(
+            f"scenes {list(scenes)} do not lie one after the other within {length} latents"
+        )
+    if order and sorted(order) != list(range(len(scenes))):
+        raise UserError(
+            f"the order of scenes {list(order)} must name each of 0 to {len(scenes) - 1} once"
+        )
+
+
+def _pieces(start: int, stop: int, block: int) -> list[range]:
+    """Blocks from start to stop; if they do not fit, the first is smaller."""
+    cuts = list(range(stop, start, -block))[::-1]
+    starts = [start, *cuts[:-1]]
+    return [range(a, b) for a, b in zip(starts, cuts)]
+
+
+def _scene(scene: range, block: int, anchors: int, before: range, prompt: int) -> list[Step]:
+    """Forward blocks. If the scene does not begin the video, its first block has anchors and, but
+    for `before`, no past: that makes it the middle of a video."""
+    first, *others = _pieces(scene.start, scene.stop, block)
+    lowest = before.stop if before else 0
+    imagined = range(max(scene.start - anchors, lowest), scene.start)
+    origin = before.start if before else imagined.start
+    own = range(imagined.start, first.stop)
+    steps = [
+        Step(
+            targets=tuple(first),
+            pos=tuple(i - origin for i in own),
+            anchors=tuple(imagined),
+            reads=place(before, 0),
+            prompt=prompt,
+        )
+    ]
+    for b in others:
+        finished = range(scene.start, b.start)[-(HORIZON - block) :]
+        steps.append(forward_step(b, finished, prompt=prompt))
+    return steps
+
+
+def _gap(low: int, gap: range, alone: int, scene: range, block: int, prompt: int) -> list[Step]:
+    """From what is finished, latents low .. gap.start-1, to the scene after the gap.
+
+    Up to latent `alone` it grows forward, with the prompt before and blind to the scene; further as
+    long as the rest does not fit the horizon; the rest is one block that sees both sides."""
+    side = 2 * block  # latents seen on either side
+    at, steps = gap.start, []
+    while at < alone or gap.stop - at > HORIZON - side:
+        b = range(at, at + block)
+        follows = prompt - 1 if at < alone else prompt
+        steps.append(forward_step(b, range(low, at)[-side:], prompt=follows))
+        at = b.stop
+    last = range(at, gap.stop)
+    if last:
+        see = min((HORIZON - len(last)) // 2, side)
+        left, right = range(low, at)[-see:], scene[:see]
+        own = range(len(left), len(left) + len(last))  # their positions
+        reads, pos = place(left, 0) + place(right, own.stop), tuple(own)
+        steps.append(Step(tuple(last), pos, reads=reads, prompt=prompt))
+    return steps
+
+
+def story(
+    length: int = 39,
+    block: int = 3,
+    anchors: int = 3,
+    scenes: int = 3,
+    gap: int = 0,
+    split_gaps: bool = True,
+) -> Plan:
+    """Key scenes first, each with a prompt of its own, then the gaps between them.
+
+    gap: latents in each (0: two blocks). The scenes share what the gaps leave; the first ones are
+        longer by a block if it does not divide. story(39): scenes of 9, gaps of 6."""
+    gap = gap or 2 * block
+    if scenes < 1 or not 1 <= gap <= HORIZON - 2 * block:
+        raise UserError(
+            f"a story needs scenes and a gap of 1 to {HORIZON - 2 * block}, got {scenes} scenes "
+            f"and gap {gap}"
+        )
+    blocks = max((length - gap * (scenes - 1)) // block, scenes)
+    places, at = [], 0
+    for n in range(scenes):
+        size = (blocks // scenes + (n < blocks % scenes)) * block
+        places.append((at, at + size))
+        at += size + gap
+    plan = timeline(at - gap, places, block, anchors, split_gaps=split_gaps)
+    return replace(plan, name="story")
+
+
+def transition(
+    length: int = 24, block: int = 3, anchors: int = 3, gap: int = 0, split_gaps: bool = True
+) -> Plan:
+    """A story of two scenes."""
+    return replace(story(length, block, anchors, 2, gap, split_gaps), name="transition")
+
+
+ORDERS |= {"story": story, "transition": transition}
+
+
+# ---------------------------------------------------------------- what training draws
+Mix = tuple[tuple[float, tuple[Plan, ...]], ...]  # (share, the plans of one iteration)
+
+
+def paper_mix(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -> Mix:
+    """The paper's: forward and backward over the whole clip, in each iteration."""
+    return ((1.0, both_directions(length, block, anchors, head)),)
+
+
+def any_mix(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -> Mix:
+    """Every length, the window and sinks of long video, before and after given clips, pictures.
+
+    A student trained at one length knows the image latent 0 by what has always stood at the end of
+    the clip; at any other length it makes a video latent of it, which decodes to wrong colours
+    [measured, ours]. The shares are guesses, not tuned [guess]."""
+    window = 2 * block
+    same_blocks = head in (0, block)
+    shorter = range(2 * block, length, block) if same_blocks else ()
+    parts = [
+        (0.25, [both_directions(length, block, anchors, head)]),
+        (0.30, [both_directions(n, block, anchors, head) for n in shorter]),
+        (0.05, [(forward(1, 1),)]),
+    ]
+    if same_blocks and length > window + 2 * block:
+        views = [View(window, sinks, sinks) for sinks in (True, False)]
+        windowed = [(forward(length, block, v), backward(length, block, anchors, v)) for v in views]
+        given = [
+            _beside_clip(length, 4 * block, block, anchors, EVERYTHING),
+            _beside_clip(length, 4 * block, block, anchors, views[0]),
+            _beside_clip(5 * block, 4 * block, block, anchors, EVERYTHING),
+            _beside_clip(length, 2 * block, block, anchors, EVERYTHING),
+        ]
+        parts += [(0.20, windowed), (0.20, given)]
+    parts = [(share, entries) for share, entries in parts if entries]  # short clips lack some
+    total = sum(share for share, _ in parts)
+    return tuple(
+        (share / total / len(entries), plans) for share, entries in parts for plans in entries
+    )
+
+
+def _beside_clip(length: int, clip: int, block: int, anchors: int, view: View) -> tuple[Plan, Plan]:
+    """What comes after a given clip of so many latents, and what comes before one."""
+    after, before = (0, clip), (length - clip, length)
+    return tuple(
+        replace(
+            with_given(timeline(length, [scene], block, anchors, view), range(*scene)), name=name
+        )
+        for name, scene in (("after a clip", after), ("before a clip", before))
+    )
+
+
+def prefix_mix(length: int = 21) -> Mix:
+    """The bidirectional teacher's: the first n latents of a clip at once, a third of the time all
+    of them, and single pictures beside them, since latent 0 is one of 21 [ours]."""
+    picture = replace(forward(1, 1), name="picture")
+    entries = []
+    for n in range(1, length + 1):
+        share = 2 / 3 / length + (1 / 3 if n == length else 0)
+        entries.append((share, (replace(forward(n, n), name="clip"), picture)))
+    return tuple(entries)
+
+
+def rows_of(plans: Sequence[Plan]) -> int:
+    """How many rows of noise these plans need: latents, dummies, and as many again for anchors."""
+    dummies = max(-min(0, *plan.made_at) for plan in plans)
+    return 2 * (plans[0].length + dummies)
+
+
+def without_given(mix: Mix) -> Mix:
+    """The plans of a mix that need no clip from outside."""
+    free = [x for x in mix if not any(step.given for plan in x[1] for step in plan.steps)]
+    total = sum(share for share, _ in free)
+    return tuple((share / total, plans) for share, plans in free)
+
+
+def draw(mix: Mix, u: float) -> int:
+    """Which entry of the mix a number u in [0, 1) stands for."""
+    for entry, (share, _) in enumerate(mix):
+        u -= share
+        if u < 0:
+            return entry
+    return len(mix) - 1  # the shares sum to 1 only to rounding
+
+
+MIXES: dict[str, Callable[..., Mix]] = {"paper": paper_mix, "any": any_mix}

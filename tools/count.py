@@ -1,0 +1,467 @@
+"""What full size costs, by counting: no GPU is needed to know what a GPU will have to do.
+
+Three kinds of cost, each with its own ceiling:
+
+    FLOPs       linear layers and attention, two a multiplication; formulas, tested against torch
+    bytes       what kernels read from the GPU's memory and write to it, each tensor once a kernel
+    launches    kernels started from Python: all operations of a pass that are no views
+
+"Least" times divide by a datasheet, so nothing can be faster, and much will be slower;
+`tools/gpu.py` measures. Ideas for more speed come last, each with the most that it could save.
+
+    python -m tools.count                          # the tables of docs/speed.md
+    python -m tools.count --write docs/speed.md    # and put them there
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+import anchors
+import dit
+import vae
+from anchors import Plan, layout
+from dit import PRESETS, DiT, DiTConfig
+from kvcache import KVCache
+from lib.common import UserError, atomic, run
+
+H, W = 60, 104  # cells of a latent at 480 x 832
+PEAK, BANDWIDTH = 989e12, 3.35e12  # FLOP/s in dense bfloat16, bytes/s: an H100's datasheet
+LAUNCH = 5e-6  # seconds to start a kernel from Python [guess]
+LEVELS = 4  # denoising steps a block [paper]
+MEAN_EXIT = 2.5  # of stage 2's rollouts: 1 to 4 denoising steps
+CHECKPOINTED = 4  # forward, forward again, backward: 1 + 1 + 2
+UMT5 = {"layers": 24, "dim": 4096, "ffn": 10240}  # [Wan] the text encoder
+BFLOAT = 2  # bytes
+
+
+# ---------------------------------------------------------------- formulas
+def pass_flops(c: DiTConfig, tokens: int, keys: int) -> float:
+    """Floating point operations of one pass over `tokens` that see `keys`, with the text's keys
+    given.
+
+    Two a weight and token in the linear layers, four a query, key and channel in attention."""
+    linear = 2 * tokens * c.dim * (6 * c.dim + 2 * c.ffn_dim)
+    return c.num_layers * (linear + 4 * tokens * (keys + c.text_len) * c.dim)
+
+
+def clean_flops(c: DiTConfig, tokens: int, keys: int) -> float:
+    """Of the pass that only makes keys and values: its last layer stops at them."""
+    all_but_one = (c.num_layers - 1) / c.num_layers
+    return all_but_one * pass_flops(c, tokens, keys) + 2 * tokens * c.dim * 2 * c.dim
+
+
+def passes(plan: Plan, levels: float = LEVELS) -> Iterator[tuple[float, int, int, bool]]:
+    """How often the transformer runs, on how many latents, which see how many; and whether that is
+    a clean pass.
+
+    Each step is denoised at so many levels, and runs once clean if a later step reads it."""
+    for n, step in enumerate(plan.steps):
+        past, own, targets = len(step.reads), len(step.own), len(step.targets)
+        if not step.commits:
+            yield levels, own, past + own, False
+        if any(plan.last_read.get(i, -1) > n for i in step.targets):
+            yield 1, targets, past + targets, True
+
+
+def plan_flops(c: DiTConfig, plan: Plan, tokens: int, levels: float = LEVELS) -> float:
+    """Of a whole rollout."""
+    total = 0.0
+    for times, own, seen, clean in passes(plan, levels):
+        flops = clean_flops if clean else pass_flops
+        total += times * flops(c, own * tokens, seen * tokens)
+    return total
+
+
+def masked_flops(c: DiTConfig, plan: Plan, tokens: int) -> float:
+    """Of one masked pass over a whole plan (stage 1): every slot sees what its spans say."""
+    spans = layout(plan).visible.spans
+    total = 0.0
+    for first, stop, ranges in spans:
+        keys = sum(b - a for a, b in ranges)
+        total += pass_flops(c, (stop - first) * tokens, keys * tokens)
+    return total
+
+
+def text_flops() -> float:
+    """Of UMT5-XXL's encoder over 512 tokens: four square matrices and a gated net a layer, and
+    attention."""
+    n, width = 512, UMT5["dim"]
+    weights = 4 * width**2 + 3 * width * UMT5["ffn"]
+    return UMT5["layers"] * (2 * n * weights + 4 * n * n * width)
+
+
+def text_kv_flops(c: DiTConfig) -> float:
+    """Of a prompt's keys and values in every layer."""
+    weights = c.text_dim * c.dim + c.dim**2 + c.num_layers * 2 * c.dim**2
+    return 2 * c.text_len * weights
+
+
+@cache
+def vae_flops(latents: int, first: bool = False) -> float:
+    """Of decoding so many latents of a stream (first: its image latent), counted by torch from the
+    real network."""
+    with torch.device("meta"), torch.no_grad():
+        model = vae.VAE()
+        z = torch.empty(1, latents, model.config.z_dim, H, W)
+        state = None if first else model.decode_chunk(z[:, :1])[1]
+        with FlopCounterMode(display=False) as counter:
+            model.decode_chunk(z, state)
+    return counter.get_total_flops()
+
+
+def clip_vae_flops(latents: int) -> float:
+    """Of decoding a whole clip."""
+    return vae_flops(1, first=True) + (latents - 1) * vae_flops(1)
+
+
+@cache
+def parameters(name: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in DiT(PRESETS[name]).parameters())
+
+
+def latent_bytes(c: DiTConfig, tokens: int) -> int:
+    """Of one latent's keys and values in all layers, in bfloat16."""
+    return 2 * c.num_layers * tokens * c.dim * BFLOAT
+
+
+# ---------------------------------------------------------------- kernels, counted from a real pass
+class Ledger(TorchDispatchMode):
+    """Count launches and bytes by family: every operation that is no view is a kernel, and reads
+    and writes each tensor once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.family = ""  # of what runs now; "": told by the operation's name
+        self.clear()
+
+    def clear(self) -> None:
+        self.launches: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def add(self, family: str, *tensors: Tensor) -> None:
+        size = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
+        self.launches[family] += 1
+        self.bytes[family] += size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if not func.is_view and not name.startswith(("empty", "_unsafe_view")):
+            family = self.family or FAMILIES.get(name, "activations, residuals, casts")
+            self.add(family, *(x for x in tree_iter((args, kwargs, out)) if torch.is_tensor(x)))
+        return out
+
+    def within(self, family: str, call: Callable) -> Callable:
+        """The same function, all of whose kernels belong to a family."""
+
+        def told(*args, **more):
+            outer, self.family = self.family, family
+            out = call(*args, **more)
+            self.family = outer
+            return out
+
+        return told
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: object = None) -> Tensor:
+        """In place of attention, which is one kernel on a GPU and several on the meta device: [...,
+        D] -> the same."""
+        out = torch.empty_like(q)
+        self.add("attention", q, k, v, out)
+        return out
+
+    def rms_norm(self, module: torch.nn.Module, x: Tensor) -> Tensor:
+        """In place of the RMS norm, likewise."""
+        out = torch.empty_like(x)
+        self.add("norms, modulation", x, module.weight, out)
+        return out
+
+
+FAMILIES = {
+    "mm": "linear layers",
+    "addmm": "linear layers",
+    "convolution": "convolutions",
+    "native_layer_norm": "norms, modulation",
+    "cat": "rows joined: past and own",
+    "clone": "copies",
+    "copy_": "copies",
+}
+
+
+@contextmanager
+def counting(*patches: tuple[object, str, Callable]) -> Iterator[None]:
+    """On the meta device, without gradient, with these functions replaced."""
+    with torch.device("meta"), torch.no_grad(), ExitStack() as stack:
+        for where, name, new in patches:
+            stack.enter_context(mock.patch.object(where, name, new))
+        yield
+
+
+@cache
+def ledger(own: int, seen: int) -> Ledger:
+    """Launches and bytes of one denoising pass of `own` latents that see `seen` in all, 1.3B in
+    bfloat16."""
+    c, past, book = PRESETS["wan1.3b"], seen - own, Ledger()
+    with counting(
+        (dit, "attend", book.attend),
+        (dit, "rotate", book.within("RoPE", dit.rotate)),
+        (dit, "modulate", book.within("norms, modulation", dit.modulate)),
+        (dit.RMSNorm, "forward", lambda self, x: book.rms_norm(self, x)),
+    ):
+        model = DiT(c).to(torch.bfloat16)
+        text = model.text_kv(torch.empty(1, c.text_len, c.text_dim))
+        cache = KVCache(c, 1, max(past, 1), H, W, torch.bfloat16, "meta")
+        cache.slot = {i: i for i in range(past)}
+        read = cache.read(tuple((i, i) for i in range(past)))
+        book.clear()
+        with book:
+            x, t = torch.empty(1, own, c.in_dim, H, W), torch.empty(1, own)
+            model(x, t, text, torch.arange(past, seen), past=read)
+    return book
+
+
+@cache
+def vae_ledger(latents: int = 3) -> Ledger:
+    """Launches and bytes of decoding so many latents in the middle of a stream, in bfloat16."""
+    book = Ledger()
+    with counting(
+        (F, "scaled_dot_product_attention", book.attend),
+        (vae.RMSNorm, "forward", book.within("norms, modulation", vae.RMSNorm.forward)),
+    ):
+        model = vae.VAE().to(torch.bfloat16)
+        z = torch.empty(1, latents, model.config.z_dim, H, W)
+        state = model.decode_chunk(z[:, :1])[1]
+        book.clear()
+        with book:
+            model.decode_chunk(z, state)
+    return book
+
+
+BUSY = ("linear layers", "attention", "convolutions")  # what arithmetic bounds
+JOINED = "rows joined: past and own"
+
+
+def moved(book: Ledger) -> dict[str, float]:
+    """Least seconds by family of what memory bounds."""
+    return {k: size / BANDWIDTH for k, size in book.bytes.items() if k not in BUSY}
+
+
+def pass_seconds(c: DiTConfig, n: int, own: int, seen: int) -> float:
+    """Least time of a denoising pass: its arithmetic, and one after the other the kernels that
+    memory bounds.
+
+    These grow with the latents of the pass, all but one, which joins the past's keys and values
+    with its own."""
+    rest = sum(moved(ledger(3, 12)).values()) - moved(ledger(3, 12))[JOINED]
+    joined = 2 * seen * latent_bytes(c, n) / BANDWIDTH if seen > own else 0.0
+    return pass_flops(c, own * n, seen * n) / PEAK + rest * own / 3 + joined
+
+
+def vae_seconds() -> float:
+    """Least time of decoding three latents in bfloat16, likewise."""
+    return vae_flops(3) / PEAK + vae_bytes()
+
+
+def clip_seconds(c: DiTConfig, n: int, plan: Plan) -> float:
+    """Least time of a clip, decoded."""
+    total = vae_seconds() * clip_vae_flops(plan.length) / vae_flops(3)
+    for times, own, seen, clean in passes(plan):
+        total += times * pass_seconds(c, n, own, seen)
+        if clean:
+            spared = pass_flops(c, own * n, seen * n) - clean_flops(c, own * n, seen * n)
+            total -= times * spared / PEAK
+    return total
+
+
+# ---------------------------------------------------------------- the tables
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def part_table(c: DiTConfig, n: int) -> str:
+    """FLOPs and bytes of every part of generating."""
+    weights, latent = parameters("wan1.3b") * BFLOAT, latent_bytes(c, n)
+    steps = [
+        ("denoising step, 3 latents see 3", 3, 3),
+        ("denoising step, 3 see 12: the mean of a forward clip", 3, 12),
+        ("denoising step, 3 see 21", 3, 21),
+        ("denoising step, backward, 6 see 21", 6, 21),
+        ("denoising step, inbetween, 15 see 21", 15, 21),
+    ]
+    encoder = UMT5["layers"] * (4 * UMT5["dim"] ** 2 + 3 * UMT5["dim"] * UMT5["ffn"])
+    found = [
+        ("text encoder, once a prompt", text_flops(), encoder * BFLOAT),
+        ("text keys and values, once a prompt", text_kv_flops(c), weights // 8),
+        *((name, pass_flops(c, n * a, n * b), weights + b * latent) for name, a, b in steps),
+        ("clean pass, 3 see 21", clean_flops(c, 3 * n, 21 * n), weights + 21 * latent),
+        ("cache: read 18 latents, turn their keys", 0.0, 2 * 18 * latent),
+        ("VAE, 3 latents: all kernels' bytes", vae_flops(3), sum(vae_ledger().bytes.values())),
+    ]
+    rows = []
+    for name, flop, size in found:
+        least = max(flop / PEAK, size / BANDWIDTH)
+        bound = "arithmetic" if flop / PEAK > size / BANDWIDTH else "memory"
+        rows.append(
+            [name, f"{flop / 1e12:.3g}", f"{size / 1e9:.3g}", f"{flop / size:.0f}", bound]
+            + [f"{1e3 * least:.3g}"]
+        )
+    return table(["part", "TFLOP", "GB", "FLOP a byte", "bound by", "least ms"], rows)
+
+
+def clip_table(c: DiTConfig, n: int) -> str:
+    """FLOPs of whole clips, and the frames a second that they allow."""
+    sinks = {"window": 6, "past_sink": True, "future_sink": True}
+    plans = {
+        "forward": anchors.forward(21),
+        "forward, both sinks": anchors.forward(21, **sinks),
+        "backward, P = 3": anchors.backward(21),
+        "backward, P = 3, both sinks": anchors.backward(21, **sinks),
+        "inbetween, 15 of 21 latents": anchors.inbetween(given=True),
+        "30 s forward, both sinks": anchors.long(120),
+    }
+    rows = []
+    for name, plan in plans.items():
+        work = plan_flops(c, plan, n), clip_vae_flops(plan.length)
+        seconds, frames = clip_seconds(c, n, plan), 1 + 4 * (plan.length - 1)
+        rows.append([name, str(frames), *(f"{x / 1e12:.0f}" for x in work)])
+        rows[-1] += [f"{seconds:.2f}", f"{frames / seconds:.1f}"]
+    columns = ["clip", "frames", "TFLOP, transformer", "TFLOP, VAE", "least s", "most FPS"]
+    return table(columns, rows)
+
+
+def training_table(c: DiTConfig, n: int) -> str:
+    """FLOPs of the updates of both stages, one sample, checkpointed."""
+    teacher, whole = PRESETS["wan14b"], 21 * n
+    scored = CHECKPOINTED * pass_flops(c, whole, whole)
+    scores = 2 * pass_flops(teacher, whole, whole) + pass_flops(c, whole, whole)
+    rows = []
+    for plan in anchors.both_directions():
+        rollout = plan_flops(c, plan, n, MEAN_EXIT)
+        last = plan_flops(c, plan, n, 1) - plan_flops(c, plan, n, 0)  # the level with gradient
+        backward = (CHECKPOINTED - 1) * last
+        for name, flop in (
+            ("stage 1", CHECKPOINTED * masked_flops(c, plan, n)),
+            ("stage 2, critic", rollout + scored),
+            ("stage 2, student, 14B teacher", rollout + backward + scores),
+        ):
+            rows.append([f"{name}, {plan.name}", f"{flop / 1e15:.2f}", f"{flop / PEAK:.2f}"])
+    return table(["update, one sample", "PFLOP", "least s"], sorted(rows))
+
+
+def kernel_table() -> str:
+    """Launches and bytes of one denoising step in the middle of a forward clip, and of decoding its
+    block."""
+    books = ledger(3, 12), vae_ledger()
+    rows = []
+    for family in sorted(set().union(*(b.bytes for b in books)), key=lambda f: -books[0].bytes[f]):
+        row = [family]
+        for book in books:
+            size = book.bytes[family]
+            row += [
+                str(book.launches[family]),
+                f"{size / 1e9:.1f}",
+                f"{1e3 * size / BANDWIDTH:.1f}",
+            ]
+        rows.append(row)
+    totals = [(sum(b.launches.values()), sum(b.bytes.values())) for b in books]
+    rows.append(["**all**"])
+    for launches, size in totals:
+        rows[-1] += [str(launches), f"{size / 1e9:.1f}", f"{1e3 * size / BANDWIDTH:.1f}"]
+    columns = ["launches", "GB", "ms to move them"]
+    names = ["kernels", *(f"step: {k}" for k in columns), *(f"VAE: {k}" for k in columns)]
+    return table(names, rows)
+
+
+def fusable(c: DiTConfig, n: int) -> float:
+    """Least seconds of the norms, modulations and rotations of a step if each were one kernel: one
+    read, one write."""
+    turned = 2 * (BFLOAT + BFLOAT)  # q and k: norm and RoPE at once
+    modulated = 2 * (4 + BFLOAT) + (4 + BFLOAT)  # float32 in, bfloat16 out: three norms a layer
+    return (turned + modulated) * 3 * n * c.dim * c.num_layers / BANDWIDTH
+
+
+def savings(c: DiTConfig, n: int) -> list[tuple[str, str, float]]:
+    """Ideas: what each saves, and the most that it could, as a share of the least time of a block
+    with its VAE, in the middle of a forward clip: five passes of three latents that see twelve."""
+    book, other, runs = ledger(3, 12), moved(ledger(3, 12)), LEVELS + 1
+    step, decoding = pass_seconds(c, n, 3, 12), vae_seconds()
+    launches = runs * sum(book.launches.values()) + sum(vae_ledger().launches.values())
+    started, block = launches * LAUNCH, runs * step + decoding
+    linear = 2 * 3 * n * c.dim * (6 * c.dim + 2 * c.ffn_dim) * c.num_layers / PEAK
+    distant = 4 * 3 * n * 9 * n * c.dim * c.num_layers / PEAK
+    norms = other["RoPE"] + other["norms, modulation"] - fusable(c, n)
+    hidden = min(runs * sum(other.values()), vae_flops(3) / PEAK)
+    hidden += min(runs * (step - sum(other.values())), vae_bytes())
+    seconds = [
+        ("CUDA graphs, if no launch were hidden", "launches x 5 us", started),
+        ("CUDA graphs, as the host runs ahead", "launches x 5 us - block", max(started - block, 0)),
+        ("fp8 linear layers", "half of their time", runs * linear / 2),
+        ("norm, modulation, RoPE fused", "their bytes - one read, one write", runs * norms),
+        ("sparse attention", "attention to the 9 earlier latents, all", runs * distant),
+        ("room for own keys behind the past's", "rows joined", runs * other[JOINED]),
+        ("fused VAE norms and activations", "all its bytes but the convolutions'", vae_bytes()),
+        ("VAE on a stream of its own", "one's memory beside the other's arithmetic", hidden),
+    ]
+    return [(name, why, x / block) for name, why, x in seconds]
+
+
+def vae_bytes() -> float:
+    """Least seconds of the decoder's kernels that memory bounds, for three latents."""
+    return sum(moved(vae_ledger()).values())
+
+
+def idea_table(c: DiTConfig, n: int) -> str:
+    """The ideas, in Markdown."""
+    rows = [[name, why, f"{100 * x:.1f} %"] for name, why, x in savings(c, n)]
+    return table(["idea", "saves", "at most"], rows)
+
+
+def counted() -> str:
+    """All tables, in Markdown."""
+    c = PRESETS["wan1.3b"]
+    n = c.tokens(H, W)
+    return "\n\n".join(
+        (part_table(c, n), clip_table(c, n), kernel_table(), idea_table(c, n), training_table(c, n))
+    )
+
+
+def put(path: str, name: str, text: str) -> None:
+    """Replace what stands between the lines `<!-- name -->` and `<!-- end -->` of a page. raises:
+    UserError if it has none"""
+    page, begin, end = Path(path).read_text(), f"<!-- {name} -->\n", "\n<!-- end -->"
+    before, found, rest = page.partition(begin)
+    if not found or end not in rest:
+        raise UserError(f"{path} has no lines <!-- {name} --> and <!-- end -->; add them")
+    with atomic(path) as tmp:
+        tmp.write_text(before + begin + text + rest[rest.index(end) :])
+
+
+@dataclass
+class Config:
+    """Count FLOPs, bytes and kernel launches of Wan2.1 1.3B at 480 x 832."""
+
+    write: str = ""  # also put the tables into this page, between its marks
+
+
+def main(config: Config) -> None:
+    text = counted()
+    print(text)
+    if config.write:
+        put(config.write, "python -m tools.count", text)
+
+
+if __name__ == "__main__":
+    run(main, Config)

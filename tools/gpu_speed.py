@@ -1,0 +1,316 @@
+"""The first hour on a GPU, second half: how fast is it, what does it need, where does the time go?
+
+Parts as in `tools/gpu_checks.py`, run by `tools/gpu.py`: clips in every order, a long one, the VAE,
+diffusers beside them, training against the memory estimate, a profile of one block, and the toy
+world."""
+
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+import anchors
+import train_dmd
+from anchors import Plan, both_directions
+from dit import DiTConfig
+from tools.bench import (
+    ORDERS,
+    autoencoder,
+    markdown,
+    matmul_rate,
+    measure,
+    median_of,
+    medians,
+    parts,
+    peak_of,
+    share_of_rate,
+)
+from tools.gpu_checks import ROOT, Found, Room, Skipped, demand, last_block
+from tools.memory import GIB, Meter, estimate, network, size_of, stage_1, stage_2, trainable
+from vae import VAE
+
+
+# ---------------------------------------------------------------- speed
+def step(room: Room) -> Found:
+    """The parts of a block, and the denoising step's share of the matmul rate."""
+    dit, clock = network(room.c, room.dtype, room.device), room.clock()
+    vae = autoencoder(room.vae, torch.float32, room.device)
+    found = parts(clock, dit, vae, room.text(), *room.cells, room.runs, room.dtype)
+    share = share_of_rate(room.c, room.tokens, found, matmul_rate(clock, room.dtype))
+    values = {f"{name} ms": 1e3 * s for name, s in found.items()}
+    values["share of the matmul rate %"] = 100 * share
+    line = f"a denoising step takes {1e3 * found['denoising step, 3 latents see 21']:.3g} ms"
+    table = markdown({name: {"ms": 1e3 * s} for name, s in found.items()})
+    return Found(f"{line}, {100 * share:.0f} % of the matmul rate", values, table)
+
+
+def decoding(room: Room) -> Found:
+    """The VAE alone, in both types: seconds of a clip of 81 frames, and memory."""
+    z, rows = room.randn(1, 21, room.vae.z_dim, *room.cells), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        vae = autoencoder(room.vae, dtype, room.device)
+        with peak_of(room.device) as peak:
+            seconds = median_of(room.clock(), room.runs, lambda vae=vae: decoded(vae, z))
+            name = str(dtype).removeprefix("torch.")
+            rows[name] = {"81 frames s": seconds, "FPS": 81 / seconds, "peak GiB": peak()}
+    values = {f"VAE {name} {k}": x for name, row in rows.items() for k, x in row.items()}
+    a, b = (row["81 frames s"] for row in rows.values())
+    return Found(
+        f"81 frames in {a:.3g} s in float32, {b:.3g} s in bfloat16", values, markdown(rows)
+    )
+
+
+def decoded(vae: VAE, z: Tensor) -> None:
+    """Decode a clip [B, T, C, h, w] as a stream, keeping none of it."""
+    state = None
+    for part in z.split(vae.at_once(*z.shape[3:]), dim=1):
+        _, state = vae.decode_chunk(part, state, use_up=True)
+
+
+def table_7(
+    room: Room, plans: dict[str, Plan], vae_dtype: torch.dtype, runs: int
+) -> dict[str, dict[str, float]]:
+    """Rows of the paper's Table 7, with the VAE in this type."""
+    dit = network(room.c, room.dtype, room.device)
+    vae, rows = autoencoder(room.vae, vae_dtype, room.device), {}
+    for name, plan in plans.items():
+        where = room.clock(), dit, vae, plan, room.text(), *room.cells
+        rows[name] = measure(*where, runs, room.dtype)
+        print(name, rows[name], flush=True)
+    return rows
+
+
+def orders(room: Room) -> Found:
+    """Whole clips in every order, end to end; forward and backward also with the VAE in
+    bfloat16."""
+    runs = max(room.runs - 1, 1)
+    rows = table_7(room, ORDERS, torch.float32, runs)
+    twice = {name: ORDERS[name] for name in ("forward", "backward, P = 3")}
+    for name, row in table_7(room, twice, torch.bfloat16, runs).items():
+        rows[f"{name}, VAE bf16"] = row
+    values = {f"{name} {k}": x for name, row in rows.items() for k, x in row.items()}
+    values["peak GiB"] = max(row["peak GiB"] for row in rows.values())
+    forward, backward = rows["forward"], rows["backward, P = 3"]
+    line = f"forward {forward['FPS']:.3g}, backward {backward['FPS']:.3g} FPS"
+    return Found(f"{line}, first frame {forward['first frame s']:.2g} s", values, markdown(rows))
+
+
+def long_video(room: Room) -> Found:
+    """30 s forward, both sinks: does the speed hold, and the memory?"""
+    rows = table_7(room, {"30 s": anchors.long(120)}, torch.float32, 1)
+    values = {f"{name} {k}": x for name, row in rows.items() for k, x in row.items()}
+    row = rows["30 s"]
+    line = f"30 s in {row['clip s']:.3g} s, {row['FPS']:.3g} FPS, {row['peak GiB']:.3g} GiB"
+    return Found(line, values, markdown(rows))
+
+
+def peers(room: Room) -> Found:
+    """diffusers' Wan beside ours, in turns: a pass of 21 latents that see each other, and decoding
+    21 latents."""
+    if not importlib.util.find_spec("diffusers"):
+        raise Skipped("diffusers is not installed; pip install diffusers")
+    c, device, clock = room.c, room.device, room.clock()
+    ours, mine = network(c, room.dtype, device), autoencoder(room.vae, torch.float32, device)
+    theirs, other = of_diffusers(room)
+    z, t = room.randn(1, 21, c.in_dim, *room.cells), torch.full((1,), 625.0, device=device)
+    pos, per_latent, text = torch.arange(21, device=device), t[:, None].expand(1, 21), room.text()
+    zt, words = z.transpose(1, 2).contiguous(), text.to(room.dtype)
+    short = zt.to(room.dtype)
+    transformers = (lambda: ours(z, per_latent, text, pos)), (lambda: theirs(short, t, words))
+    decoders = (lambda: decoded(mine, z)), (lambda: other.decode(zt))
+    rows = {
+        "transformer, 21 latents": medians(clock, room.runs, *transformers),
+        "VAE, 81 frames, float32": medians(clock, room.runs, *decoders),
+    }
+    table = {k: {"ours s": a, "diffusers s": b, "ratio": b / a} for k, (a, b) in rows.items()}
+    values = {f"{k}, times diffusers": row["ratio"] for k, row in table.items()}
+    line = ", ".join(f"{k} {row['ratio']:.2f} x" for k, row in table.items())
+    return Found(f"as fast as diffusers: {line}", values, markdown(table))
+
+
+def of_diffusers(room: Room) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Its transformer and VAE, of our sizes."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    c = room.c
+    with torch.device(room.device):
+        transformer = WanTransformer3DModel(
+            num_attention_heads=c.num_heads,
+            attention_head_dim=c.dim // c.num_heads,
+            ffn_dim=c.ffn_dim,
+            num_layers=c.num_layers,
+            text_dim=c.text_dim,
+            freq_dim=c.freq_dim,
+        )
+        vae = AutoencoderKLWan(base_dim=room.vae.dim, num_res_blocks=room.vae.num_res_blocks)
+    return transformer.to(room.dtype).eval(), vae.eval()
+
+
+# ---------------------------------------------------------------- training
+def training(room: Room) -> Found:
+    """An update of both stages beside a teacher of the student's size, against the memory
+    estimate."""
+    return updates(room, room.c, "1.3B")
+
+
+def training_14b(room: Room) -> Found:
+    """The same beside the large teacher, if memory allows."""
+    return updates(room, room.teacher, "14B")
+
+
+def updates(room: Room, teacher: DiTConfig, name: str) -> Found:
+    """Time and memory of stage 1's, the student's and the critic's update, without an optimiser."""
+    kind = str(room.dtype).removeprefix("torch.")
+    latent = (room.latents, *room.cells)
+    config = train_dmd.Config(latent=latent, micro=1, checkpointing=True, dtype=kind)
+    plans = both_directions(room.latents)
+    said = [estimate(config, room.c, teacher, d) for d in range(2)]
+    needed = (2 * size_of(room.c) + size_of(teacher)) * room.dtype.itemsize / GIB
+    needed += max(max(row.values()) for row in said)
+    if room.cuda:
+        free = torch.cuda.mem_get_info(room.device)[0] / GIB  # GPU: a CPU does not tell
+        if free < needed:  # GPU: likewise
+            raise Skipped(f"needs {needed:.1f} GiB, {free:.1f} are free")  # GPU: likewise
+    g, f_fake = (trainable(network(room.c, room.dtype, room.device), True) for _ in range(2))
+    f_real, rows = network(teacher, room.dtype, room.device), {}
+    for plan, memory in zip(plans, said):
+        found = stage_2(g, f_fake, f_real, plan, config, 1, room.device)
+        halves = found.pop("rollout"), found["critic"]
+        found["critic"] = lambda halves=halves: [half() for half in halves]
+        found["stage 1"] = stage_1(g, plan, latent, 1, room.device)
+        for what, update in found.items():
+            row = {"estimated GiB": memory[what]} | update_cost(room, update)
+            rows[f"{what}, {plan.name}"] = row
+    beside = f"{name} teacher, "
+    values = {f"{beside}{what} {k}": x for what, row in rows.items() for k, x in row.items()}
+    worst = max(row["measured GiB"] / row["estimated GiB"] for row in rows.values())
+    seconds = {what: sum(rows[f"{what}, {p.name}"]["s"] for p in plans) for what in found}
+    values |= {f"{beside}{what} s": s for what, s in seconds.items()}
+    line = ", ".join(f"{what} {s:.3g} s" for what, s in seconds.items())
+    return Found(f"{line}; memory at most {worst:.2f} x the estimate", values, markdown(rows))
+
+
+@torch.enable_grad()
+def update_cost(room: Room, update: Callable[[], object]) -> dict[str, float]:
+    """Seconds of an update, and the GiB that it takes beyond the weights."""
+    if room.cuda:
+        update()  # GPU: kernels are chosen and compiled in the first call
+        before = torch.cuda.memory_allocated(room.device) / GIB  # GPU: a CPU has no such counter
+        with peak_of(room.device) as peak:  # GPU: likewise
+            seconds = median_of(room.clock(), 1, update)  # GPU: likewise
+            return {"measured GiB": peak() - before, "s": seconds}  # GPU: likewise
+    with Meter() as meter:
+        update()
+    return {"measured GiB": meter.peak / GIB, "s": median_of(room.clock(), 1, update)}
+
+
+# ---------------------------------------------------------------- where the time goes
+KERNELS = {  # words in the names of CUDA's kernels and torch's operations; the first that fits
+    "attention": r"flash|fmha|attention|sdpa",
+    "convolutions": r"conv|cudnn",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|addmm|linear|\bmm\b|bmm|mkldnn",
+    "norms": r"norm|mean|rsqrt|pow",
+    "copies": r"copy|cat|mem(cpy|set)|clone|index|fill|zero",
+    "elementwise": r"elementwise|add|mul|sub|div|gelu|silu|clamp|complex|triton|upsample",
+}
+
+
+def family(kernel: str) -> str:
+    """To which family a kernel belongs, by its name: `flash_fwd_kernel` -> attention."""
+    return next((k for k, words in KERNELS.items() if re.search(words, kernel.lower())), "other")
+
+
+def profile(room: Room) -> Found:
+    """One block of three latents that sees 18 before it: five passes and its decoding, by kernel
+    family; the trace is kept."""
+    dit = network(room.c, room.dtype, room.device)
+    vae, one_step = autoencoder(room.vae, room.dtype, room.device), last_block(room, dit)
+
+    def block() -> None:
+        for _ in range(5):
+            x0 = one_step()
+        vae.decode_chunk(x0)
+
+    block()
+    kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * room.cuda]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        block()
+        room.clock().now()
+    room.out.mkdir(parents=True, exist_ok=True)
+    whole = room.out / "trace.json.gz"
+    profiler.export_chrome_trace(str(part := whole.with_name(".trace.json.gz")))
+    part.replace(whole)
+    spent, calls = Counter(), Counter()
+    for name, microseconds, count in kernels(profiler, room.cuda):
+        spent[family(name)] += microseconds / 1e3
+        calls[family(name)] += count
+    total = sum(spent.values())
+    rows = {
+        name: {"ms": ms, "%": 100 * ms / total, "kernels": calls[name]}
+        for name, ms in spent.most_common()
+    }
+    line = ", ".join(f"{name} {row['%']:.0f} %" for name, row in list(rows.items())[:4])
+    values = {f"profile {name} %": row["%"] for name, row in rows.items()}
+    return Found(f"a block, {total:.3g} ms: {line}; trace.json.gz", values, markdown(rows))
+
+
+def kernels(profiler: torch.profiler.profile, cuda: bool) -> Iterator[tuple[str, float, int]]:
+    """Name, microseconds and calls: of the GPU's kernels, or of torch's operations on a CPU."""
+    for row in profiler.key_averages():
+        if cuda:
+            if row.device_type == DeviceType.CUDA:  # GPU: its kernels are the rows
+                yield row.key, row.self_device_time_total, row.count  # GPU: likewise
+        elif row.self_cpu_time_total:
+            yield row.key, row.self_cpu_time_total, row.count
+
+
+# ---------------------------------------------------------------- and it learns
+def toy64(room: Room) -> Found:
+    """The toy world at 64 pixels: its VAE for a few steps, then its teacher until the time is up.
+    Does the loss fall?"""
+    (seconds, pixels, flags), began = room.toy64, time.perf_counter()
+    out = room.out / "toy64"
+    shutil.rmtree(out, ignore_errors=True)  # what an earlier call left there would go on
+    common = ["--out", str(out), "--size", str(pixels), "--device", room.device.type]
+    run_toy("toy.train_vae", [*common, *flags], seconds)
+    few = ["--preset", "toy64", "--clips", "64", "--batch", "4", "--pictures", "4"]
+    left, log = seconds - (time.perf_counter() - began), out / "teacher.log.jsonl"
+    run_toy("toy.train_teacher", [*common, *few], left, log)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    losses = [row["clip"] for row in rows]
+    demand(max(losses) < 100, f"the teacher's loss reached {max(losses):.3g}")
+    values = {"teacher steps": rows[-1]["step"] + 1, "teacher s a step": rows[-1]["seconds"]}
+    tail = statistics.mean(losses[-5:])
+    line = f"{values['teacher steps']} steps of the teacher, loss {losses[0]:.3g} -> {tail:.3g}"
+    return Found(line, values)
+
+
+def run_toy(script: str, flags: list[str], seconds: float, log: Path | None = None) -> None:
+    """Run a script of the toy world to its end; with a log, stop it as Ctrl-C does when the time is
+    up and it has logged."""
+    began = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-m", script, *flags], cwd=ROOT) as process:
+        try:
+            while process.poll() is None:
+                spent = time.perf_counter() - began
+                if log and log.exists() and spent > seconds:
+                    process.send_signal(signal.SIGINT)
+                    log = None
+                demand(spent < 2 * seconds + 120, f"{script} is not done after {spent:.0f} s")
+                time.sleep(0.2)
+        finally:
+            process.kill()  # nothing, if it has ended
+    demand(process.returncode == 0, f"{script} ended with {process.returncode}")

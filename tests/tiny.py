@@ -1,4 +1,4 @@
-"""Small models with random weights, and one plan of every kind. Shared by the tests; no test here."""
+"""Small models with random weights, and one plan of every kind, shared by the tests."""
 
 import json
 import os
@@ -54,7 +54,8 @@ def randn(seed: int, *shape: int) -> Tensor:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill every parameter, the zero-initialised and constant ones too, so that no path is multiplied away."""
+    """Fill every parameter, the zero-initialised and constant ones too, so that no path is
+    multiplied away."""
     for n, (name, p) in enumerate(model.named_parameters()):
         noise = randn(1000 * seed + n, *p.shape)
         if name.endswith("modulation") or name.endswith("scale_shift_table"):
@@ -83,7 +84,8 @@ def tiny_dit(seed: int = 0, **changes: int) -> DiT:
 
 
 def distance(a: Tensor | Iterable[Tensor], b: Tensor | Iterable[Tensor]) -> float:
-    """Largest absolute difference of two tensors (or lists of them) of equal shapes; NaN counts as infinite."""
+    """Largest absolute difference of two tensors (or lists of them) of equal shapes; NaN counts
+    as infinite."""
     if not isinstance(a, Tensor):
         return max(distance(x, y) for x, y in zip(a, b, strict=True))
     assert a.shape == b.shape, (a.shape, b.shape)
@@ -91,7 +93,8 @@ def distance(a: Tensor | Iterable[Tensor], b: Tensor | Iterable[Tensor]) -> floa
 
 
 def side_by_side(steps: Iterable[Step]) -> tuple[list[int], list[int], Visible]:
-    """The obvious way to see a plan as one sequence, independent of `anchors.layout`: every step has its own keys.
+    """The obvious way to see a plan as one sequence, independent of `anchors.layout`: every
+    step has its own keys.
 
     returns: step of each slot, position of each slot, who sees whom."""
     owner, pos, keys, spans, home = [], [], [], [], {}
@@ -149,7 +152,8 @@ common.leave()
 
 
 def tiny_checkpoints(folder: Path) -> dict[str, str]:
-    """What training starts from, as small as can be and in the toy world's words: another random teacher and student, and a VAE."""
+    """What training starts from, as small as can be and in the toy world's words: another
+    random teacher and student, and a VAE."""
     paths = {name: str(folder / f"{name}.safetensors") for name in ("teacher", "student", "vae")}
     save_dit(tiny_dit(1, **WORDED), paths["teacher"])
     save_dit(tiny_dit(2, **WORDED), paths["student"])
@@ -158,7 +162,8 @@ def tiny_checkpoints(folder: Path) -> dict[str, str]:
 
 
 def two_processes(folder: Path, *runs: tuple[str, dict], timeout: float = 200) -> str:
-    """Run `main(Config(**changes))` of the named scripts, one after the other, in two processes under torchrun; what they printed.
+    """Run `main(Config(**changes))` of the named scripts, one after the other, in two processes
+    under torchrun; what they printed.
 
     sigterm_in_step_0 among the changes: only process 1 gets the signal."""
     (folder / "worker.py").write_text(WORKER)
@@ -249,7 +254,7 @@ def crash() -> None:
 
 
 def command_line(monkeypatch, capsys, script, *switches: str, **flags: object) -> tuple[int, str]:
-    """Run a script's `run(main, Config)` with flags as typed; exit code and the line of its error."""
+    """Run a script's `run(main, Config)` with flags as typed; its exit code, the line of its error."""
     words = [
         str(w) for k, v in flags.items() for w in (f"--{k}", *(v if isinstance(v, tuple) else (v,)))
     ]

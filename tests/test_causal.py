@@ -304,7 +304,12 @@ def test_encoding_goes_on_where_it_was_stopped(files, tmp_path, monkeypatch):
     config = latents.Config(vae=files["vae"], out=str(tmp_path), clips=6, frames=21, shard=4)
     at_call(monkeypatch, latents.world, "render", 5, terminate)
     latents.encode(config)
-    assert [p.name for p in tmp_path.iterdir()] == ["latents-000000.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "latents-000000.safetensors",
+        "latents-000004.safetensors",  # the one clip of it that was at hand
+    ]
+    with pytest.raises(UserError, match="was not finished; run the same encode.py again"):
+        clips_of(files, folder=str(tmp_path))
     latents.encode(config)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (files["folder"] / "latents" / path.name).read_bytes()
@@ -333,7 +338,11 @@ def test_clips_that_do_not_fit_are_refused(files, tmp_path):
     for path in (files["folder"] / "latents").glob("*.safetensors"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "latents-000004.safetensors").unlink()
-    latents.encode(latents.Config(out=str(tmp_path), clips=6, frames=21, shard=4))
+    with pytest.raises(UserError, match="latents-000000.safetensors was made with another vae"):
+        latents.encode(latents.Config(out=str(tmp_path), clips=6, frames=21, shard=4))
+    latents.encode(latents.Config(out=str(tmp_path / "b"), clips=6, frames=21, shard=4))
+    name = "latents-000004.safetensors"
+    (tmp_path / name).write_bytes((tmp_path / "b" / name).read_bytes())
     with pytest.raises(UserError, match="another VAE"):
         clips_of(files, folder=str(tmp_path))
 

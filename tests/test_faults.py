@@ -1,6 +1,8 @@
-"""Machines fail: full disks, folders that cannot be written, killed processes, signals, hosts that join, other thread counts.
+"""Machines fail: full disks, folders that cannot be written, killed processes, signals, hosts
+that join, other thread counts.
 
-The real scripts in processes of their own, at toy size. (Fifty kills at random moments, checkpoint writing included: tests/kill.py.)"""
+The real scripts in processes of their own, at toy size. (Fifty kills at random moments,
+checkpoint writing included: tests/kill.py.)"""
 
 import os
 import shutil
@@ -115,8 +117,8 @@ def job(name: str, paths: dict[str, str], folder: Path, data: Path) -> list[str]
 
 @pytest.mark.parametrize("name", JOBS)
 def test_full_disk(name, paths, tmp_path):
-    """No file may pass 24 KB: one sentence that names the file, exit code 2, nothing half-written. With the limit gone the same
-    command goes on and ends."""
+    """No file may pass 24 KB: one sentence that names the file, exit code 2, nothing
+    half-written. With the limit gone the same command goes on and ends."""
     data = (
         tmp_path / "pairs"
         if name == "--generate"
@@ -161,19 +163,22 @@ def test_full_disk(name, paths, tmp_path):
     reason="needs the right to mount in a namespace of its own",
 )
 def test_full_and_read_only_file_systems(paths, tmp_path):
-    """A real tmpfs that fills up while a state is written, then one mounted read-only: one sentence, and the last state is intact.
-    Then, with half a line in the log, the same command goes on to its end."""
+    """A real tmpfs that fills up while a state is written, then one mounted read-only: one
+    sentence, and the last state is intact. Then, with half a line in the log, the same command
+    goes on to its end."""
     disk, keep = tmp_path / "disk", tmp_path / "keep"
     disk.mkdir()
     keep.mkdir()
     first, more = (" ".join([sys.executable, *dmd(paths, disk / "dmd", steps=n)]) for n in (2, 9))
-    script = f"""mount -t tmpfs -o size=4m tmpfs {disk} && {first} > {keep}/first 2>&1 && cp -r {disk}/dmd {keep}/good
+    script = f"""mount -t tmpfs -o size=4m tmpfs {disk}
+        {first} > {keep}/first 2>&1 && cp -r {disk}/dmd {keep}/good
         head -c 100m /dev/zero > {disk}/ballast 2> /dev/null
         {more} > /dev/null 2> {keep}/full; echo $? >> {keep}/full; cp -r {disk}/dmd {keep}/after
         rm {disk}/ballast; mount -o remount,ro {disk}
         {more} > /dev/null 2> {keep}/readonly; echo $? >> {keep}/readonly
         mount -o remount,rw {disk}
-        echo '{{"step": 2, "sec' >> {disk}/dmd/log.jsonl; {more} > /dev/null && cp -r {disk}/dmd {keep}/end"""
+        echo '{{"step": 2, "sec' >> {disk}/dmd/log.jsonl
+        {more} > /dev/null && cp -r {disk}/dmd {keep}/end"""
     run = ended(["unshare", "-rm", "sh", "-c", script])
     for name, why in (("full", "No space left"), ("readonly", "Read-only")):
         lines = (keep / name).read_text().splitlines()
@@ -197,8 +202,9 @@ def python_workers(pid: int) -> list[int]:
 
 @pytest.mark.xdist_group("torchrun")
 def test_torchrun_restarts_a_killed_rank_by_itself(paths, tmp_path):
-    """One of two ranks is killed in the middle; torchrun --max-restarts begins again, the scripts go on from the last state, and the
-    weights are those of a run left alone, bit for bit."""
+    """One of two ranks is killed in the middle; torchrun --max-restarts begins again, the
+    scripts go on from the last state, and the weights are those of a run left alone, bit for
+    bit."""
     options = ["--standalone", "--nproc_per_node=2", "--max-restarts=2", "--monitor-interval=0.2"]
     assert ended([*torchrun(*options), *dmd(paths, tmp_path / "alone", steps=12)]).returncode == 0
     out = tmp_path / "killed"
@@ -221,7 +227,8 @@ def test_torchrun_restarts_a_killed_rank_by_itself(paths, tmp_path):
 
 @pytest.mark.xdist_group("torchrun")
 def test_two_hosts_are_one_job(paths, tmp_path):
-    """Two agents that meet through torchrun's rendezvous, with two processes each, train what one process trains."""
+    """Two agents that meet through torchrun's rendezvous, with two processes each, train what
+    one process trains."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -251,7 +258,8 @@ def test_two_hosts_are_one_job(paths, tmp_path):
 
 @pytest.mark.xdist_group("torchrun")
 def test_four_processes_make_the_pairs_of_one_and_go_on_as_one(paths, tmp_path):
-    """7 pairs in shards of 2: no process count loses one or changes a byte. A stage-2 state of 4 processes goes on with 1."""
+    """7 pairs in shards of 2: no process count loses one or changes a byte. A stage-2 state of
+    4 processes goes on with 1."""
     for n in (1, 4):
         flags = {
             "latent": (6, 4, 4),
@@ -311,7 +319,8 @@ def test_sigterm_saves_within_ten_seconds(paths, tmp_path):
 
 # ---------------------------------------------------------------- numbers
 def test_same_bits_again_and_on_other_thread_counts():
-    """The same seed gives the same bits in another run; with another number of threads, rounding at most."""
+    """The same seed gives the same bits in another run; with another number of threads,
+    rounding at most."""
     dit, threads = tiny_dit(3), torch.get_num_threads()
     z, text = (
         torch.randn(2, 6, dit.config.in_dim, 4, 4, generator=torch.Generator().manual_seed(1)),
@@ -328,7 +337,8 @@ def test_same_bits_again_and_on_other_thread_counts():
 
 
 def test_a_tiny_update_is_not_lost(paths, tmp_path):
-    """Steps of 1e-8 with computation in bfloat16: the float32 masters move, the average too, and what is saved has them."""
+    """Steps of 1e-8 with computation in bfloat16: the float32 masters move, the average too,
+    and what is saved has them."""
     flags = SMALL | {
         "teacher": paths["teacher"],
         "critic": paths["student"],

@@ -1,11 +1,21 @@
 """Hostile input, a little of it each time; `make fuzz` does ten thousand."""
 
-import fuzz
 import pytest
+
+from tools import fuzz
 
 
 @pytest.mark.parametrize("seed", [7, 8])
-def test_mutated_files_are_accepted_or_refused(seed, monkeypatch, tmp_path):
+def test_mutated_files_are_accepted_or_refused(seed):
     """No traceback, no hang, no flood of memory, whatever happens to a file or a command line."""
-    monkeypatch.chdir(tmp_path)  # restored at the end: the script works in its own folder
-    fuzz.main(fuzz.Config(inputs=150, seed=seed))
+    fuzz.main(fuzz.Config(inputs=150, flags=0, folders=False, seed=seed))
+
+
+def test_odd_flags_are_accepted_or_refused():
+    """The same for values of flags: zero, negative, not finite, too large, too many, no number."""
+    fuzz.main(fuzz.Config(inputs=0, flags=12, folders=False))
+
+
+def test_folders_used_again_hold_what_new_ones_would():
+    """A job done again with another setting is refused, or leaves what a new folder would hold."""
+    fuzz.main(fuzz.Config(inputs=0, flags=0))

@@ -1,9 +1,11 @@
-"""Prompts become the tensors that Wan makes of them, once, into files that training and sampling read; mistakes are named."""
+"""Prompts become the tensors that Wan makes of them, once, into files that training and
+sampling read; mistakes are named."""
 
 import hashlib
 import html
 import math
 import re
+import shutil
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -20,8 +22,9 @@ from generate import Config as ClipConfig
 from generate import main as generate
 from lib import text
 from lib.common import UserError, from_cli
-from lib.text import NEGATIVE, Config, Prompts, clean, embed, lines_of, umt5
+from lib.text import HELD_OUT, NEGATIVE, Config, Prompts, clean, embed, lines_of, umt5
 from lib.weights import read_tensors
+from toy import world
 from vae import VAE, VAEConfig, save_vae
 
 LINES = [
@@ -61,14 +64,16 @@ OFFICIAL = {
 
 
 def bucket(distance: int) -> int:
-    """32 buckets: 16 for what lies ahead; in each half 8 for the next neighbours, 8 logarithmic ones up to 128."""
+    """32 buckets: 16 for what lies ahead; in each half 8 for the next neighbours, 8 logarithmic
+    ones up to 128."""
     near = abs(distance)
     place = near if near < 8 else min(15, 8 + int(math.log(near / 8) / math.log(128 / 8) * 8))
     return place + 16 * (distance > 0)
 
 
 def wan_encoder(w: dict, ids: list[int], heads: int) -> torch.Tensor:
-    """RECIPE's description of Wan's encoder in plain words: no scaling, a position bias in every layer, gated GELU."""
+    """RECIPE's description of Wan's encoder in plain words: no scaling, a position bias in
+    every layer, gated GELU."""
 
     def norm(x, name):
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[name + ".weight"]
@@ -89,7 +94,8 @@ def wan_encoder(w: dict, ids: list[int], heads: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def umt5_folders(tmp_path_factory):
-    """A tiny random encoder in Wan's layout and in Hugging Face's, a tokenizer, and transformers' model and tokenizer of them."""
+    """A tiny random encoder in Wan's layout and in Hugging Face's, a tokenizer, and
+    transformers' model and tokenizer of them."""
     import tokenizers
     import transformers
 
@@ -158,7 +164,8 @@ def ftfy(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["native", "hf"])
 def test_umt5_equals_transformers_padded_and_masked(layout, umt5_folders, ftfy, capsys):
-    """Both layouts give, for prompts in full and cut at the length, transformers' output under the padding mask, zero beyond."""
+    """Both layouts give, for prompts in full and cut at the length, transformers' output under
+    the padding mask, zero beyond."""
     folder, model, reference = umt5_folders
     rows = umt5(folder / layout, torch.float32, text_len=20)
     got = text.padded([rows(s) for s in SENTENCES], 32, 20)
@@ -193,7 +200,8 @@ def test_umt5_is_wans_encoder(umt5_folders, ftfy):
 
 
 def test_cleaning(ftfy, monkeypatch):
-    """ftfy first, HTML read twice, white space collapsed; without ftfy the rest, and the negative prompt is Wan's to the letter."""
+    """ftfy first, HTML read twice, white space collapsed; without ftfy the rest, and the
+    negative prompt is Wan's to the letter."""
     assert clean("  a，&amp;lt;b&amp;gt;\u3000 c\r\n\td  ") == "a,<b> c d"
     monkeypatch.setitem(sys.modules, "ftfy", None)
     assert clean("  a，&amp;lt;b&amp;gt;\u3000 c\r\n\td  ") == "a，<b> c d"
@@ -220,7 +228,8 @@ def precompute(folder, lines, **flags):
 
 
 def test_files_hold_what_the_encoder_gives(umt5_folders, ftfy, tmp_path):
-    """Wan's way: rows in bfloat16 at their true length, the negative prompt with them; read back, padded and numbered round."""
+    """Wan's way: rows in bfloat16 at their true length, the negative prompt with them; read
+    back, padded and numbered round."""
     folder, path = (
         umt5_folders[0],
         precompute(tmp_path, SENTENCES[:3], weights=str(umt5_folders[0] / "native"), shard=2),
@@ -251,7 +260,8 @@ def test_files_hold_what_the_encoder_gives(umt5_folders, ftfy, tmp_path):
         tensors["rows"].shape == (sum(tensors["lengths"]), 32)
         and tensors["rows"].dtype == torch.bfloat16
     )
-    assert made == {"encoder": "native", "ftfy": True, "prompts": SENTENCES[:2]}
+    name = text.encoder_name(str(folder / "native"))
+    assert made == {"encoder": name, "ftfy": True, "prompts": SENTENCES[:2]}
     with pytest.raises(
         UserError,
         match="has no embedding of 'a cow'; make it with text.py, a negative prompt by --negative",
@@ -260,7 +270,7 @@ def test_files_hold_what_the_encoder_gives(umt5_folders, ftfy, tmp_path):
 
 
 def test_the_first_word_may_be_the_file():
-    """`text.py prompts.txt --out x` is `--prompts prompts.txt`; a second word is still a mistake."""
+    """`prompts.txt --out x` is `--prompts prompts.txt`; a second word is still a mistake."""
     assert from_cli(Config, ["a.txt", "--out", "x"]) == from_cli(
         Config, ["--prompts", "a.txt", "--out", "x"]
     )
@@ -269,7 +279,8 @@ def test_the_first_word_may_be_the_file():
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
-    """Whole shards stay and are not made again, the index comes last, and the bytes are those of a run without interruption."""
+    """Whole shards stay and are not made again, the index comes last, and the bytes are those
+    of a run without interruption."""
     lines = LINES * 2
     precompute(tmp_path, lines, shard=2)
     expected = {p.name: p.read_bytes() for p in tmp_path.glob("*.safetensors")}
@@ -302,7 +313,8 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 
 
 def test_scripts_take_the_file_for_prompts(tmp_path):
-    """Pairs, stage 1, stage 2 and sampling run from the file alone; what the teacher is told is what the text would tell it."""
+    """Pairs, stage 1, stage 2 and sampling run from the file alone; what the teacher is told is
+    what the text would tell it."""
     files, made = tiny_checkpoints(tmp_path), {}
     (tmp_path / "e.txt").write_text("\n".join(LINES))
     flags = {
@@ -376,12 +388,12 @@ def test_sampling_with_wans_text(umt5_folders, tmp_path, monkeypatch, capsys):
         (b"one\n\nthree\n", "line 2 is empty"),
         (b"\n \n", "holds no prompts"),
         (b"caf\xe9\n", "is not UTF-8 text"),
-        (b"a red square\n" + b"x" * 10000 + b"\n", "does not know the word 'xxx"),
         (b"a red disc " * 1000, "has 3000 words; this model reads at most"),
     ],
 )
 def test_bad_prompt_files_are_one_sentence(content, says, tmp_path, monkeypatch, capsys):
-    """Empty lines, other encodings and endless prompts are named in one short line, and no file appears."""
+    """Empty lines, other encodings and endless prompts are named in one short line, and no file
+    appears."""
     (tmp_path / "p.txt").write_bytes(content)
     code, error = command_line(
         monkeypatch,
@@ -399,8 +411,73 @@ def test_bad_prompt_files_are_one_sentence(content, says, tmp_path, monkeypatch,
     )
 
 
+def test_words_that_are_new_are_said_and_have_vectors(tmp_path, capsys):
+    """Own captions work at toy scale: any word has a vector, another one than others; the words
+    that the toy world does not have are named, once, in a line."""
+    text._say_once.cache_clear()
+    known, new = "a red disc moves left over a blue wave", "a red Spaceship, over " + "x" * 10000
+    x = embed([known, new, new.replace("spaceship", "Spaceship")], 64, 12)
+    assert distance(x[1], x[2]) == 0 < distance(x[0], x[1]) and x[1, 2].std() > 0.5
+    (tmp_path / "p.txt").write_text(f"{new}\n" * 3)
+    assert torch.equal(Prompts(str(tmp_path / "p.txt"), 64, 12)([7])[0], x[1])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "may never have seen the words 'spaceship', 'xxx" in line and len(line) < 400
+    embed([known, ""], 64, 12)
+    assert capsys.readouterr().out == ""
+
+
+def test_captions_come_from_any_module(tmp_path, monkeypatch):
+    """--prompts names a world, by a short name or its module's; without captions it is refused."""
+    (tmp_path / "my_world.py").write_text("def caption(number):\n    return f'clip {number}'\n")
+    (tmp_path / "no_world.py").write_text("")
+    (tmp_path / "bad_world.py").write_text("import nowhere_to_be_found\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = Prompts("my_world", 64, 12)
+    assert mine.lines is None and mine.words(HELD_OUT + 3) == f"clip {HELD_OUT + 3}"
+    assert torch.equal(mine([3]), embed(["clip 3"], 64, 12))
+    for name in ("toy", "toy.world"):
+        assert Prompts(name, 64, 12).words(8) == world.caption(8)
+    for name, says in (
+        ("no_world", "--prompts no_world is a module without caption"),
+        ("bad_world", "--prompts bad_world needs the package nowhere_to_be_found"),
+    ):
+        with pytest.raises(UserError, match=says):
+            Prompts(name, 64, 12)
+    for name in ("absent_world", "absent.txt"):
+        with pytest.raises(FileNotFoundError, match=name):
+            Prompts(name, 64, 12)
+
+
+def test_another_encoder_makes_its_files_again(umt5_folders, ftfy, tmp_path, capsys):
+    """An encoder is known by its weights: the same folder with others makes all shards again, and
+    says so; the same weights in another folder and layout make none."""
+    mine = tmp_path / "encoder"
+    shutil.copytree(umt5_folders[0] / "native", mine)
+    first = precompute(tmp_path, SENTENCES[:2], weights=str(mine))
+    capsys.readouterr()
+    precompute(tmp_path, SENTENCES[:2], weights=str(umt5_folders[0] / "native"))
+    assert "1 shards, 0 to make" in capsys.readouterr().out
+    before = read_tensors(tmp_path / "p-000000.safetensors")[0]["rows"].clone()
+    weights = mine / "models_t5_umt5-xxl-enc-bf16.pth"
+    torch.save({k: 2 * x for k, x in torch.load(weights).items()}, weights)
+    assert precompute(tmp_path, SENTENCES[:2], weights=str(mine)) == first
+    said = capsys.readouterr().out
+    assert "p-000000.safetensors holds other prompts, or is of another encoder" in said
+    assert distance(before.float(), read_tensors(tmp_path / "p-000000.safetensors")[0]["rows"]) > 0
+
+
+def test_a_prompt_of_nan_is_named(tmp_path, monkeypatch, capsys):
+    """What an encoder makes must be finite: code 1, the prompt, and no file."""
+    (tmp_path / "p.txt").write_text("a red disc\n")
+    monkeypatch.setattr(text, "toy_words", lambda: lambda prompt: torch.full((1, 64), float("nan")))
+    flags = {"prompts": tmp_path / "p.txt", "out": tmp_path / "p.safetensors", "weights": "toy"}
+    code, error = command_line(monkeypatch, capsys, text, **flags)
+    assert code == 1 and "'a red disc' what is not finite" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["p.txt"]
+
+
 def test_lines_as_editors_write_them(tmp_path):
-    """A byte-order mark, carriage returns and a last line without end or with two are no mistake."""
+    """A byte-order mark, carriage returns, a last line without end or with two are no mistake."""
     for content in ("\ufeffone\r\ntwo", "one\ntwo\n", "one\n two \n\n\n"):
         (tmp_path / "p.txt").write_bytes(content.encode())
         assert lines_of(tmp_path / "p.txt") == ["one", "two"]
@@ -461,8 +538,8 @@ def test_encoders_that_are_none_are_refused(umt5_folders, tmp_path):
 
 
 def test_embeddings_of_another_width_are_refused(umt5_folders, tmp_path):
-    """Files made for another model, shards that are gone, other safetensors, and text for a model that reads Wan's are one
-    sentence each."""
+    """Files made for another model, shards that are gone, other safetensors, and text for a
+    model that reads Wan's are one sentence each."""
     path = precompute(tmp_path, LINES)
     with pytest.raises(
         UserError, match="embeddings 64 wide and up to 9 long, but this model reads 4096 and 512"
@@ -474,7 +551,7 @@ def test_embeddings_of_another_width_are_refused(umt5_folders, tmp_path):
         Prompts(path, 64, 8)
     with pytest.raises(
         UserError,
-        match="reads embeddings of width 4096.* python text.py prompts.txt --out prompts.safetensors",
+        match="reads embeddings of width 4096.* python -m lib.text prompts.txt --out prompts",
     ):
         Prompts(str(tmp_path / "prompts.txt"), 4096, 512)([0])
     tiny_checkpoints(tmp_path)
@@ -486,7 +563,7 @@ def test_embeddings_of_another_width_are_refused(umt5_folders, tmp_path):
 
 
 def test_wan_presets_read_embeddings_with_wans_negative_prompt():
-    """The presets for Wan name the file that text.py writes by default, and Wan's negative prompt."""
+    """The presets for Wan name the file that text.py writes, and Wan's negative prompt."""
     for script in (train_ode, train_dmd):
         for preset in set(script.Config.PRESETS) - {"toy", "toy64"}:
             config = from_cli(script.Config, ["--preset", preset])

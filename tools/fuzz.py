@@ -1,21 +1,29 @@
-"""Hostile input: good files of every kind the project reads, mutated, given to their readers.
+"""Hostile input: what users and disks do to files, folders and flags, given to whatever takes it.
 
-A reader may accept a file or refuse it in one sentence (UserError, OSError; for flags also --help's exit). Anything else is
-a finding: another exception, more than 10 seconds, more than 2 GiB. Every input follows from (seed, number), so a finding
-can be made again.
+    files     good files of every kind the project reads, mutated, given to their readers
+    flags     odd values for every flag that is a number, given to the scripts that train and encode
+    folders   a job done again in its folder with other settings: it is refused, or what is there
+              afterwards is, byte for byte, what the new settings make in a new folder
 
-    PYTHONPATH=. python tests/fuzz.py --inputs 10000          # a few minutes; --only NUMBER repeats one
+Input may be accepted or refused in one sentence (UserError, OSError, FloatingPointError; for flags
+also --help's exit). Anything else is a finding: another exception, more than 10 seconds, more than
+2 GiB. Every input follows from (seed, number), so a finding can be made again.
+
+    python -m tools.fuzz --inputs 10000          # a few minutes; --only NUMBER repeats one file
 """
 
+import dataclasses
 import io
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,18 +38,20 @@ import generate
 import train_dmd
 import train_ode
 from dit import load_dit, save_dit
-from lib import text
+from lib import states, text
+from lib.clips import Clips
 from lib.common import UserError, from_cli, run
 from lib.media import load_clip, read_frames
 from lib.pairs import read_pairs
+from lib.states import load_state, save_state
 from lib.text import Prompts, read_embeddings
-from lib.training import load_state, save_state
 from lib.weights import read_tensors, read_umt5
 from sampler import Recipe
-from tests.tiny import WORDED, tiny_dit
-from tools import encode as latents
+from tests.tiny import WORDED, tiny_checkpoints, tiny_dit
+from tools import encode
+from toy import train_vae
 from vae import VAE, VAEConfig, load_vae, save_vae
-from zoo import causal_forcing as train_ar
+from zoo import ar_teacher
 
 STORY = {
     "scenes": [
@@ -55,7 +65,18 @@ STORY = {
     ],
     "order": [1, 0],
 }
-SCRIPTS = (generate, evaluate, latents, text, train_ar, train_dmd, train_ode)
+SCRIPTS = (
+    generate,
+    evaluate,
+    encode,
+    text,
+    states,
+    ar_teacher,
+    train_dmd,
+    train_ode,
+    train_vae,
+)
+ODD = ("0", "-1", "0.5", "-0.0", "nan", "inf", "1e999", "1e-320", "9" * 23, "", "x", "1 2 3 4")
 
 
 def story(path: Path) -> object:
@@ -76,7 +97,7 @@ def folder_of_pairs(path: Path) -> object:
 
 def folder_of_latents(path: Path) -> object:
     """Read clips whose shard was changed."""
-    return latents.Clips(str(path.parent), (6, 4, 4), 2, Prompts("toy", 64, 12))[0]
+    return Clips(str(path.parent), (6, 4, 4), 2, Prompts("toy", 64, 12))[0]
 
 
 def state(path: Path) -> object:
@@ -125,8 +146,8 @@ def files(folder: Path) -> list[tuple[Path, Callable[[Path], object]]]:
         {"lr": 1.0},
         {"dit": (model, torch.optim.AdamW(model.parameters()))},
     )
-    latents.encode(
-        latents.Config(
+    encode.encode(
+        encode.Config(
             vae=str(folder / "vae.safetensors"),
             out=str(folder / "latents"),
             clips=2,
@@ -262,12 +283,133 @@ def mutate(raw: bytes, kind: str, r: random.Random) -> bytes:
     return bytes(data)
 
 
+# ---------------------------------------------------------------- odd values of flags
+def small_runs(folder: Path) -> dict[object, dict[str, str]]:
+    """Scripts, each with flags that make it short."""
+    paths = tiny_checkpoints(folder)
+    sizes = {"latent": "6 4 4", "dtype": "float32", "batch": "2", "steps": "1"}
+    start = {"teacher": paths["teacher"], "out": str(folder / "out")}
+    clips = {"vae": paths["vae"], "clips": "2", "frames": "21"}
+    ode = sizes | start | {"weights": paths["student"], "data": str(folder / "pairs")}
+    encode.encode(encode.Config(vae=paths["vae"], out=str(folder / "latents"), clips=2, frames=21))
+    (folder / "prompts.txt").write_text("a red disc\na cyan ring\n")
+    return {
+        encode: clips | {"size": "32 32", "out": str(folder / "out")},
+        text: {
+            "prompts": str(folder / "prompts.txt"),
+            "out": str(folder / "out" / "p.safetensors"),
+            "weights": "toy",
+        },
+        train_ode: ode,
+        train_dmd: sizes
+        | start
+        | {"student": paths["student"], "critic": paths["student"], "vae": paths["vae"]},
+        ar_teacher: sizes
+        | {"weights": paths["student"], "latents": str(folder / "latents"), "vae": ""}
+        | {"out": str(folder / "out")},
+    }
+
+
+def numbers_of(cls: type) -> list[str]:
+    """The flags of a script that are numbers."""
+    kinds = typing.get_type_hints(cls)
+    wanted = (int, float, tuple[int, ...], tuple[float, ...])
+    return [f.name for f in dataclasses.fields(cls) if kinds[f.name] in wanted]
+
+
+def odd_flags(folder: Path, count: int, r: random.Random) -> Iterator[tuple[str, Callable]]:
+    """What is tried, and an action that tries it in a fresh output folder."""
+    scripts = small_runs(folder)
+    generate_pairs = [f"--{k}={v}" for k, v in scripts[train_ode].items() if k != "latent"]
+    words = ["--generate", "--pairs", "2", "--latent", "6", "4", "4", *generate_pairs]
+    train_ode.main(from_cli(train_ode.Config, words))
+    tries = [(s, f, value) for s in scripts for f in numbers_of(s.Config) for value in ODD]
+    for script, flag, value in r.sample(tries, min(count, len(tries))):
+        flags = scripts[script] | {flag: value}
+        words = [word for k, v in flags.items() for word in (f"--{k}", *(v.split() or [""]))]
+
+        def action(script=script, words=words) -> None:
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            script.main(from_cli(script.Config, words))
+
+        yield f"{script.__name__} --{flag} {value!r}", action
+
+
+# ---------------------------------------------------------------- folders used again
+def contents(folder: Path) -> dict[str, object]:
+    """What lies in a folder; of safetensors, what they hold: bytes of headers hang on paths."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            tensors = read_tensors(path)[0]
+            found[name] = {k: x.float().tolist() for k, x in tensors.items()}
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def used_again(folder: Path) -> Iterator[tuple[str, Callable]]:
+    """Jobs that are done in a folder and then, with one setting changed, in it again."""
+    paths = tiny_checkpoints(folder)
+    save_dit(tiny_dit(5, **WORDED), folder / "other.safetensors")
+    for name, lines in (("few", "a\nb\nc\n"), ("more", "a\nb\nc\nd\n"), ("edited", "a\nx\nc\n")):
+        (folder / f"{name}.txt").write_text(lines)
+    jobs = {
+        encode: (
+            {"vae": paths["vae"], "clips": 3, "frames": 9, "size": (16, 16), "shard": 2},
+            {"clips": 5, "frames": 17, "size": (32, 32), "shard": 3, "vae": "toy/weights"},
+            {"clips": 2},
+        ),
+        text: (
+            {"prompts": str(folder / "few.txt"), "weights": "toy", "shard": 2},
+            {"prompts": str(folder / "more.txt"), "shard": 3, "negative": "n"},
+            {"prompts": str(folder / "edited.txt")},
+        ),
+        train_ode: (
+            {
+                "generate": True,
+                "teacher": paths["teacher"],
+                "latent": (6, 4, 4),
+                "dtype": "float32",
+                "pairs": 3,
+                "shard": 2,
+            },
+            {"pairs": 6, "guidance": 6.0, "shard": 3, "shift": 3.0, "seed": 1, "negative": "a"},
+            {"pairs": 2, "teacher": str(folder / "other.safetensors")},
+        ),
+    }
+    places = {encode: ("out", "{}"), text: ("out", "{}/p.safetensors"), train_ode: ("data", "{}")}
+    for script, (first, *changes) in jobs.items():
+        flag, place = places[script]
+
+        def make(where: Path, settings: dict, script=script, flag=flag, place=place) -> None:
+            script.main(script.Config(**settings | {flag: place.format(where)}))
+
+        for key, value in [item for change in changes for item in change.items()]:
+
+            def action(make=make, first=first, key=key, value=value) -> None:
+                again, new = folder / "again", folder / "new"
+                for where in (again, new):
+                    shutil.rmtree(where, ignore_errors=True)
+                make(again, first)
+                make(new, first | {key: value})
+                make(again, first | {key: value})
+                made, want = contents(again), contents(new)
+                wrong = [k for k in want if made.get(k) != want[k]]
+                if wrong:
+                    raise AssertionError(f"{wrong[0]} is not what these settings make")
+
+            yield f"{script.__name__} again with --{key} {value}", action
+
+
+# ---------------------------------------------------------------- trying
 class Late(BaseException):
     """The alarm; no reader catches it."""
 
 
-def attempt(path: Path, reader: Callable[[Path], object]) -> str:
-    """What a reader does with a file: accepted, refused, or what went wrong."""
+def attempt(action: Callable[[], object]) -> str:
+    """What comes of an action: accepted, refused, or what went wrong."""
 
     def late(*_):
         raise Late
@@ -277,11 +419,11 @@ def attempt(path: Path, reader: Callable[[Path], object]) -> str:
     signal.alarm(10)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            reader(path)
+            action()
         result = "accepted"
     except Late:
         return "it took more than 10 seconds"
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         result = "refused" if str(error).strip() else "an error without a word"
     except SystemExit:
         result = "refused"
@@ -295,49 +437,65 @@ def attempt(path: Path, reader: Callable[[Path], object]) -> str:
 
 @dataclass
 class Config:
-    """Mutate and read."""
+    """Mutate, misuse, and read."""
 
-    inputs: int = 10000
+    RANGES = {"inputs": (0, 10**9), "flags": (0, 10**6), "only": (-1, 10**9)}
+    inputs: int = 10000  # mutated files; 0: none
+    flags: int = 200  # odd values of flags; 0: none
+    folders: bool = True  # folders used again
     seed: int = 0
-    only: int = -1  # do this number again, and keep the file
-    minutes: float = 60.0
+    only: int = -1  # do this mutated file again, and say what comes of it
+
+
+def mutated(folder: Path, config: Config) -> Iterator[tuple[str, Callable]]:
+    """Good files, each changed in turn while its reader is tried."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        good = files(folder)
+    may_be_refused = ("flags.txt", "umt5.pth", "index.json")
+    for path, reader in good:
+        result = attempt(lambda path=path, reader=reader: reader(path))
+        if result != "accepted" and path.name not in may_be_refused:
+            print(f"the unchanged {path.name} is not accepted: {result}")
+    originals = {path: path.read_bytes() for path, _ in good}
+    for number in range(config.inputs) if config.only < 0 else [config.only]:
+        r = random.Random(config.seed * 10**9 + number)
+        path, reader = good[number % len(good)]
+        path.write_bytes(mutate(originals[path], path.suffix, r))
+        yield f"file {number}, {path.name}", lambda path=path, reader=reader: reader(path)
+        path.write_bytes(originals[path])
+
+
+def tries(folder: Path, config: Config) -> Iterator[tuple[str, Callable]]:
+    """All that is tried, as (what it is, an action)."""
+    for name in ("files", "flags", "folders"):
+        (folder / name).mkdir()
+    if config.folders and config.only < 0:
+        yield from used_again(folder / "folders")
+    if config.flags and config.only < 0:
+        yield from odd_flags(folder / "flags", config.flags, random.Random(config.seed))
+    if config.inputs:
+        old = os.getcwd()
+        os.chdir(folder / "files")  # what a mutated name leads to stays in there
+        try:
+            yield from mutated(folder / "files", config)
+        finally:
+            os.chdir(old)
 
 
 def main(config: Config) -> None:
-    counts: dict[str, int] = {}
-    findings = []
+    counts = {"accepted": 0, "refused": 0, "findings": 0}
     with tempfile.TemporaryDirectory() as name:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            good = files(Path(name))
-        for path, reader in good:
-            if (result := attempt(path, reader)) != "accepted" and path.name not in (
-                "flags.txt",
-                "umt5.pth",
-                "index.json",
-            ):
-                print(f"the unchanged {path.name} is not accepted: {result}")
-        originals = {path: path.read_bytes() for path, _ in good}
-        os.chdir(name)
-        for number in range(config.inputs) if config.only < 0 else [config.only]:
-            r = random.Random(config.seed * 10**9 + number)
-            path, reader = good[number % len(good)]
-            path.write_bytes(mutate(originals[path], path.suffix, r))
-            result = attempt(path, reader)
+        for what, action in tries(Path(name), config):
+            result = attempt(action)
             if config.only >= 0:
-                print(result)
-            if result not in ("accepted", "refused"):
-                findings.append((number, path.name, result))
-                print(
-                    f"input {number}, {path.name}: {result.strip().splitlines()[-1][:200]}",
-                    flush=True,
-                )
-            counts[result if result in ("accepted", "refused") else "findings"] = (
-                counts.get(result if result in ("accepted", "refused") else "findings", 0) + 1
-            )
-            path.write_bytes(originals[path])
-    print(", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
-    if findings:
-        raise UserError(f"{len(findings)} findings; see one with --only {findings[0][0]}")
+                print(f"{what}: {result}")
+            if result not in counts:
+                print(f"{what}: {result.strip().splitlines()[-1][:200]}", flush=True)
+                result = "findings"
+            counts[result] += 1
+    print(", ".join(f"{k} {v}" for k, v in counts.items()))
+    if counts["findings"]:
+        raise UserError(f"{counts['findings']} findings; see one file's with --only NUMBER")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Kill tests: SIGKILL at random moments, again and again; every resume goes on, and the end is that of a run left alone.
+"""Kill tests: SIGKILL at random moments, again and again; the end is that of a run left alone.
 
-Tiny networks, the real scripts, each in a process of its own that is killed after a random time (start-up included, while
-pairs and resume states are written, too) until it ends by itself. Then the weights must equal, bit for bit on a CPU, those of an
-uninterrupted run, and no temporary file may be taken for good.
+Tiny networks, the real scripts, each in a process of its own that is killed after a random time
+(start-up included, while pairs and resume states are written, too) until it ends by itself.
+Then the weights must equal, bit for bit on a CPU, those of an uninterrupted run, and no
+temporary file may be left or taken for good.
 
-    PYTHONPATH=. python tests/kill.py --kills 50           # about 5 minutes on two cores
+    python -m tools.kill --kills 50           # about 5 minutes on two cores
 """
 
 import os
@@ -27,10 +28,14 @@ SMALL = "--latent 6 4 4 --dtype float32 --batch 4"
 def jobs(folder: Path) -> dict[str, str]:
     """name -> command. Enough steps that most runs are killed in the middle; a state each step."""
     paths = tiny_checkpoints(Path(folder).parent / "start")
-    ode = f"train_ode.py {SMALL} --teacher {paths['teacher']} --weights {paths['student']} --data {folder}/pairs --pairs 600 --shard 2"
+    ode = (
+        f"train_ode.py {SMALL} --teacher {paths['teacher']} --weights {paths['student']} "
+        f"--data {folder}/pairs --pairs 600 --shard 2"
+    )
     dmd = (
-        f"train_dmd.py {SMALL} --teacher {paths['teacher']} --critic {paths['student']} --student {paths['student']} "
-        f"--vae {paths['vae']} --steps 250 --ratio 2 --save_every 1 --sheet_every 0 --out {folder}"
+        f"train_dmd.py {SMALL} --teacher {paths['teacher']} --critic {paths['student']} "
+        f"--student {paths['student']} --vae {paths['vae']} --steps 250 --ratio 2 "
+        f"--save_every 1 --sheet_every 0 --out {folder}"
     )
     train = f"{ode} --steps 600 --save_every 1 --out {folder}/ode"
     return {
@@ -42,7 +47,8 @@ def jobs(folder: Path) -> dict[str, str]:
 
 
 def launch(words: str, processes: int, errors: typing.TextIO) -> subprocess.Popen:
-    """Start a script as a group of its own; what it says goes to a file, for a pipe that nobody reads fills up."""
+    """Start a script as a group of its own; what it says goes to a file, for a pipe that nobody
+    reads fills up."""
     start = (
         [sys.executable]
         if processes == 1
@@ -65,14 +71,16 @@ def launch(words: str, processes: int, errors: typing.TextIO) -> subprocess.Pope
 
 
 def members(group: int) -> list[int]:
-    """All processes that descend from one, itself last: torchrun puts its workers into sessions of their own."""
+    """All processes that descend from one, itself last: torchrun puts its workers into sessions
+    of their own."""
     children = Path(f"/proc/{group}/task/{group}/children")
     found = [int(c) for c in children.read_text().split()] if children.exists() else []
     return [pid for child in found for pid in members(child)] + [group]
 
 
 def drive(name: str, command: str, done: Path, kill: bool, r: random.Random) -> int:
-    """Run a job to its end, killing it 3 to 7 seconds after each start, if at all; how many kills it took."""
+    """Run a job to its end, killing it 3 to 7 seconds after each start, if at all; how many
+    kills it took."""
     struck, processes = 0, 2 if "two" in name else 1
     while not done.exists():
         errors = tempfile.TemporaryFile("w+")
@@ -126,6 +134,8 @@ def main(config: Config) -> None:
             for path in (Path(root) / "0" / "pairs").iterdir():
                 if path.read_bytes() != (folder / "pairs" / path.name).read_bytes():
                     raise UserError(f"{path.name} differs from the one of the run left alone")
+            if left := [p for p in folder.rglob(".*.tmp*")]:
+                raise UserError(f"{left[0]} was left by a process that was killed")
             rounds += 1
     print(f"{total} kills; all weights and pairs are those of the runs left alone, bit for bit")
 

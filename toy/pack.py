@@ -1,9 +1,10 @@
 """Pack trained toy models for shipping: half the bytes, the logs of their training, and hashes.
 
-bfloat16, which no measured number notices; the matrices of the stage-1 student, which stage 2 only starts from, in eight
-bits. `evaluate.py` on the packed files against the originals is the check (numbers in toy/weights/README.md).
+bfloat16, which no measured number notices; the matrices of the stage-1 student, which stage 2 only
+starts from, in eight bits. `evaluate.py` on the packed files against the originals is the check
+(numbers in toy/weights/README.md).
 
-    python -m toy.pack --vae out/toy --teacher out/toy --ode out/ode --student out/dmd --out toy/weights
+    python -m toy.pack --teacher out/toy --ode out/ode --student out/dmd --out toy/weights
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib.common import UserError, atomic, run
+from lib.common import UserError, atomic, check_out, run
 from lib.weights import read_tensors, write_safetensors
 
 
@@ -29,7 +30,7 @@ class Config:
 
 
 def packed(tensors: dict[str, Tensor], eight_bits: bool) -> dict[str, Tensor]:
-    """bfloat16; with eight_bits, linear layers inside the blocks as float8 with 3 bits of mantissa."""
+    """bfloat16; with eight_bits, linear layers in the blocks as float8 with 3 bits of mantissa."""
 
     def dtype(name: str, x: Tensor) -> torch.dtype:
         return (
@@ -42,7 +43,7 @@ def packed(tensors: dict[str, Tensor], eight_bits: bool) -> dict[str, Tensor]:
 
 
 def main(config: Config) -> None:
-    out, hashes = Path(config.out), {}
+    out, hashes = check_out(config.out, folder=True), {}
     for name, folder, file, log in (
         ("vae", config.vae, "vae", "vae.log"),
         ("teacher", config.teacher, "teacher", "teacher.log"),

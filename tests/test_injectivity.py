@@ -1,8 +1,9 @@
 """Why an autoregressive teacher (Causal Forcing), in closed form; run it alone, it takes seconds.
 
-Latents of a clip as a Gaussian chain: variance 1, correlation rho^|i-j|, a block a latent. For data of covariance S the
-flow's ODE carries noise n to S^(1/2) n: each end point hangs on the noise of *all* latents. A student that sees only some
-of it can at best answer the conditional mean, which has too little variance: the rest is what it blurs, or jumps by.
+Latents of a clip as a Gaussian chain: variance 1, correlation rho^|i-j|, a block a latent. For data
+of covariance S the flow's ODE carries noise n to S^(1/2) n: each end point hangs on the noise of
+*all* latents. A student that sees only some of it can at best answer the conditional mean, which
+has too little variance: the rest is what it blurs, or jumps by.
 """
 
 import pytest
@@ -10,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import anchors
-from lib.pairs import integrate
-from sampler import noise_from
+from sampler import many_steps, noise_from
 
 RHO, LENGTH = 0.8, 4
 S = RHO ** (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs().double()
@@ -40,21 +40,15 @@ class Gaussian(nn.Module):
 
 
 def end_points(teacher: Gaussian, noise: Tensor, steps: int = 1000) -> Tensor:
-    """Where the ODE carries rows of noise [B, T], by `pairs.integrate`, extrapolated from two step sizes."""
+    """Where the ODE carries rows of noise [B, T], by `sampler.many_steps`, extrapolated from two
+    step sizes."""
     B, T = noise.shape
-    empty = torch.zeros(B, 1, 1)
+    start = noise_from(noise.view(B, T, 1, 1, 1))
+    step = anchors.forward(T, T).steps[0]
     ends = []
     for n in (steps, 2 * steps):
-        ((_, states),) = integrate(
-            teacher,
-            anchors.forward(T, T),
-            empty,
-            empty,
-            noise_from(noise.view(B, T, 1, 1, 1)),
-            1.0,
-            keep=(n,),
-        )
-        ends.append(states.view(B, T))
+        solve = many_steps(teacher, [torch.zeros(2 * B, 1, 1)], start, 1.0, steps=n)
+        ends.append(solve(0, step, None, None, None).view(B, T))
     return 2 * ends[1] - ends[0]
 
 

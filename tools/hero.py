@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 import anchors
-from anchors import COLOURS, Plan, Step
+from anchors import Plan, Step
 from generate import load_models
 from lib import text
 from lib.common import UserError, atomic, run
 from lib.media import to_uint8, write_text
 from sampler import generate, noise_seeded
+from tools.plan import COLOURS
 
 CELL = 22  # pixels of a latent's column in the plan
 THUMB = 62  # pixels of a frame in the strip

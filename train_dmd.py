@@ -41,6 +41,7 @@ from lib.states import whole_state
 from lib.text import Prompts
 from lib.training import (
     EMA,
+    RANGES,
     clip_gradients,
     computing,
     finite_means,
@@ -50,7 +51,7 @@ from lib.training import (
     training_steps,
 )
 from lib.weights import read_dit, write_safetensors
-from plans import Mix, draw, rows_of, without_given
+from plans import MIXES, Mix, draw, rows_of, without_given
 from sampler import cfg_velocity, noise_from, shift_sigma
 from train_ode import mix_of, network, recipe_of
 from vae import load_vae
@@ -61,6 +62,18 @@ class Config:
     """Stage 2: distribution matching on the student's own rollouts, in every order."""
 
     PRESETS = presets.DMD
+    RANGES = RANGES | {
+        "preset": tuple(PRESETS),
+        "plans": tuple(MIXES),
+        "share_noise": ("none", "start", "all"),
+        "denoising": (1e-3, 1000),
+        "first_denoising": (1e-3, 1000),
+        "ratio": (1, 10**6),
+        "lr_critic": (0, 1),
+        "ema_start": (0, 10**9),
+        "sheet_every": (0, 10**9),
+    }
+    FREE = ("lr", "lr_critic", "weight_decay", "clip", "guidance", "ema")  # when a run goes on
     preset: str = "toy"  # toy, toy64, wan (the paper's), wan-any ... (lib/presets.py)
     student: str = "toy/weights/ode.safetensors"  # what the student starts from: stage 1
     teacher: str = "toy/weights/teacher.safetensors"  # the frozen real score
@@ -97,7 +110,8 @@ class Config:
     shared_student: bool = True  # false: one student a direction (ablation, Table 2)
     shared_critic: bool = True  # false: one critic a direction (ablation, Table 2)
     seed: int = 0
-    save_every: int = 50  # iterations between resume states
+    save_every: int = 50  # iterations between resume states; 0: one at the end
+    keep: int = 0  # keep the state of every so many iterations; 0: only the last
     sheet_every: int = 100  # iterations between sample sheets; 0: none
     parallel: str = "ddp"  # ddp, or fsdp: shard all three networks [paper]
     checkpointing: bool = False  # recompute activations in the backward pass
@@ -395,9 +409,10 @@ def main(
     config: Config,
     generate: Generate = sampler.generate,
     mix: Mix | None = None,
-    gradient_of: GradientOf = dmd_gradient,
+    gradient_of: GradientOf | None = None,
 ) -> None:
     """generate, mix, gradient_of: another method's rollout, plans and loss in the place of ours."""
+    gradient_of = gradient_of or dmd_gradient
     rank, processes, device = start(config.device)
     dtype, mix = dtype_of(config.dtype), mix or mix_of(config)
     if not config.clips and len(without_given(mix)) < len(mix):

@@ -46,6 +46,7 @@ from lib.pairs import (
 from lib.states import whole_state
 from lib.text import Prompts
 from lib.training import (
+    RANGES,
     clip_gradients,
     computing,
     distribute,
@@ -64,6 +65,16 @@ class Config:
     """Stage 1: make ODE pairs (--generate, --check), or train on them."""
 
     PRESETS = presets.ODE
+    RANGES = RANGES | {
+        "preset": tuple(PRESETS),
+        "plans": tuple(MIXES),
+        "share_noise": ("none", "start", "all"),
+        "pairs": (1, 10**9),
+        "shard": (1, 10**6),
+        "denoising": (1e-3, 1000),
+        "clean": (0, 1),
+    }
+    FREE = ("lr", "weight_decay", "clip", "clean")  # what may change when a run goes on
     preset: str = "toy"  # toy, toy64 (64 pixels), wan (the paper's numbers), wan-any (every length)
     teacher: str = "toy/weights/teacher.safetensors"  # makes the pairs
     weights: str = "toy/weights/teacher.safetensors"  # what the student starts from
@@ -81,6 +92,7 @@ class Config:
     denoising: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # noise levels, unshifted [paper]
     shift: float = 5.0  # of the noise levels [paper]
     steps: int = 1000  # training iterations [paper: 6000]
+    schedule_steps: int = 0  # iterations that the rate is planned over, if not --steps
     batch: int = 16  # samples an iteration, over all processes [paper: 128]
     micro: int = 0  # samples a forward pass, the rest is accumulated; 0: all of a process's share
     lr: float = 3e-4  # AdamW, constant between warm-up and decay [paper: 2e-6]
@@ -97,7 +109,8 @@ class Config:
     teacher_forcing: bool = False  # all context clean: [clean | noisy]
     share_noise: str = "none"  # none, start or all: of an anchor with its latent, in the recipe
     seed: int = 0
-    save_every: int = 200  # iterations between resume states
+    save_every: int = 200  # iterations between resume states; 0: one at the end
+    keep: int = 0  # keep the state of every so many iterations; 0: only the last
     parallel: str = "ddp"  # ddp, or fsdp: shard the model [paper]
     checkpointing: bool = False  # recompute activations in the backward pass
     compile: bool = False  # torch.compile the blocks: faster steps, after minutes
@@ -241,8 +254,9 @@ def network(
 def rate(config, step: int) -> float:
     """The learning rate: a linear warm-up, constant, a linear decay to zero."""
     rising = (step + 1) / max(config.warmup, 1)
-    falling = (config.steps - step) / max(config.steps * config.decay, 1)
-    return config.lr * min(1.0, rising, falling)
+    planned = config.schedule_steps or config.steps
+    falling = (planned - step) / max(planned * config.decay, 1)
+    return config.lr * max(min(1.0, rising, falling), 0.0)
 
 
 def prepared_layouts(

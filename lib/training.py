@@ -303,7 +303,7 @@ def training_steps(
             clear_temporaries(out)
         first = 0
         if state.exists():
-            free = vars(type(config)).get("FREE", ())
+            free = getattr(type(config), "FREE", ())
             first = load_state(state, settings, trained, free, **averages)
             trim_log(log, first)
             rest = "" if first < config.steps else "; nothing left to do"

@@ -29,11 +29,12 @@ from torch import nn
 
 import anchors
 import train_dmd
+from anchors import IMAGINED
 from dit import DiT, load_dit, save_dit
 from lib.common import UserError
 from lib.weights import read_tensors
-from sampler import generate, noise_from, student_sigmas
-from train_dmd import Config, critic_loss, dmd_gradient, dmd_loss, main, noised
+from sampler import generate, noise_from
+from train_dmd import Config, Score, critic_loss, dmd_gradient, dmd_loss, main, noised, scores
 
 LATENT = (6, 4, 4)
 
@@ -55,6 +56,7 @@ def files(tmp_path_factory):
         "ema": 0.5,
         "sheet_every": 0,
         "dtype": "float32",
+        "plans": "paper",
     }
 
 
@@ -99,53 +101,37 @@ def test_noise_levels_by_hand():
     ].flatten().tolist() == pytest.approx([0.02, 0.5, 0.98])
 
 
+def score(x, noise, guidance=2.0, negative=0.0):
+    """Both samples at sigma .5, the prompt 1."""
+    nothing = torch.full((1, 1, 1), negative)
+    return Score(torch.full((len(x),), 0.5), noise, PROMPT, nothing, guidance, 1.0)
+
+
 def test_dmd_gradient_by_hand():
-    """At sigma .5: v_real = 3 + 2 (1 - 3) = -1, so x_real = xt + .5; v_fake = -3, so x_fake = xt + 1.5; their difference is 1.
+    """At sigma .5: v_real = 3 + 2 (1 - 3) = -1, so x_real = xt + .5; v_fake = -3, so x_fake = xt +
+    1.5; their difference is 1.
 
     Sample 0: x = 2, 4, noise 2, xt = 2, 3, x_real = 2.5, 3.5: mean |x - x_real| = .5, gradient 2.
     Sample 1: x = 12, 14, noise 20, xt = 16, 17, x_real = 16.5, 17.5: mean 4, gradient .25."""
     teacher, critic = Known(1.0, 3.0), Known(-3.0, 1000.0)
     x, noise = video([2.0, 4.0], [12.0, 14.0]), video([2.0, 2.0], [20.0, 20.0])
-    g = dmd_gradient(
-        teacher,
-        critic,
-        x,
-        torch.full((2,), 0.5),
-        noise,
-        PROMPT,
-        torch.zeros(1, 1, 1),
-        2.0,
-        shift=1.0,
-    )
-    assert (
-        g.flatten().tolist() == pytest.approx([2, 2, 0.25, 0.25], abs=1e-5) and not g.requires_grad
-    )
+    x_real, x_fake = scores(teacher, critic, x.requires_grad_(), score(x, noise))
+    assert x_real.flatten().tolist() == pytest.approx([2.5, 3.5, 16.5, 17.5])
+    assert x_fake.flatten().tolist() == pytest.approx([3.5, 4.5, 17.5, 18.5])
+    g = dmd_gradient(x.detach(), x_real, x_fake)
+    assert g.flatten().tolist() == pytest.approx([2, 2, 0.25, 0.25], abs=1e-5)
+    assert not x_real.requires_grad and not x_fake.requires_grad
     ((xt, t, _, pos),) = critic.calls
-    assert (
-        xt.flatten().tolist() == [2, 3, 16, 17]
-        and t.tolist() == [[500], [500]]
-        and pos.tolist() == [0]
-    )
-    assert torch.equal(
-        teacher.calls[0][0], torch.cat([xt, xt])
-    )  # one noisy video for all three passes
+    assert xt.flatten().tolist() == [2, 3, 16, 17]
+    assert t.tolist() == [[500], [500]] and pos.tolist() == [0]
+    assert torch.equal(teacher.calls[0][0], torch.cat([xt, xt]))  # one noisy video for all three
 
 
 def test_guidance_of_one_is_none():
     """w = 1 is the conditional velocity, w = 0 the unconditional: x_real = xt - .5 v."""
     for w, v in ((1.0, 1.0), (0.0, 3.0)):
         x = video([2.0, 4.0], [2.0, 4.0])
-        g = dmd_gradient(
-            Known(1.0, 3.0),
-            Known(-3.0),
-            x,
-            torch.full((2,), 0.5),
-            x,
-            PROMPT,
-            torch.zeros(1, 1, 1),
-            w,
-            1.0,
-        )
+        g = dmd_gradient(x, *scores(Known(1.0, 3.0), Known(-3.0), x, score(x, x, w)))
         assert g.flatten().tolist() == pytest.approx([(1.5 + 0.5 * v) / (0.5 * v)] * 4)
 
 
@@ -158,19 +144,13 @@ def test_gradient_of_the_loss_is_the_dmd_gradient():
 
 
 def test_critic_loss_by_hand():
-    """x = 2, 4 and noise 2: the velocities are 0, -2; answering 1 errs by 1 and 9, mean 5. It sees the prompt and xt = 2, 3."""
+    """x = 2, 4 and noise 2: the velocities are 0, -2; answering 1 errs by 1 and 9, mean 5. It sees
+    the prompt and xt = 2, 3."""
     critic = Known(1.0)
-    assert critic_loss(
-        critic,
-        video([2.0, 4.0], [4.0, 2.0]),
-        torch.full((2,), 0.5),
-        video([2.0, 2.0], [2.0, 2.0]),
-        PROMPT,
-        1.0,
-    ).tolist() == [5, 5]
-    assert critic.calls[0][0].flatten().tolist() == [2, 3, 3, 2] and critic.calls[0][
-        1
-    ].tolist() == [[500], [500]]
+    x, noise = video([2.0, 4.0], [4.0, 2.0]), video([2.0, 2.0], [2.0, 2.0])
+    assert critic_loss(critic, x, score(x, noise)).tolist() == [5, 5]
+    xt, t, _, _ = critic.calls[0]
+    assert xt.flatten().tolist() == [2, 3, 3, 2] and t.tolist() == [[500], [500]]
 
 
 # ---------------------------------------------------------------- the gradient's way
@@ -185,9 +165,10 @@ def test_gradient_reaches_anchors_only_through_their_block(exit_at):
             (latents, k), randn(len(made), 1, len(latents), 4, 4, 2).requires_grad_()
         )
 
-    x = generate(dit, plan, [randn(5, 1, 5, 32)], noise, student_sigmas(), exit_at=exit_at)
+    x = generate(dit, plan, [randn(5, 1, 5, 32)], noise, exit_at=lambda n: exit_at)
     made = {key: n for key, n in made.items() if len(key[0]) > 1}  # (0,) only asks for the shape
-    for targets, own in (((3, 4, 5), (0, 1, 2, 3, 4, 5)), ((0, 1, 2), (0, 1, 2))):
+    imagined = tuple(i + IMAGINED for i in (0, 1, 2))
+    for targets, own in (((3, 4, 5), (*imagined, 3, 4, 5)), ((0, 1, 2), (0, 1, 2))):
         loss = dmd_loss(
             x,
             randn(9, *x.shape)
@@ -229,19 +210,17 @@ def test_updates_move_samples_to_the_teachers():
     for step in range(80):
         optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / 80)
         for n, plan in enumerate((anchors.forward(6), anchors.backward(6, 3, 3))):
-            noise = randn(100 + 2 * step + n, 4, 2, 6, 4, 4, 2)
+            noise = randn(100 + 2 * step + n, 4, 2, 12, 4, 4, 2)
             x = generate(
                 dit,
                 plan,
                 [prompt],
-                noise_from(noise[0], noise[1:]),
-                student_sigmas(),
-                exit_at=step % 4,
+                noise_from(noise[0], noise[1:], 6),
+                exit_at=lambda n, last=step % 4: last,
             )
             critic.at = x.detach()
-            g = dmd_gradient(
-                teacher, critic, x.detach(), u, noise[0], prompt, torch.zeros(1, 5, 32), 2.0, 5.0
-            )
+            at = Score(u, noise[0][:, :6], prompt, torch.zeros(1, 5, 32), 2.0, 5.0)
+            g = dmd_gradient(x.detach(), *scores(teacher, critic, x.detach(), at))
             dmd_loss(x, g).mean().backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -273,7 +252,7 @@ def test_critic_learns_one_prompt(files, tmp_path):
 def test_log_curves_and_sheets(files, tmp_path):
     """Every iteration logs the critic, every `ratio`-th also the student; curves and sheets are PNGs, the first and the last included."""
     train(files, tmp_path, steps=4, sheet_every=2)
-    critic = {"step", "critic_forward", "critic_backward", "norm_critic"}
+    critic = {"step", "latents", "critic_forward", "critic_backward", "norm_critic"}
     student = {"dmd_forward", "dmd_backward", "norm_student", "motion_forward", "motion_backward"}
     log = rows(tmp_path)
     assert [r["step"] for r in log] == [0, 1, 2, 3] and [r.keys() - critic for r in log] == [

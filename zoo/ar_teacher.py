@@ -29,7 +29,8 @@ from lib.clips import Clips
 from lib.common import Stream, generator, run, start
 from lib.media import write_sheet
 from lib.text import HELD_OUT, Prompts
-from plans import Mix
+from lib.training import RANGES
+from plans import MIXES, Mix
 from sampler import gather, noise_seeded, shift_sigma, teacher_blocks
 from train_ode import fit, mean_over, mix_of, network, per_slot, prepared_layouts, scored_slots
 from vae import load_vae
@@ -40,6 +41,13 @@ class Config:
     """Train the autoregressive teacher on latents of real clips."""
 
     PRESETS = presets.AR_TEACHER
+    RANGES = RANGES | {
+        "preset": tuple(PRESETS),
+        "plans": tuple(MIXES),
+        "share_noise": ("none", "all"),
+        "dropout": (0, 1),
+    }
+    FREE = ("lr", "weight_decay", "clip", "dropout")  # what may change when a run goes on
     preset: str = "toy"  # toy, toy64 (64 pixels), wan or wan-framewise: the published numbers
     weights: str = "toy/weights/teacher.safetensors"  # the bidirectional teacher it starts from
     clips: str = "out/latents"  # folder of real clips' latents, made by tools/encode.py
@@ -53,6 +61,7 @@ class Config:
     dropout: float = 0.1  # share of prompts replaced by the empty one [Causal Forcing: 0]
     loss_on_anchors: bool = True  # and on dummies: the teacher's ODE moves them, too
     steps: int = 2000  # training iterations [Causal Forcing: 2000 or more]
+    schedule_steps: int = 0  # iterations that the rate is planned over, if not --steps
     batch: int = 16  # samples an iteration, over all processes [Causal Forcing: 64]
     micro: int = 0  # samples a forward pass, the rest is accumulated; 0: all of a process's share
     lr: float = 5e-4  # AdamW, constant between warm-up and decay [Causal Forcing: 2e-6]
@@ -66,7 +75,8 @@ class Config:
     head: int = 0  # size of the block of latent 0 if not --block
     share_noise: str = "none"  # of the sheet's anchors with their latents: none or all
     seed: int = 0
-    save_every: int = 200  # iterations between resume states
+    save_every: int = 200  # iterations between resume states; 0: one at the end
+    keep: int = 0  # keep the state of every so many iterations; 0: only the last
     parallel: str = "ddp"  # ddp, or fsdp: shard the model
     checkpointing: bool = False  # recompute activations in the backward pass
     compile: bool = False  # torch.compile the blocks: faster steps, after minutes

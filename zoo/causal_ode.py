@@ -47,6 +47,7 @@ class Config(train_ode.Config):
     """Stage 1 from an autoregressive teacher: make causal pairs (--generate, --check), or train."""
 
     PRESETS = presets.CAUSAL_ODE
+    RANGES = {"preset": tuple(PRESETS)}
     preset: str = "toy"  # toy, toy64, wan or wan-framewise: the published numbers
     teacher: str = "out/ar/teacher.safetensors"  # makes the pairs (zoo/ar_teacher.py)
     weights: str = "out/ar/teacher.safetensors"  # what the student starts from

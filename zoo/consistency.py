@@ -43,6 +43,7 @@ class Config(causal_ode.Config):
     """Stage 1 by consistency distillation from an autoregressive teacher, without pairs."""
 
     PRESETS = presets.CONSISTENCY
+    RANGES = {"preset": tuple(PRESETS)}
     preset: str = "toy"  # toy, toy64 or wan: the published numbers
     out: str = "out/cd"  # folder of student.safetensors, log.jsonl and the resume state
     ema: float = 0.99  # of the average that is agreed with, and handed on [Causal Forcing++]

@@ -215,7 +215,9 @@ def make_pairs(config: Config, mix: Mix, rank: int, world: int, device: torch.de
 
     length = length_of(mix)
     where = pairs_where(config, source.words, lambda u: length(draw(mix, u)))
-    write_missing(where, make, trajectory_shapes(config, c.in_dim), config.micro, rank, world)
+    write_missing(
+        where, make, trajectory_shapes(config, c.in_dim), config.micro, rank, world, device
+    )
 
 
 def length_of(mix: Mix) -> Callable[[int], int]:

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from lib.common import Stream, UserError, atomic, fingerprint, generator, stop_signals
+from lib.training import mean_over_processes
 from lib.weights import read_dit, read_json, read_tensors, write_safetensors
 
 GOLDEN = 0.6180339887498949  # multiples of it mod 1 fill [0, 1) evenly, however many there are
@@ -139,7 +139,13 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def write_missing(
-    where: Where, make: Make, shapes: Callable[[int], dict], micro: int, rank: int, world: int
+    where: Where,
+    make: Make,
+    shapes: Callable[[int], dict],
+    micro: int,
+    rank: int,
+    world: int,
+    device: torch.device,
 ) -> None:
     """Make what is missing, every process its share; at the end rank 0 writes the index.
 
@@ -164,10 +170,8 @@ def write_missing(
     ):
         for numbers in mine:
             done = done and write_shard(where, numbers, make, micro or 16, stop, bar)
-    if dist.is_initialized():  # a process that was stopped is enough to leave the index as it is
-        flag = torch.tensor(float(done))
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        done = bool(flag)
+    # One process that was stopped is enough to leave the index as it is.
+    done = mean_over_processes({"done": float(done)}, device)["done"] == 1
     if rank == 0 and done:
         write_index(where)
     elif rank == 0:
@@ -228,7 +232,8 @@ def read_pairs(
 
     words: pair -> its prompt;  shapes: group -> tensor -> its shape for one pair
     raises: UserError where a shard is missing, damaged, or not what is asked for"""
-    folder, settings = Path(config.data), settings_of(config, names)
+    folder = Path(config.data)
+    settings = settings_of(config, [name for name in names if name != "seed"])  # of training: any
     index = folder / "index.json"
     if not index.is_file():
         raise UserError(
@@ -301,7 +306,11 @@ def wrong_states(states: Tensor, start: Tensor, seed: int) -> str:
     states, start = states.float().flatten(1), start.flatten()
     if (states[0] - start).abs().max() > 2e-3:
         return f"its states do not start from the noise of seed {seed}"
-    likeness = torch.cosine_similarity(states, start, dim=1)
-    if not (likeness.diff() < 0).all():
-        return f"its states do not fall from noise to a clean end, {likeness.tolist()}"
+    noise = torch.cosine_similarity(states, start, dim=1)  # (K+1)
+    end = torch.cosine_similarity(states, states[-1:], dim=1)
+    if not (noise.diff() < 0).all() or not (end.diff() > 0).all():
+        return (
+            "its states do not fall from noise to a clean end (likeness to the noise "
+            f"{noise.tolist()}, to the end {end.tolist()})"
+        )
     return ""

@@ -32,10 +32,10 @@ from anchors import layout
 from dit import DiT, load_dit, save_dit
 from lib import pairs
 from lib.common import UserError
-from lib.pairs import KEEP, integrate, pair_noise
+from lib.pairs import kept_states, pair_noise
 from lib.text import Prompts
 from lib.weights import read_tensors, write_safetensors
-from sampler import noise_from, ode_sigmas, student_sigmas
+from sampler import many_steps, noise_from, ode_sigmas, student_sigmas
 from train_ode import Config, main, ode_loss
 
 LATENT = (6, 4, 4)
@@ -55,6 +55,7 @@ def files(tmp_path_factory):
         "shard": 2,
         "dtype": "float32",
         "decay": 0.0,
+        "plans": "paper",
     }
     main(Config(**made, generate=True))
     return made
@@ -157,9 +158,20 @@ def test_clean_steps_are_not_scored():
 
 
 def test_student_is_trained_on_the_levels_it_samples_with():
-    """The kept states stand at sigma 1, .9375, .8333, .625 and 0."""
-    assert KEEP == (0, 12, 24, 36, 48)
-    assert [ode_sigmas()[k] for k in KEEP] == [*student_sigmas(), 0.0]
+    """The kept states stand at sigma 1, .9375, .8333, .625 and 0; fewer levels keep fewer; a level
+    that the teacher's steps do not meet is refused."""
+    keep = kept_states((1000, 750, 500, 250))
+    assert keep == [0, 12, 24, 36, 48]
+    assert [ode_sigmas()[k] for k in keep] == [*student_sigmas(), 0.0]
+    assert kept_states((1000, 500)) == [0, 24, 48]
+    with pytest.raises(UserError, match="--denoising 1000 700: .* multiples of 1000 / 48"):
+        kept_states((1000, 700))
+
+
+def test_levels_are_those_of_the_stored_states(files, tmp_path):
+    """Three levels on pairs of four would train on the wrong states."""
+    with pytest.raises(UserError, match="denoising is .*, not"):
+        train(files, tmp_path, denoising=(1000.0, 750.0, 500.0))
 
 
 # ---------------------------------------------------------------- pairs
@@ -181,37 +193,41 @@ class Towards(nn.Module):
 def test_trajectory_of_a_known_flow(shift):
     """Euler is exact on straight lines: the states are mean + sigma (noise - mean), where guidance 3 makes the mean 1 + 3 (2 - 1)."""
     noise, prompt = randn(0, 2, 3, 1, 2, 2).double(), torch.full((2, 1, 1), 2.0).double()
-    ((_, states),) = integrate(
-        Towards(),
-        anchors.forward(3),
-        prompt,
-        torch.ones_like(prompt),
-        noise_from(noise),
-        3.0,
-        shift,
-        keep=KEEP,
-    )
+    states = trajectory(Towards(), prompt, torch.ones_like(prompt), noise, 3.0, shift)
     sigmas = torch.tensor([ode_sigmas(48, shift)[k] for k in (0, 12, 24, 36, 48)]).double()
     want = 4 + sigmas.view(1, 5, 1, 1, 1, 1) * (noise[:, None] - 4)
     assert distance(states, want) <= 1e-5 and torch.equal(states[:, 0], noise)
 
 
+def trajectory(teacher, prompt, negative, noise, guidance, shift=5.0):
+    """The states 0, 12 .. 48 of a bidirectional teacher: [B, 5, T, C, h, w]."""
+    made, T = {}, noise.shape[1]
+    text = teacher.text_kv(torch.cat([prompt, negative]))
+    solve = many_steps(
+        teacher,
+        [text],
+        noise_from(noise),
+        guidance,
+        shift,
+        record=lambda n, k, x: made.update({k: x}),
+    )
+    solve(0, anchors.forward(T, T).steps[0], None, None, None)
+    return torch.stack([made[k] for k in (0, 12, 24, 36, 48)], dim=1)
+
+
 def test_pairs_are_the_teachers_trajectories(files):
-    """Pair n starts from the noise of (seed, n), follows the teacher with caption n, and is stored as float16 states of all five levels."""
+    """Pair n starts from the noise of (seed, n), follows the teacher with caption n, and is stored
+    as float16 states of all five levels."""
     teacher, source = load_dit(files["teacher"]), Prompts("toy", 64, 12)
     tensors, made = read_tensors(f"{files['data']}/pairs-000004.safetensors")
-    noise = noise_from(pair_noise(Config(**files), 2, 5)[None])
-    ((_, states),) = integrate(
-        teacher, anchors.forward(6, 6), source([5]), source.embed([""]), noise, 2.0, keep=KEEP
-    )
-    assert (
-        tensors["states"].shape == (2, 5, 6, 2, 4, 4) and tensors["states"].dtype == torch.float16
-    )
+    noise = pair_noise(Config(**files), 2, 5, 6)[None]
+    with torch.no_grad():
+        states = trajectory(teacher, source([5]), source.embed([""]), noise, 2.0)
+    assert tensors["states"].shape == (2, 5, 6, 2, 4, 4)
+    assert tensors["states"].dtype == torch.float16
     assert distance(tensors["states"][1].float(), states[0]) <= 4e-3
-    assert (
-        tensors["sigmas"].tolist() == pytest.approx([1, 0.9375, 5 / 6, 0.625, 0])
-        and made["guidance"] == 2.0
-    )
+    assert made["guidance"] == 2.0 and made["denoising"] == [1000, 750, 500, 250]
+    assert (made["first"], made["count"], made["group"]) == (4, 2, 6)
 
 
 def digest(path):
@@ -225,7 +241,7 @@ def test_only_the_missing_shard_is_made_again(files, tmp_path, capsys):
     before = {p.name: (digest(p), p.stat().st_mtime_ns) for p in shards}
     shards[1].unlink()
     main(Config(**files | {"data": str(data)}, generate=True))
-    assert "3 shards, 1 to make here" in capsys.readouterr().out
+    assert "all; 1 shards to make" in capsys.readouterr().out
     assert {p.name: digest(p) for p in shards} == {n: d for n, (d, _) in before.items()}
     assert all(p.stat().st_mtime_ns == before[p.name][1] for p in shards if p != shards[1])
     index = json.loads((data / "index.json").read_text())
@@ -235,7 +251,7 @@ def test_only_the_missing_shard_is_made_again(files, tmp_path, capsys):
 def test_interrupted_generation_goes_on(files, tmp_path, monkeypatch, capsys):
     """SIGTERM in the second shard: the first stays, no index claims that all is there, and the same command makes the rest."""
     made = files | {"data": str(tmp_path)}
-    at_call(monkeypatch, pairs, "make_pairs", 2, terminate)
+    at_call(monkeypatch, pairs, "write_shard", 2, terminate)
     main(Config(**made, generate=True))
     assert [p.name for p in tmp_path.iterdir()] == [
         "pairs-000000.safetensors"
@@ -265,18 +281,22 @@ def flip_byte(data):
 
 
 DAMAGES = {
-    "flipped byte": (flip_byte, {}, "pairs-000002.safetensors is not the file the index names"),
+    "flipped byte": (
+        flip_byte,
+        {},
+        "pairs-000002.safetensors is not the file that the index names",
+    ),
     "NaN": (
         lambda data: rewrite(data, lambda x: x[1, 2].fill_(float("nan"))),
         {},
-        "pairs-000000.safetensors holds NaN",
+        "the states of pair 1 are not finite",
     ),
-    "another seed": (lambda data: None, {"seed": 1}, "does not start from the noise of seed 1"),
-    "another shift": (lambda data: None, {"shift": 8}, "but shift 8.0 needs"),
+    "another seed": (lambda data: None, {"seed": 1}, "do not start from the noise of seed 1"),
+    "another shift": (lambda data: None, {"shift": 8}, "shift is 5.0, not 8.0"),
     "another size": (
         lambda data: None,
         {"latent": (9, 4, 4)},
-        "with --latent 6 4 4, but --latent is 9 4 4",
+        "latent is [6, 4, 4], not [9, 4, 4]",
     ),
     "start noise as end": (
         lambda data: rewrite(data, lambda x: x[:, 4].copy_(x[:, 0])),
@@ -303,9 +323,9 @@ DAMAGES = {
 
 def test_good_pairs_pass_the_check(files, monkeypatch, capsys):
     """The check says how many pairs, of whom, and how far the end is from noise."""
-    flags = {k: files[k] for k in ("latent", "data", "teacher")}
+    flags = {k: files[k] for k in ("latent", "data", "teacher", "plans")}
     assert command_line(monkeypatch, capsys, train_ode, "--check", **flags) == (0, "")
-    assert "6 pairs in 3 shards are good" in capsys.readouterr().out
+    assert "6 pairs of 1 lengths are good" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -314,7 +334,7 @@ def test_check_names_the_damage(name, files, tmp_path, monkeypatch, capsys):
     damage, flags, says = DAMAGES[name]
     data = shutil.copytree(files["data"], tmp_path / "pairs")
     damage(data)
-    flags = {"latent": LATENT, "data": data, "teacher": files["teacher"]} | flags
+    flags = {"latent": LATENT, "data": data, "teacher": files["teacher"], "plans": "paper"} | flags
     code, error = command_line(monkeypatch, capsys, train_ode, "--check", **flags)
     assert code == 2 and says in error
 
@@ -323,15 +343,15 @@ def test_shards_of_two_makings_are_refused(files, tmp_path):
     """Pairs of guidance 2 and 3 in one folder are not one data set, though each shard is whole."""
     data = shutil.copytree(files["data"], tmp_path / "pairs")
     (data / "pairs-000002.safetensors").unlink()
-    with pytest.raises(UserError, match="guidance"):
-        main(Config(**files | {"data": str(data)}, generate=True, guidance=3.0))
-        main(Config(**files | {"data": str(data)}, check=True, guidance=3.0))
+    for what in ("generate", "check"):
+        with pytest.raises(UserError, match="guidance is 2.0, not 3.0"):
+            main(Config(**files | {"data": str(data), what: True}, guidance=3.0))
 
 
 def test_pairs_of_another_teacher_are_refused(files, tmp_path):
     """Which teacher made the pairs is recorded in the shards and compared with the flag."""
-    with pytest.raises(UserError, match="--teacher .*teacher.safetensors, but --teacher is other"):
-        train(files, tmp_path, teacher="other")
+    with pytest.raises(UserError, match="was made otherwise: teacher is '"):
+        train(files, tmp_path, teacher=files["weights"])
 
 
 def test_pairs_of_other_prompts_are_refused(files, tmp_path):
@@ -363,7 +383,7 @@ def test_log_has_a_row_each_step(files, tmp_path):
     """Each row: step, the loss of both directions, and the gradient's norm before clipping."""
     log = rows(train(files, tmp_path))
     assert [r["step"] for r in log] == [0, 1, 2] and all(
-        r.keys() == {"step", "forward", "backward", "norm"} for r in log
+        r.keys() == {"step", "forward", "backward", "norm", "latents"} for r in log
     )
     assert (
         load_dit(tmp_path).config == tiny_dit(**WORDED).config
@@ -393,11 +413,8 @@ def test_two_processes_equal_one(files, tmp_path):
             | {"out": str(tmp_path / "fsdp"), "parallel": "fsdp", "micro": 1, "save_every": 2},
         ),
     )
-    assert (
-        "2 processes x 1 accumulated x 2 = 4 samples" in said
-        and "2 to make here" in said
-        and "1 to make here" in said
-    )
+    assert "2 processes x 1 accumulated x 2 = 4 samples" in said
+    assert "6 pairs in 3 shards" in said and "3 shards to make" in said
     one = train(files, tmp_path / "one")
     for name in ("ddp", "fsdp"):
         assert apart(one, tmp_path / name) <= 1e-5
@@ -433,7 +450,7 @@ def test_resume_under_fsdp(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"lr": 1e-4}, {"anchors": 2}, {"guidance": 7.0}, {"seed": 5}, {"batch": 2}]
+    "setting", [{"anchors": 2}, {"seed": 5}, {"batch": 2}, {"warmup": 3}, {"loss_on_anchors": True}]
 )
 def test_resume_with_other_settings_is_refused(setting, files, tmp_path):
     """A state of another run is not continued; the sentence names the setting and its old value."""
@@ -592,7 +609,9 @@ def test_nan_names_its_sample(files, tmp_path, monkeypatch, capsys):
         train_ode,
         **files | {"out": tmp_path, "steps": 4, "batch": 4, "micro": 2},
     )
-    assert code == 1 and "step 1: the loss is [nan, " in error and "through sample 3;" in error
+    assert (
+        code == 1 and "step 1: the loss is forward nan, " in error and "through sample 3;" in error
+    )
 
 
 def test_infinite_gradient_stops_training(files, tmp_path, monkeypatch):

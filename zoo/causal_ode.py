@@ -124,7 +124,9 @@ def make_pairs(config: Config, mix: Mix, rank: int, world: int, device: torch.de
         return made
 
     where = pairs_where(config, source.words, lambda u: draw(mix, u), MADE_BY + PLANS)
-    write_missing(where, make, causal_shapes(config, mix, c.in_dim), config.micro, rank, world)
+    write_missing(
+        where, make, causal_shapes(config, mix, c.in_dim), config.micro, rank, world, device
+    )
 
 
 def causal_shapes(config: Config, mix: Mix, channels: int) -> Callable[[int], dict]:

@@ -341,6 +341,7 @@ def test_resume_is_exact(files, tmp_path):
     assert same(saved(a), saved(b)) and apart(a, b) == 0 and rows(a) == rows(b)
     assert {k.split("/")[0] for k in saved(a)} == {
         "step",
+        "networks",
         "ema0",
         "student0",
         "student0.optimiser",

@@ -364,6 +364,7 @@ FIRST = {
     "transformer": re.compile(BEFORE + r"(?:patch_embedding|blocks\.0)\."),
     "VAE": re.compile(BEFORE + r"encoder\.conv(?:1|_in)\."),
 }
+EXAMPLE = {"transformer": "blocks.0.self_attn.q.weight", "VAE": "encoder.conv1.weight"}
 PREFERRED = (  # of several networks in a file those that fit, if any do, one rule after the other
     r"^(?!.*(critic|fake|real|teacher|discriminator))",
     r"(?<![a-z])ema(?![a-z])",
@@ -376,17 +377,7 @@ def network_in(tree: dict, what: str, source: object) -> dict[str, Tensor]:
     """The tensors of the transformer or VAE in a file, however nested and prefixed, by their names.
 
     raises: UserError if there is none, or several and none to prefer, or it is another kind"""
-    found: dict[str, dict[str, Tensor]] = {}
-    for where, tensors in dicts_of_tensors(tree):
-        names = {re.sub(WRAPPERS, "", k): v for k, v in tensors.items()}
-        matches = [FIRST[what].match(k) for k in names]
-        prefixes = {match[1] for match in matches if match}
-        for prefix in prefixes:
-            if not any(prefix != p and prefix.startswith(p) for p in prefixes):
-                inside = {
-                    k.removeprefix(prefix): v for k, v in names.items() if k.startswith(prefix)
-                }
-                found[where + prefix] = inside
+    found = networks_in(tree, what)
     every = [k for _, tensors in dicts_of_tensors(tree) for k in tensors]
     if not found:
         refuse_names(source, every, what)
@@ -400,13 +391,31 @@ def network_in(tree: dict, what: str, source: object) -> dict[str, Tensor]:
     if len(chosen) > 1:
         shown = ", ".join(repr(k) for k in chosen)
         raise UserError(f"{source} holds several networks ({shown}); save the one that is meant")
+    tensors = found[chosen[0]]
+    refuse_names(source, tensors, what)
     if len(found) > 1:
         print(f"note: of {', '.join(found)} in {source} it is {chosen[0]} that is used")
-    refuse_names(source, found[chosen[0]], what)
-    return found[chosen[0]]
+    elif len(tensors) < len(every):
+        print(
+            f"note: {source} holds {len(every) - len(tensors)} tensors besides, which stay unused"
+        )
+    return tensors
 
 
-EXAMPLE = {"transformer": "blocks.0.self_attn.q.weight", "VAE": "encoder.conv1.weight"}
+def networks_in(tree: dict, what: str) -> dict[str, dict[str, Tensor]]:
+    """All transformers, or VAEs, in a file: the path and prefix of each -> its tensors."""
+    found = {}
+    for where, tensors in dicts_of_tensors(tree):
+        names = {re.sub(WRAPPERS, "", k): v for k, v in tensors.items()}
+        matches = [FIRST[what].match(k) for k in names]
+        prefixes = {match[1] for match in matches if match}
+        for prefix in prefixes:
+            if any(prefix != p and prefix.startswith(p) for p in prefixes):
+                continue  # part of another one's names
+            found[where + prefix] = {
+                k.removeprefix(prefix): v for k, v in names.items() if k.startswith(prefix)
+            }
+    return found
 
 
 def dicts_of_tensors(tree: dict, where: str = "") -> list[tuple[str, dict[str, Tensor]]]:

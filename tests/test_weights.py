@@ -137,6 +137,10 @@ def test_only_wans_own_sizes_are_known_without_a_config(tmp_path):
     for changes in ({"dim": 1280, "num_heads": 10}, {"text_dim": 64}):
         with pytest.raises(UserError, match="num_heads and text_len .* cannot be told"):
             read_dit(wan_pt(tmp_path, num_layers=1, **changes))
+    for sizes, says in (((36, 16), "image-to-video"), ((48, 48), "Wan2.2's 5B")):
+        changes = dict(zip(("in_dim", "out_dim"), sizes), num_layers=1)
+        with pytest.raises(UserError, match=f"wan.pt is .*{says}"):
+            read_dit(wan_pt(tmp_path, **changes))
     save_file(tiny_dit(dim=128).state_dict(), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="width 128 .* cannot be told .* put a config.json beside"):
         load_dit(tmp_path / "a.safetensors")

@@ -107,7 +107,7 @@ def test_one_kernel_an_operation():
 def test_ideas_save_a_share():
     """No idea saves all, or less than nothing."""
     shares = [x for _, _, x in count.savings(PRESETS["wan1.3b"], 1560)]
-    assert all(0 <= x < 0.6 for x in shares) and len(shares) == 8
+    assert all(0 <= x < 0.6 for x in shares) and len(shares) == 9
 
 
 def between(page: str, name: str) -> str:
@@ -124,7 +124,8 @@ def test_the_page_says_what_is_counted():
 def test_put(tmp_path: Path):
     """Only what stands between the marks is replaced; a page without them is refused."""
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- a -->\nold\n<!-- end -->\nafter\n<!-- end -->\n")
+    page.write_text("before\n<!-- a -->\n<!-- end -->\nafter\n<!-- end -->\n")
+    count.put(str(page), "a", "old")
     count.put(str(page), "a", "new\nlines")
     expected = "before\n<!-- a -->\nnew\nlines\n<!-- end -->\nafter\n<!-- end -->\n"
     assert page.read_text() == expected

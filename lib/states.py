@@ -220,7 +220,8 @@ def main(config: Config) -> None:
     # the average of student0 is ema0, that of dit is ema
     average = "ema" + re.sub(r"\D", "", name)
     has_average = average in tree and not name.startswith("critic")
-    write_safetensors(out, tree[average if has_average else name], networks[name])
+    tensors = tree[name] | (tree[average] if has_average else {})
+    write_safetensors(out, tensors, networks[name])
     what = "the average of the weights" if has_average else "the weights"
     print(f"wrote {out}: {what} of {name} after {step} steps")
 

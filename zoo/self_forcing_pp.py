@@ -26,8 +26,8 @@ import train_dmd
 from anchors import HORIZON, Plan
 from dit import DiT
 from lib.common import UserError, run, start
-from mixes import Mix
-from sampler import Noise, Recipe, Text, blocks
+from plans import Mix
+from sampler import Noise, Recipe, Text, student_blocks
 from vae import VAE, load_vae
 from zoo.common import PAPER
 
@@ -74,7 +74,7 @@ def generate(
         return last if n in window and exit_at(n) is not None else None
 
     made: dict[int, Tensor] = {}
-    rolled = blocks(dit, plan, texts, noise, recipe, given, exit_inside, **options)
+    rolled = student_blocks(dit, plan, texts, noise, recipe, given, exit_inside, **options)
     for n, x0 in rolled:
         made.update(zip(plan.steps[n].targets, x0.unbind(1)))
     latents = sorted(i for n in window for i in plan.steps[n].targets)

@@ -3,7 +3,7 @@
 Cost is counted, not timed: passes of the network for a batch of clips, latents through it for each
 clip, and finished latents that the cache must hold; `against` is the row to compare with. The
 measures are those of evaluate.py, at the boundaries of the method's plan: the flickering ratio (FR,
-paper Eq. 4) and the largest of it over the four changes inside the next latent, since a cut may show
+paper Eq. 4) and the largest of it over the four changes inside the next latent, as a cut may show
 later than at once; how latents survive decoding and encoding; motion; `seam`, the change of colour
 at a boundary in grey levels of 255; what no word says and a clip should keep (`lost`: 0 all kept, 1
 another clip); whether the words are right, of the last prompt where there are two. +- is a standard

@@ -358,8 +358,8 @@ def test_flush_and_cut_by_hand():
 
 def test_a_tight_sink_is_a_plain_sink():
     """keep = 1: nothing leaks."""
-    for backwards in (False, True):
-        plan = ema_sink.sunk(18, 3, 3, backwards)
+    for long in (common.long_forward, common.long_backward):
+        plan = long(18, 3, 3)
         assert torch.equal(made(partial(ema_sink.generate, keep=1.0), plan), plain(plan))
         assert not torch.equal(made(partial(ema_sink.generate, keep=0.5), plan), plain(plan))
 
@@ -411,6 +411,13 @@ def test_routing_keeps_the_sink_the_newest_and_the_best():
         assert distance(got[0], want[0]) == 0 and distance(got[1], want[1]) == 0
     cache.gate = 0.0
     assert cache.choose([0, 1, 2, 3, 4, 5]) == {4, 5}
+
+
+def test_every_row_has_one_to_compare_with():
+    for name, method in METHODS.items():
+        if method.against:
+            other = METHODS[method.against]
+            assert not other.against and other.length == method.length, name
 
 
 def test_pictures_of_every_plan():
@@ -638,4 +645,4 @@ def test_the_table_counts_and_goes_on(tmp_path, capsys):
     assert made["rows"]["rolling_forcing, seed 0"]["passes"] == 16
     assert "7.000 ± 0.500" in capsys.readouterr().out
     with pytest.raises(UserError, match="use another --out"):
-        table.main(table.Config(methods=("forward",), **flags | {"clips": 3}))
+        table.main(table.Config(methods=("forward",), **{**flags, "clips": 3}))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from anchors import Plan, forward
+from anchors import Plan, forward, long
 from dit import KV, DiT
 from kvcache import KVCache
 from sampler import Noise, Recipe, Remember, Text, cache_for, clean_pass
@@ -25,13 +25,15 @@ class Method:
 
     plan: (latents, block, anchors) -> the plan
     generate: who executes it, called as `sampler.generate` is
-    batch: the most clips at once; 1 where a choice is made for each clip
-    length: latents of its row in the table"""
+    against: the row of the table to compare it with
+    length: latents of its row
+    batch: the most clips at once; 1 where a choice is made for each clip"""
 
     plan: Callable[[int, int, int], Plan]
     generate: Callable[..., Tensor] = block_by_block
-    batch: int = 16
+    against: str = "forward"
     length: int = 21
+    batch: int = 16
 
 
 def memory(
@@ -43,7 +45,7 @@ def memory(
     dtype=None,
     kind: Callable[..., KVCache] = KVCache,
 ) -> tuple[KVCache, Remember]:
-    """An empty cache and the clean pass that fills it; options as for `sampler.blocks`."""
+    """An empty cache and the clean pass that fills it; options as for `sampler.student_blocks`."""
     cache = cache_for(dit, plan, noise, dtype=dtype, kind=kind)
     return cache, clean_pass(dit, plan, texts, cache, commit_anchors)
 
@@ -58,6 +60,16 @@ def read_later(plan: Plan, n: int) -> tuple[int | None, ...]:
 def forward_plan(length: int, block: int, anchors: int) -> Plan:
     """The plain forward plan, which has no anchors."""
     return forward(length, block)
+
+
+def long_forward(length: int, block: int, anchors: int) -> Plan:
+    """Beyond the horizon: the last two blocks and, before them, the first one."""
+    return long(length, "forward", block, anchors, 2 * block, sink="past")
+
+
+def long_backward(length: int, block: int, anchors: int) -> Plan:
+    """The same from the end."""
+    return long(length, "backward", block, anchors, 2 * block, sink="future")
 
 
 class Overheard:

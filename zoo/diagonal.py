@@ -86,7 +86,7 @@ def one_step(dit: DiT, plan: Plan, texts: Sequence[Text], noise: Noise, **option
 
 METHODS = {
     "diagonal": Method(forward_plan, generate),
-    "diagonal-backward": Method(backward, generate),
+    "diagonal-backward": Method(backward, generate, against="backward"),
     "diagonal-clean": Method(forward_plan, partial(generate, overhear=False)),
     "noisy_keys": Method(forward_plan, partial(generate, levels=constant)),
     "first_frame": Method(forward_plan, first_enhanced),

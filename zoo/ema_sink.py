@@ -19,11 +19,11 @@ from functools import partial
 
 from torch import Tensor
 
-from anchors import Plan, View, backward, forward, forward_step
+from anchors import Plan, forward, forward_step
 from dit import DiT
 from kvcache import KVCache
 from sampler import Noise, Recipe, Text, few_steps, gather, rollout
-from zoo.common import PAPER, Method, memory
+from zoo.common import PAPER, Method, long_backward, long_forward, memory
 
 
 class LeakySink(KVCache):
@@ -65,13 +65,6 @@ class Grouped(KVCache):
         super().evict(latents)
 
 
-def sunk(length: int, block: int, window: int, backwards: bool = False) -> Plan:
-    """A window, and before it the block that was made first."""
-    if backwards:
-        return backward(length, block, block, View(window, future_sink=True))
-    return forward(length, block, View(window, past_sink=True))
-
-
 def grouped(length: int = 21, block: int = 3, window: int = 6, group: int = 3) -> Plan:
     """A window, and before it the first latent of every group that has left it."""
     steps = []
@@ -101,8 +94,12 @@ def generate(
     return gather(plan, rollout(plan, denoise, remember, cache, given))
 
 
+def _grouped(length: int, block: int, anchors: int) -> Plan:
+    return grouped(length, block, 2 * block, group=block)
+
+
 METHODS = {
-    "ema_sink": Method(lambda n, block, _: sunk(n, block, 6), generate, length=63),
-    "ema_sink-backward": Method(lambda n, block, _: sunk(n, block, 6, True), generate, length=63),
-    "conv_kv": Method(lambda n, block, _: grouped(n, block), partial(generate, group=3)),
+    "ema_sink": Method(long_forward, generate, "long-forward", length=63),
+    "ema_sink-backward": Method(long_backward, generate, "long-backward", length=63),
+    "conv_kv": Method(_grouped, partial(generate, group=3)),
 }

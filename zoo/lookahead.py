@@ -7,9 +7,9 @@ so that it begins where this one wanted to go on; k = 0 is look-ahead alone, P =
 
 On this backbone look-ahead is a plan, and a knot a plan whose next step is *given* what the last
 one imagined. The student was never trained on either.
-Left open here: Knot Forcing trains for its knots, and averages both versions of the overlap; what is
-held at t = 0 comes back as it was, so here the average is what is held. Its reference frame, which runs ahead of
-the rollout at a position of its own, is for portraits: see `anchors.View.future_sink`.
+Left open here: Knot Forcing trains for its knots, and averages both versions of the overlap; what
+is held at t = 0 comes back as it was, so here the average is what is held. Its reference frame,
+which runs ahead of the rollout, is for portraits: see `anchors.View.future_sink`.
 
     python -m zoo.run lookahead-1                      measured: python -m zoo.table
 """

@@ -83,7 +83,7 @@ def generate(
 
 
 METHODS = {
-    "inbetween": Method(inbetween),
-    "one_sided-half": Method(inbetween, generate),
-    "one_sided-linear": Method(inbetween, partial(generate, weights=linear)),
+    "inbetween": Method(inbetween, against=""),
+    "one_sided-half": Method(inbetween, generate, against="inbetween"),
+    "one_sided-linear": Method(inbetween, partial(generate, weights=linear), against="inbetween"),
 }

@@ -112,5 +112,5 @@ def backward_plan(length: int, block: int, anchors: int) -> Plan:
 
 METHODS = {
     "rolling_forcing": Method(forward_plan, generate),
-    "rolling_forcing-backward": Method(backward_plan, generate),
+    "rolling_forcing-backward": Method(backward_plan, generate, against="backward"),
 }

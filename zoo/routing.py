@@ -109,7 +109,9 @@ def generate(
             hook.remove()
 
 
+_backward = partial(reading_all, backwards=True)
+
 METHODS = {
-    "routing": Method(reading_all, generate, batch=1, length=63),
-    "routing-backward": Method(partial(reading_all, backwards=True), generate, batch=1, length=63),
+    "routing": Method(reading_all, generate, "long-forward", length=63, batch=1),
+    "routing-backward": Method(_backward, generate, "long-backward", length=63, batch=1),
 }

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from anchors import backward, text_picture
-from dit import DiT, load_dit
+from evaluate import recipe_of
+from generate import frame_size, load_models, write_video
 from lib import text
 from lib.common import UserError, run, start
 from lib.media import VideoWriter
-from sampler import FPS, Recipe, noise_seeded
-from vae import VAE, load_vae
+from sampler import noise_seeded
 from zoo import (
     diagonal,
     ema_sink,
@@ -28,9 +28,14 @@ from zoo import (
     switch,
     tree,
 )
-from zoo.common import Method, forward_plan
+from zoo.common import Method, forward_plan, long_backward, long_forward
 
-PLAIN = {"forward": Method(forward_plan), "backward": Method(backward)}
+PLAIN = {
+    "forward": Method(forward_plan, against=""),
+    "backward": Method(backward, against=""),
+    "long-forward": Method(long_forward, against="", length=63),
+    "long-backward": Method(long_backward, against="", length=63),
+}
 METHODS: dict[str, Method] = (
     PLAIN
     | rolling_forcing.METHODS
@@ -57,7 +62,7 @@ class Config:
     out: str = "out/zoo.mp4"  # .mp4, .gif or .mkv
     latents: int = 0  # length; 0: as in the table, 21 but for methods of long video
     weights: str = "toy/weights"  # a folder with student and VAE
-    size: tuple[int, ...] = (32, 32)  # height width
+    size: tuple[int, ...] = ()  # height width; default: what suits the VAE
     seed: int = 0
     device: str = "auto"
 
@@ -68,28 +73,15 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-def recipe_of(dit: DiT) -> Recipe:
-    """How a student was trained; if its file is silent, the paper's way."""
-    return Recipe.read(dit.recipe) or Recipe()
-
-
-def latent_shape(vae: VAE, size: tuple[int, ...]) -> tuple[int, int, int]:
-    """[C, h, w] of the latents of frames of this height and width. raises: UserError"""
-    unit = 2 * vae.config.space
-    if len(size) != 2 or min(size) < 1 or any(side % unit for side in size):
-        raise UserError(f"--size {size} must be a height and a width divisible by {unit}")
-    return vae.config.z_dim, *(side // vae.config.space for side in size)
-
-
 @torch.no_grad()
 def main(config: Config) -> None:
     if config.method == "list":
         print("\n".join(METHODS))
         return
     method = find_method(config.method)
-    writer = VideoWriter(config.out, FPS)  # refuses a path it cannot write
+    VideoWriter(config.out)  # refuses a name it cannot write
     device = start(config.device)[2]
-    dit, vae = load_dit(config.weights, device=device), load_vae(config.weights, device=device)
+    dit, vae = load_models(config.weights, device=device)
     recipe, c = recipe_of(dit), dit.config
     plan = method.plan(config.latents or method.length, recipe.block, recipe.anchors)
     if len(config.prompt) not in (1, plan.prompts()):
@@ -98,11 +90,11 @@ def main(config: Config) -> None:
     words = text.embed(config.prompt, c.text_dim, c.text_len, weights=config.weights)
     texts = [dit.text_kv(row[None].to(device)) for row in words]
     texts = texts if len(texts) > 1 else texts * plan.prompts()
-    noise = noise_seeded([(config.seed, 0, 0)], latent_shape(vae, config.size), device)
+    h, w = (side // vae.config.space for side in frame_size(config.size, dit, vae))
+    noise = noise_seeded([(config.seed, 0, 0)], (c.in_dim, h, w), device)
     z = method.generate(dit, plan, texts, noise, recipe=recipe)
-    with writer:
-        writer.write(vae.decode(z)[0])
-    print(f"wrote {config.out}: {plan.length} latents in {len(plan.steps)} steps")
+    frames = write_video(config.out, [vae.decode(z).cpu()])
+    print(f"wrote {config.out}: {frames} frames, {plan.length} latents in {len(plan.steps)} steps")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def generate(
 
 METHODS = {
     "hiar": Method(forward_plan, generate),
-    "hiar-backward": Method(backward, generate),
+    "hiar-backward": Method(backward, generate, against="backward"),
     "neighbor": Method(forward_plan, partial(generate, neighbour=True)),
-    "neighbor-backward": Method(backward, partial(generate, neighbour=True)),
+    "neighbor-backward": Method(backward, partial(generate, neighbour=True), against="backward"),
 }

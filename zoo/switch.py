@@ -85,8 +85,10 @@ def generate(
 
 
 METHODS = {
-    "switch": Method(two_scenes),
-    "switch-recache": Method(two_scenes, generate),
-    "switch-flush": Method(lambda *sizes: flushed(two_scenes(*sizes))),
-    "switch-cut": Method(lambda *sizes: flushed(two_scenes(*sizes), cut_at=CUT_AT)),
+    "switch": Method(two_scenes, against=""),
+    "switch-recache": Method(two_scenes, generate, against="switch"),
+    "switch-flush": Method(lambda *sizes: flushed(two_scenes(*sizes)), against="switch"),
+    "switch-cut": Method(
+        lambda *sizes: flushed(two_scenes(*sizes), cut_at=CUT_AT), against="switch"
+    ),
 }

@@ -1,65 +1,61 @@
 """All methods of the zoo on the same clips, in one table.
 
 Cost is counted, not timed: passes of the network for a batch of clips, latents through it for each
-clip, and latents that the cache must hold. What a plan changes is measured on what it made: the
-flickering ratio between blocks (FR, paper Eq. 4) and the largest of it over the four changes inside
-the next latent, since a cut may show later than at once; how latents survive decoding and encoding;
-motion; the change of colour at a seam in grey levels of 255; whether the words are right, after the
-last prompt has taken over. +- is a standard error over clips. Look at a second seed before you
-praise a row: `--seeds 0 1` has other captions, clips and noise.
+clip, and finished latents that the cache must hold; `against` is the row to compare with. The
+measures are those of evaluate.py, at the boundaries of the method's plan: the flickering ratio (FR,
+paper Eq. 4) and the largest of it over the four changes inside the next latent, as a cut may show
+later than at once; how latents survive decoding and encoding; motion; `seam`, the change of colour
+at a boundary in grey levels of 255; what no word says and a clip should keep (`lost`: 0 all kept, 1
+another clip); whether the words are right, of the last prompt where there are two. +- is a standard
+error over clips. Look at a second seed before you praise a row: it has other captions and noise.
 
 A row that is there is not made again: the same command goes on where it was stopped.
 
-    python -m zoo.table --clips 48
-    python -m zoo.table --clips 16 --methods forward rolling_forcing --seeds 0 1
+    python -m zoo.table --clips 48 --seeds 0 1
+    python -m zoo.table --clips 16 --methods forward rolling_forcing
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from anchors import HORIZON, Plan, forward
-from dit import DiT, load_dit
-from evaluate import measure_all, measure_words, summary
+from anchors import Plan, long
+from dit import DiT
+from evaluate import frames_of, measure_all, measure_true, recipe_of, summary
+from generate import frame_size, load_models
 from lib import report, text
 from lib.changes import seam
 from lib.common import UserError, atomic, fingerprint, run, start
-from lib.statistics import Stat, Values, stat
-from lib.weights import read_dit
+from lib.statistics import Values, joined
 from lib.world import World, find_world, numbers_of
 from sampler import noise_seeded
-from vae import VAE, load_vae
+from vae import VAE
 from zoo.common import Method
-from zoo.run import METHODS, find_method, latent_shape, recipe_of
+from zoo.run import METHODS, find_method
 
-COLUMNS = (
-    "FR inter",
-    "FR inter max",
-    "FR intra",
-    "round trip",
-    "motion",
-    "seam",
-    "caption",
-    "lost: ball",
-    "lost: ground",
-)
+COST = ("against", "passes", "latents", "slots")
+SHOWN = ("FR inter", "FR inter max", "round trip", "motion", "seam")
+TRUE = "true clips, decoded"
 
 
 @dataclass
 class Config:
     """Measure every method of the zoo on held-out captions."""
 
+    RANGES = {"clips": (2, None)}  # two, for a standard error
     clips: int = 48  # clips a row
-    seeds: tuple[int, ...] = (0,)  # of captions, clips and noise: a table for each
+    seeds: tuple[int, ...] = (0,)  # of captions, clips and noise: a row for each
     methods: tuple[str, ...] = ()  # which rows; default: all (python -m zoo.run list)
     weights: str = "toy/weights"  # a folder with student and VAE
+    world: str = ""  # a module of captions and their reader; default: toy.world
     out: str = "out/zoo.json"  # the rows, as they are made
-    size: tuple[int, ...] = (32, 32)  # height width
+    size: tuple[int, ...] = ()  # height width; default: what suits the VAE
     device: str = "auto"
 
 
@@ -81,95 +77,82 @@ class Count:
         self.hook.remove()
 
 
-# ---------------------------------------------------------------- what is measured
-def last_scene(world: World, video: Tensor, plan: Plan, captions: Sequence[str]) -> Tensor:
-    """Whether colour, shape and direction are as captioned, from where the last prompt rules: [B]."""
-    last = plan.prompts() - 1
-    begin = min(i for step in plan.steps if step.prompt == last for i in step.targets)
-    return world.hits(video[:, :, 4 * max(begin, 0) :], captions)["caption"]
+@dataclass(eq=False)  # one a run, told apart by identity
+class Bench:
+    """What all rows share."""
+
+    config: Config
+    dit: DiT
+    vae: VAE
+    world: World
+
+    def captions(self, seed: int, scenes: int = 1) -> list[str]:
+        """Prompt p of clip n is caption n + p of these."""
+        last = numbers_of(self.world, self.config.clips, seed)[-1]
+        numbers = range(last + 1 - self.config.clips, last + scenes)
+        return [self.world.caption(number) for number in numbers]
+
+    @cache  # noqa: B019  (one bench a run)
+    def true(self, seed: int, length: int) -> tuple[Values, Values]:
+        """True clips of the captions: as they are, and through the VAE."""
+        numbers = numbers_of(self.world, self.config.clips, seed)
+        size = frame_size(self.config.size, self.dit, self.vae)[0]
+        captions = self.captions(seed)
+        return measure_true(self.vae, size, long(length), captions, self.world, numbers)
 
 
-def measured(
-    world: World,
-    vae: VAE,
-    z: Tensor,
-    video: Tensor,
-    plan: Plan,
-    captions: Sequence[str],
-    true: Values,
-) -> dict[str, Stat]:
-    """What latents z [B, T, C, h, w] and their pixels [B, 3, F, H, W] show; true: of true clips."""
-    found = measure_all(vae, z, video, plan, world, captions)
-    found["caption"] = last_scene(world, video, plan, captions)
-    cuts = [4 * i + 1 for i, inter in enumerate(plan.boundaries()) if inter and i]
-    offsets = [seam(video, frame)["colour offset"] for frame in cuts]
-    row = summary(found, true) | {"seam": stat(torch.stack(offsets, dim=1))}
-    return {column: row[column] for column in COLUMNS if column in row}
-
-
-def what_is_kept(world: World, config: Config) -> Values:
-    """Identity at both ends of true clips: how much clips differ is its unit."""
-    numbers = numbers_of(config.clips)
-    captions = [world.caption(number) for number in numbers]
-    video = world.render(captions, numbers, config.size[0], 81)
-    found = measure_words(world, video, forward(HORIZON), captions)
-    return {name: values for name, values in found.items() if name.startswith("identity")}
-
-
-# ---------------------------------------------------------------- rows
-def make(
-    world: World,
-    method: Method,
-    plan: Plan,
-    dit: DiT,
-    vae: VAE,
-    config: Config,
-    seed: int,
-    bar: tqdm,
-) -> tuple[Tensor, list[str], dict[str, int]]:
-    """Latents [B, T, C, h, w] of every clip, what its last scene shows, and what it cost.
-
-    Prompt p of clip n is caption n + p; a clip's noise depends on the seed and n alone."""
-    c, device = dit.config, dit.patch_embedding.weight.device
-    first, scenes = text.HELD_OUT + seed * config.clips, plan.prompts()
-    words = [world.caption(first + n) for n in range(config.clips + scenes - 1)]
-    embedded = text.embed(words, c.text_dim, c.text_len).to(device)
-    shape, latents, batches = latent_shape(vae, config.size), [], 0
+# ---------------------------------------------------------------- a row
+def make(bench: Bench, method: Method, plan: Plan, seed: int, bar: tqdm) -> tuple[Tensor, dict]:
+    """Latents [B, T, C, h, w] of every clip, and what they cost; noise is that of seed and clip."""
+    config, dit, vae = bench.config, bench.dit, bench.vae
+    c, device, scenes = dit.config, dit.patch_embedding.weight.device, plan.prompts()
+    words = text.embed(bench.captions(seed, scenes), c.text_dim, c.text_len).to(device)
+    size = frame_size(config.size, dit, vae)
+    shape = (c.in_dim, *(side // vae.config.space for side in size))
+    latents = []
     with Count(dit) as count:
         for a in range(0, config.clips, method.batch):
             some = range(a, min(a + method.batch, config.clips))
-            texts = [embedded[some.start + p : some.stop + p] for p in range(scenes)]
+            texts = [words[a + p : some.stop + p] for p in range(scenes)]
             noise = noise_seeded([(seed, n, 0) for n in some], shape, device)
             latents.append(method.generate(dit, plan, texts, noise, recipe=recipe_of(dit)))
-            batches += 1
             bar.update(len(some))
-    cost = {
-        "passes": round(count.passes / batches, 1),
-        "latents": round(count.latents / config.clips, 1),
-        "slots": plan.capacity,
-    }
-    return torch.cat(latents), words[scenes - 1 :], cost
+    cost = {"passes": count.passes / len(latents), "latents": count.latents / config.clips}
+    return torch.cat(latents), cost | {"slots": plan.capacity, "against": method.against}
 
 
-def row_of(
-    world: World,
-    name: str,
-    seed: int,
-    dit: DiT,
-    vae: VAE,
-    config: Config,
-    true: Values,
-    bar: tqdm,
-) -> dict:
+def measured(bench: Bench, z: Tensor, plan: Plan, captions: list[str]) -> Values:
+    """What latents z [B, T, C, h, w] show; what a plan gives to itself counts as made."""
+    plan = replace(plan, steps=tuple(replace(step, given=()) for step in plan.steps))
+    scenes, cuts = plan.prompts(), [4 * i + 1 for i, cut in enumerate(plan.boundaries()) if cut]
+    last = [i for step in plan.steps if step.prompt == scenes - 1 for i in step.targets if i >= 0]
+    parts = []
+    for n in range(len(z)):
+        video = bench.vae.decode(z[n : n + 1]).cpu()
+        told = captions[n + scenes - 1 : n + scenes]
+        found = measure_all(bench.vae, z[n : n + 1], video, plan, bench.world, told)
+        found["caption"] = bench.world.hits(video[:, :, frames_of(last)], told)["caption"]
+        offsets = [seam(video, cut)["colour offset"] for cut in cuts if cut >= 2]
+        found["seam"] = torch.stack(offsets, dim=1) if offsets else torch.full((1, 1), math.nan)
+        parts.append(found)
+    return joined(parts)
+
+
+def row_of(bench: Bench, name: str, seed: int, bar: tqdm) -> dict:
     """A row as JSON has it: numbers, and [mean, standard error]."""
-    method, recipe = find_method(name), recipe_of(dit)
-    plan = method.plan(method.length, recipe.block, recipe.anchors)
-    z, captions, cost = make(world, method, plan, dit, vae, config, seed, bar)
-    video = torch.cat([vae.decode(x[None]).cpu() for x in z])
-    found = measured(world, vae, z, video, plan, captions, true)
-    return cost | {column: [s.mean, s.se] for column, s in found.items()}
+    if name == TRUE:
+        true, found = bench.true(seed, 21)
+        cost = {}
+    else:
+        method, recipe = find_method(name), recipe_of(bench.dit)
+        plan = method.plan(method.length, recipe.block, recipe.anchors)
+        true = bench.true(seed, method.length)[0]
+        z, cost = make(bench, method, plan, seed, bar)
+        found = measured(bench, z, plan, bench.captions(seed, plan.prompts()))
+    return cost | {column: [s.mean, s.se] for column, s in summary(found, true).items()}
 
 
+# ---------------------------------------------------------------- the table
 def read_rows(path: Path, settings: dict) -> dict[str, dict]:
     """The rows that are there. raises: UserError if they are of other clips or weights"""
     if not path.exists():
@@ -184,39 +167,44 @@ def read_rows(path: Path, settings: dict) -> dict[str, dict]:
     return rows
 
 
-def shown(rows: dict[str, dict]) -> dict[str, dict[str, str]]:
-    """The same for people."""
+def cell(value: str | float | list[float]) -> str:
+    """A name, a number, or a mean with its error where it has one."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        return f"{value:g}"
+    mean, error = value
+    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
 
-    def cell(value) -> str:
-        return f"{value[0]:.3f} ± {value[1]:.3f}" if isinstance(value, list) else f"{value:g}"
 
-    return {name: {k: cell(v) for k, v in row.items()} for name, row in rows.items()}
+def shown(rows: dict[str, dict]) -> str:
+    """The table for people: cost and seams, what is lost, words."""
+    kept = [name for row in rows.values() for name in row if name.startswith(("lost", "caption"))]
+    columns = list(dict.fromkeys([*COST, *SHOWN, *kept]))
+    cells = {name: {k: cell(v) for k, v in row.items()} for name, row in rows.items()}
+    return report.markdown(cells, columns)
 
 
 @torch.no_grad()
 def main(config: Config) -> None:
-    names = config.methods or tuple(METHODS)
-    for name in names:
+    names = config.methods or (TRUE, *METHODS)
+    for name in set(names) - {TRUE}:
         find_method(name)
-    if config.clips < 2:
-        raise UserError(f"--clips {config.clips} must be at least 2, for a standard error")
-    device = start(config.device)[2]
-    dit, vae = load_dit(config.weights, device=device), load_vae(config.weights, device=device)
-    recipe = json.loads(json.dumps(recipe_of(dit).write()))
-    settings = {"clips": config.clips, "size": list(config.size), "recipe": recipe}
-    settings["weights"] = fingerprint(read_dit(config.weights)[1])
+    dit, vae = load_models(config.weights, device=start(config.device)[2])
+    bench = Bench(config, dit, vae, find_world(config.world, dit.config.text_dim))
+    settings = {"clips": config.clips, "size": list(frame_size(config.size, dit, vae))}
+    settings |= {"weights": fingerprint(dit.state_dict()), "world": bench.world.__name__}
+    settings["recipe"] = json.loads(json.dumps(recipe_of(dit).write()))
     rows = read_rows(Path(config.out), settings)
     wanted = {f"{name}, seed {seed}": (name, seed) for seed in config.seeds for name in names}
     todo = {row: which for row, which in wanted.items() if row not in rows}
-    world = find_world("", dit.config.text_dim)
-    true = what_is_kept(world, config)
     with tqdm(total=len(todo) * config.clips, desc="clips", unit="clip") as bar:
         for row, (name, seed) in todo.items():
             bar.set_postfix_str(row)
-            rows[row] = row_of(world, name, seed, dit, vae, config, true, bar)
+            rows[row] = row_of(bench, name, seed, bar)
             with atomic(config.out) as tmp:
                 tmp.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
-    print(report.markdown(shown({row: rows[row] for row in wanted})))
+    print(shown({row: rows[row] for row in wanted}))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     [scene 0]  gap  [scene 1]  after          before  [your clip]  after
 
-*Scenes.* A scene is a run of latents with a prompt of its own, made forward and blind to the others,
+*Scenes.* A scene is a run of latents with a prompt of its own, made forward and blind to the
+others,
 or given by the user (`anchors.with_given`). When all scenes are there, the gaps between them are
 filled, each seeing both of its sides; then the video grows forward after the last scene, and
 backward, with anchors, before the first. Your own clip is a plan with one scene.
@@ -53,7 +54,8 @@ def timeline(
 
     A scene is forward, blind to the others, with its own prompt. After the last scene come forward
     blocks, before the first backward blocks with anchors; the view is theirs.
-    joined: one shot: the first block of a later scene sees the end of the scene before it across the
+    joined: one shot: the first block of a later scene sees the end of the scene before it across
+    the
         gap, if both fit the horizon, and a gap is one block that sees both (as in `inbetween`)
     split_gaps: else the first half of a gap sees, and follows, only the scene that it leaves; a
         block that sees both while one prompt speaks mixes their colours [measured]"""

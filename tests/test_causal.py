@@ -1,4 +1,5 @@
-"""Causal Forcing in both directions: teacher forcing is exact and leaks nothing, pairs are the teacher's, losses are by hand."""
+"""Causal Forcing in both directions: teacher forcing is exact and leaks nothing, pairs are the
+teacher's, losses are by hand."""
 
 import imageio.v3 as iio
 import numpy as np
@@ -53,7 +54,8 @@ def slots_of(plan: Plan, lay, n: int) -> tuple[list[int], list[int]]:
 
 
 def with_data(plan: Plan, B: int = 2) -> tuple:
-    """A layout with noisy slots at random times, and clean slots at 0 that hold the data of their latent."""
+    """A layout with noisy slots at random times, and clean slots at 0 that hold the data of their
+    latent."""
     lay = layout(plan, teacher_forcing=True)
     z, data = randn(0, B, len(lay.latent), 4, H, W), randn(1, B, plan.length + 3, 4, H, W)
     t = (1000 * randn(2, B, len(plan.steps)).sigmoid())[:, torch.tensor(lay.step)]
@@ -67,7 +69,8 @@ def with_data(plan: Plan, B: int = 2) -> tuple:
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_teacher_forcing_equals_one_block_after_clean_context(plan):
-    """Per block: a plain pass over the clean steps before it, as the test lays them out, and the noisy block alone."""
+    """Per block: a plain pass over the clean steps before it, as the test lays them out, and the
+    noisy block alone."""
     model, (lay, z, t) = tiny_dit(), with_data(plan)
     text, finished = model.text_kv(randn(3, 2, 5, 32)), []
     full = model(z, t, text, torch.tensor(lay.pos), lay.visible)
@@ -90,7 +93,8 @@ def test_teacher_forcing_equals_one_block_after_clean_context(plan):
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_teacher_forcing_leaks_nothing(plan):
-    """Bit for bit: a block does not see any other noisy block, nor clean latents that its past does not hold; and clean
+    """Bit for bit: a block does not see any other noisy block, nor clean latents that its past does
+    not hold; and clean
     context does not see noise. What it reads, it does see."""
     model, (lay, z, t) = tiny_dit(), with_data(plan, B=1)
     text, pos, other = model.text_kv(randn(3, 1, 5, 32)), torch.tensor(lay.pos), randn(4, *z.shape)
@@ -125,7 +129,8 @@ def test_teacher_forcing_leaks_nothing(plan):
 
 
 def test_teacher_forcing_by_hand():
-    """Backward with anchors: clean 3-5, then the targets 3-5 and 0-2, then the anchors of the first step. Nobody reads 0-2."""
+    """Backward with anchors: clean 3-5, then the targets 3-5 and 0-2, then the anchors of the first
+    step. Nobody reads 0-2."""
     lay = layout(anchors.backward(6), teacher_forcing=True)
     assert (
         lay.latent == (3, 4, 5, 3, 4, 5, 0, 1, 2, 0, 1, 2)
@@ -145,7 +150,8 @@ def test_teacher_forcing_by_hand():
 )
 @pytest.mark.parametrize("forced", [True, False])
 def test_integrate_equals_masked_passes(name, forced):
-    """The cache and one block at a time, against 48 masked passes of the whole sequence, whose clean half holds the context:
+    """The cache and one block at a time, against 48 masked passes of the whole sequence, whose
+    clean half holds the context:
     the data if it is forced, else what was made."""
     model, plan, B = tiny_dit(), PLANS[name], 2
     noise, data, words = (
@@ -192,7 +198,8 @@ def test_integrate_equals_masked_passes(name, forced):
 
 # ---------------------------------------------------------------- losses by hand
 def test_weight_of_noise_levels():
-    """Wan's: with shift 5 nothing at pure noise, 2.08 at the middle, .032 at the smallest level, mean 1 over the levels."""
+    """Wan's: with shift 5 nothing at pure noise, 2.08 at the middle, .032 at the smallest level,
+    mean 1 over the levels."""
     assert bell(torch.tensor([1.0, 0.5, 0.00498]), 5.0).tolist() == pytest.approx(
         [0, 2.08, 0.032], abs=5e-3
     )
@@ -201,7 +208,8 @@ def test_weight_of_noise_levels():
 
 
 def test_teachers_loss_by_hand():
-    """x0 = 0, noise = 1, so v = 1 is right: v = 3 errs by 4, times the weight; clean slots and, if not asked for, anchors and
+    """x0 = 0, noise = 1, so v = 1 is right: v = 3 errs by 4, times the weight; clean slots and, if
+    not asked for, anchors and
     dummies do not count, although the network is wrong by 1000 there."""
     for plan, unscored in (
         (anchors.backward(6), slice(9, 12)),
@@ -232,7 +240,8 @@ class TowardsZero(Towards):
 
 
 def test_consistency_loss_by_hand():
-    """Three networks that know the flow to 0 agree at all levels: 0. A student whose velocity is 0 answers x itself,
+    """Three networks that know the flow to 0 agree at all levels: 0. A student whose velocity is 0
+    answers x itself,
     sigma n at level sigma, and errs by its square. Dummies and clean slots do not count."""
     lay, grid = layout(anchors.forward(6), teacher_forcing=True), torch.tensor(ode_sigmas())
     x0, noise = torch.zeros(1, 9, 1, 1, 1), torch.full((1, 9, 1, 1, 1), 2.0)
@@ -252,7 +261,8 @@ def test_consistency_loss_by_hand():
 # ---------------------------------------------------------------- clips
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Tiny checkpoints, latents of six toy clips of 21 frames, and an autoregressive teacher of two steps."""
+    """Tiny checkpoints, latents of six toy clips of 21 frames, and an autoregressive teacher of two
+    steps."""
     folder = tmp_path_factory.mktemp("causal")
     paths = tiny_checkpoints(folder)
     latents.encode(
@@ -300,7 +310,8 @@ def test_clips_are_the_worlds_through_the_vae(files):
 
 
 def test_encoding_goes_on_where_it_was_stopped(files, tmp_path, monkeypatch):
-    """SIGTERM during the second shard: the first stays; the same command makes the rest, to the same bytes."""
+    """SIGTERM during the second shard: the first stays; the same command makes the rest, to the
+    same bytes."""
     config = latents.Config(vae=files["vae"], out=str(tmp_path), clips=6, frames=21, shard=4)
     at_call(monkeypatch, latents.world, "render", 5, terminate)
     latents.encode(config)
@@ -324,7 +335,8 @@ def test_encoding_goes_on_where_it_was_stopped(files, tmp_path, monkeypatch):
 
 
 def test_clips_that_do_not_fit_are_refused(files, tmp_path):
-    """Another size, another number of channels, other prompts, two VAEs, nothing at all: one sentence each."""
+    """Another size, another number of channels, other prompts, two VAEs, nothing at all: one
+    sentence each."""
     for changes, says in (
         ({"latent": (9, 4, 4)}, r"\(6, 2, 4, 4\).*ask for \(9, 2, 4, 4\)"),
         ({"channels": 16}, "or another VAE"),
@@ -402,7 +414,8 @@ def causal_pairs(files):
 
 
 def test_causal_pairs_are_the_teachers(files, causal_pairs):
-    """Pair 4: each block of both plans from its own noise, after the clean latents of clip 4, told caption 4."""
+    """Pair 4: each block of both plans from its own noise, after the clean latents of clip 4, told
+    caption 4."""
     tensors, made = read_tensors(files["folder"] / "pairs" / "pairs-000003.safetensors")
     config = train_ode.Config(teacher=files["teacher"], latent=LATENT)
     source, clip = Prompts("toy", 64, 12), clips_of(files)[4]
@@ -495,14 +508,16 @@ def test_teacher_run_resumes_exactly_and_learns(files, tmp_path):
 
 
 def test_average_of_consistency_follows_the_student(files, tmp_path):
-    """Decay 0 is the student itself after each step; decay 1 stays what it was: the losses differ from step 1 on."""
+    """Decay 0 is the student itself after each step; decay 1 stays what it was: the losses differ
+    from step 1 on."""
     a, b = (rows(stage1(files, tmp_path / str(ema), method="cd", ema=ema)) for ema in (0.0, 1.0))
     assert a[0] == b[0] and a[1]["forward"] != b[1]["forward"]
 
 
 @pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_two_processes_equal_one(files, causal_pairs, tmp_path):
-    """Teacher, causal pairs, both students, by ddp and fsdp: what two processes make is what one makes, to 1e-5."""
+    """Teacher, causal pairs, both students, by ddp and fsdp: what two processes make is what one
+    makes, to 1e-5."""
     flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")}
     ode = {k: v for k, v in flags.items() if k != "vae"} | {
         "teacher": files["teacher"],

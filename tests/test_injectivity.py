@@ -53,7 +53,8 @@ def end_points(teacher: Gaussian, noise: Tensor, steps: int = 1000) -> Tensor:
 
 
 def left_over(target: Tensor, seen: Tensor) -> float:
-    """Variance of target @ n that knowing seen @ n leaves, n standard normal: what a regression on `seen` cannot tell.
+    """Variance of target @ n that knowing seen @ n leaves, n standard normal: what a regression on
+    `seen` cannot tell.
 
     target: [noise], seen: [things, noise]"""
     return (target - torch.linalg.lstsq(seen.T, target).solution @ seen).square().sum().item()
@@ -66,7 +67,8 @@ def test_the_bidirectional_ode_mixes_the_noise_of_all_latents():
 
 
 def test_a_causal_student_of_a_bidirectional_teacher_learns_a_mean():
-    """Two latents: the first end point is a n1 + b n2, the student sees n1. It answers a n1, and the variance b^2 is lost:
+    """Two latents: the first end point is a n1 + b n2, the student sees n1. It answers a n1, and
+    the variance b^2 is lost:
     (1 - sqrt(1 - rho^2)) / 2, a fifth at rho = 0.8."""
     (a, b), _ = end_points(Gaussian(S[:2, :2]), torch.eye(2).double())
     lost = left_over(torch.stack([a, b]), torch.tensor([[1.0, 0.0]]).double())
@@ -79,7 +81,8 @@ def test_a_causal_student_of_a_bidirectional_teacher_learns_a_mean():
 
 
 def test_a_causal_student_of_an_autoregressive_teacher_learns_the_flow():
-    """The same chain block after block: x1 = n1, then x2 = rho x1 + sqrt(1 - rho^2) n2. Each end point is a function of
+    """The same chain block after block: x1 = n1, then x2 = rho x1 + sqrt(1 - rho^2) n2. Each end
+    point is a function of
     what the student sees, nothing is left over, and the pair has the covariance of the data."""
     first = end_points(Gaussian(S[:1, :1]), torch.eye(1).double())[0, 0]
     assert first == pytest.approx(1, abs=1e-4)
@@ -96,14 +99,16 @@ def test_a_causal_student_of_an_autoregressive_teacher_learns_the_flow():
 
 
 def bidirectional_loss(block: int, seen: range, context: range) -> float:
-    """What a student of the bidirectional teacher misses of latent `block`, seeing the noise of `seen` (its block and anchors)
+    """What a student of the bidirectional teacher misses of latent `block`, seeing the noise of
+    `seen` (its block and anchors)
     and the clean end points of `context`."""
     M, eye = root(S), torch.eye(LENGTH).double()
     return left_over(M[block], torch.cat([eye[list(seen)], M[list(context)]]))
 
 
 def test_clean_context_helps_later_blocks_only():
-    """Forward: what the past tells of the unseen noise is not lost. The first block has no past and loses most; the last one
+    """Forward: what the past tells of the unseen noise is not lost. The first block has no past and
+    loses most; the last one
     has no unseen future and loses nothing."""
     lost = [bidirectional_loss(i, range(i, i + 1), range(i)) for i in range(LENGTH)]
     blind = [bidirectional_loss(i, range(i, i + 1), range(0)) for i in range(LENGTH)]
@@ -115,8 +120,10 @@ def test_clean_context_helps_later_blocks_only():
 
 
 def test_anchors_show_the_student_the_noise_it_misses():
-    """Backward, the block at the end: each anchor before it shows the noise of one more latent, and the loss falls with P:
-    anchors mend for the bidirectional teacher what an autoregressive teacher does not have to mend."""
+    """Backward, the block at the end: each anchor before it shows the noise of one more latent, and
+    the loss falls with P:
+    anchors mend for the bidirectional teacher what an autoregressive teacher does not have to
+    mend."""
     lost = [
         bidirectional_loss(LENGTH - 1, range(LENGTH - 1 - P, LENGTH), range(0)) for P in range(4)
     ]

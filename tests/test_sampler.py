@@ -1,4 +1,5 @@
-"""Executing a plan: cached == full for every order, no leak, no stray gradient, and a command line that cannot surprise."""
+"""Executing a plan: cached == full for every order, no leak, no stray gradient, and a command line
+that cannot surprise."""
 
 import gc
 
@@ -64,7 +65,8 @@ def test_impossible_steps_are_refused(steps):
 
 
 def test_noise_is_a_function_of_numbers():
-    """The noise of a latent depends on (seed, prompt, sample, latent, k): not on batch, neighbours or order; each number counts."""
+    """The noise of a latent depends on (seed, prompt, sample, latent, k): not on batch, neighbours
+    or order; each number counts."""
     shape = (2, 3, 5)
     both = noise_seeded([(0, 0, 0), (7, 3, 1)], shape)
     assert both(0, (4, 1, -2)).shape == (2, 3, *shape)
@@ -92,7 +94,8 @@ def test_noise_is_a_function_of_numbers():
 
 
 def test_noise_from_tensors():
-    """Row i is latent i, dummies ~i stand behind the video; renoise k-1 is for step k; its absence is an error."""
+    """Row i is latent i, dummies ~i stand behind the video; renoise k-1 is for step k; its absence
+    is an error."""
     noise, renoise = (
         torch.arange(6.0).view(1, 6, 1, 1, 1),
         torch.arange(100.0, 112).view(2, 1, 6, 1, 1, 1),
@@ -109,7 +112,8 @@ def test_noise_from_tensors():
 # ---------------------------------------------------------------- cached == full
 @st.composite
 def random_plans(draw) -> Plan:
-    """Any partition of a few latents into steps in any order, with any anchors, reading anything finished, anywhere in the horizon."""
+    """Any partition of a few latents into steps in any order, with any anchors, reading anything
+    finished, anywhere in the horizon."""
     length = draw(st.integers(1, 7))
     order = draw(st.permutations(range(length)))
     cuts = sorted(draw(st.sets(st.integers(1, length - 1)))) if length > 1 else []
@@ -183,7 +187,8 @@ def check_cached_equals_full(plan: Plan) -> None:
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_cached_equals_full(plan):
-    """The masked pass over all steps at once equals the steps one by one with the cache, and the obvious mask of the test."""
+    """The masked pass over all steps at once equals the steps one by one with the cache, and the
+    obvious mask of the test."""
     check_cached_equals_full(plan)
 
 
@@ -196,7 +201,8 @@ def test_cached_equals_full_for_any_plan(plan):
 
 # ---------------------------------------------------------------- no leak
 def check_no_leak(plan: Plan) -> None:
-    """Perturb all that a step does not depend on: same bits. Perturb one thing it reads: other bits."""
+    """Perturb all that a step does not depend on: same bits. Perturb one thing it reads: other
+    bits."""
     model = tiny_dit()
     lay, z, t = inputs(plan, B=1)
     text, pos = model.text_kv(randn(2, 1, 5, 32)), torch.tensor(lay.pos)
@@ -229,7 +235,8 @@ def check_no_leak(plan: Plan) -> None:
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_no_leak(plan):
-    """A step's output has the same bits whatever stands where it does not look, other steps' anchors included."""
+    """A step's output has the same bits whatever stands where it does not look, other steps'
+    anchors included."""
     check_no_leak(plan)
 
 
@@ -241,7 +248,8 @@ def test_no_leak_for_any_plan(plan):
 
 
 def test_anchors_are_seen_by_their_own_step_only():
-    """Backward: another imagined past changes the block that imagined it, but no key of another block directly (one layer)."""
+    """Backward: another imagined past changes the block that imagined it, but no key of another
+    block directly (one layer)."""
     model, plan = tiny_dit(num_layers=1), anchors.backward(9)
     lay, z, t = inputs(plan)
     text, pos = randn(2, 2, 5, 32), torch.tensor(lay.pos)
@@ -288,7 +296,8 @@ def drawn(plan: Plan, B: int = 2, seed: int = 10) -> tuple:
 def obvious_rollout(
     model, plan: Plan, text, noise, renoise, own_latents, sigmas, commit_anchors, first=None, warm=0
 ) -> torch.Tensor:
-    """No cache: for each denoising step of each block, everything before it runs again, clean, in one masked sequence."""
+    """No cache: for each denoising step of each block, everything before it runs again, clean, in
+    one masked sequence."""
     row = {-1: plan.length, -2: plan.length + 1, -3: plan.length + 2} | {
         i: i for i in range(plan.length)
     }
@@ -341,7 +350,8 @@ def obvious_rollout(
 @pytest.mark.parametrize("commit_anchors", [False, True])
 @pytest.mark.parametrize("plan", ROLLOUTS.values(), ids=ROLLOUTS)
 def test_rollout_equals_a_slow_obvious_one(plan, commit_anchors):
-    """generate() equals the rollout that keeps no cache and recomputes all clean latents every time."""
+    """generate() equals the rollout that keeps no cache and recomputes all clean latents every
+    time."""
     model, text = tiny_dit(), randn(5, 2, 5, 32)
     noise, renoise, own_latents = drawn(plan)
     given = {i: own_latents[:, i] for i in range(plan.length)}
@@ -368,7 +378,8 @@ def test_rollout_equals_a_slow_obvious_one(plan, commit_anchors):
     ["forward", "backward P=2", "backward P=3", "long backward, both sink", "timeline, long"],
 )
 def test_warm_start_equals_a_slow_obvious_one(name, warm):
-    """Blocks begin from their neighbour's anchors where these are all there (P = 3), with fewer steps, and nowhere else."""
+    """Blocks begin from their neighbour's anchors where these are all there (P = 3), with fewer
+    steps, and nowhere else."""
     model, text, plan = tiny_dit(), randn(5, 2, 5, 32), PLANS[name]
     noise, renoise, own_latents = drawn(plan)
     given, texts, calls = (
@@ -397,7 +408,8 @@ def test_warm_start_equals_a_slow_obvious_one(name, warm):
 
 
 def test_committing_anchors_is_a_choice():
-    """commit_anchors changes what later blocks read, and only that: the first block is the same, the others are not."""
+    """commit_anchors changes what later blocks read, and only that: the first block is the same,
+    the others are not."""
     model, text, plan = tiny_dit(), randn(5, 2, 5, 32), anchors.backward(9)
     noise = noise_from(*drawn(plan)[:2])
     a, b = (generate(model, plan, [text], noise, commit_anchors=c) for c in (False, True))
@@ -441,7 +453,8 @@ def test_first_block_may_take_more_steps(name):
 
 
 def leaves(B: int = 1):
-    """Noise as fresh leaf tensors, one per (step's latents, k), remembered: to ask where gradients go."""
+    """Noise as fresh leaf tensors, one per (step's latents, k), remembered: to ask where gradients
+    go."""
     made = {}
 
     def noise(k: int, latents: tuple[int, ...]) -> torch.Tensor:
@@ -456,7 +469,8 @@ def leaves(B: int = 1):
     "name", ["forward", "backward P=3", "backward, dummy", "loop", "long backward, both sink"]
 )
 def test_gradients_stay_in_their_block_and_step(name, exit_at):
-    """d block / d noise is zero for every other block and every step but the last; anchors get gradient through their targets."""
+    """d block / d noise is zero for every other block and every step but the last; anchors get
+    gradient through their targets."""
     model, plan = tiny_dit().requires_grad_(), PLANS[name]
     noise, made = leaves()
     with_grad = []
@@ -514,7 +528,8 @@ def test_a_batch_equals_its_samples(name):
 
 
 def test_each_scene_follows_its_own_prompt():
-    """Another prompt for the second scene changes it and the gap, and no bit of the first scene; text may be keys."""
+    """Another prompt for the second scene changes it and the gap, and no bit of the first scene;
+    text may be keys."""
     model, plan = tiny_dit(), anchors.transition(3, 3, 3)
     noise, (a, b, c) = noise_seeded([(0, 0, 0)], (4, H, W)), randn(5, 3, 1, 5, 32)
     one, two = generate(model, plan, [a, b], noise), generate(model, plan, [a, c], noise)
@@ -534,7 +549,8 @@ def live_bytes() -> int:
 
 
 def evaluations(plan: Plan) -> int:
-    """How often the transformer runs: four denoising steps a block, and once to commit it if a later one reads it."""
+    """How often the transformer runs: four denoising steps a block, and once to commit it if a
+    later one reads it."""
     return sum(
         4 * (not step.commits) + any(plan.last_read.get(i, -1) > n for i in step.targets)
         for n, step in enumerate(plan.steps)
@@ -544,7 +560,8 @@ def evaluations(plan: Plan) -> int:
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @torch.no_grad()
 def test_long_videos_take_constant_memory(way):
-    """100 s take less than 10.5 times the evaluations of 10 s. 30 s: the same cache and, at its peak, the same live tensors;
+    """100 s take less than 10.5 times the evaluations of 10 s. 30 s: the same cache and, at its
+    peak, the same live tensors;
     backward, the finished latents as well, since none can be decoded before the first."""
     assert evaluations(anchors.long(402, way)) <= 10.5 * evaluations(anchors.long(42, way))
     model, vae, peaks = tiny_dit(), randomise(VAE(VAEConfig(dim=4, z_dim=4, num_res_blocks=1))), []
@@ -566,8 +583,10 @@ def test_long_videos_take_constant_memory(way):
 
 @torch.no_grad()
 def test_compiled_blocks_make_the_same_clip_and_are_compiled_once():
-    """One graph serves all blocks, steps and layers of an order; the second clip, and a long one, compile nothing. (Traced, not
-    generated code: that needs a C++ compiler or a GPU.) Keys are turned by the other formula, real numbers only: <= 1e-5."""
+    """One graph serves all blocks, steps and layers of an order; the second clip, and a long one,
+    compile nothing. (Traced, not
+    generated code: that needs a C++ compiler or a GPU.) Keys are turned by the other formula, real
+    numbers only: <= 1e-5."""
     slow, fast = tiny_dit(1), tiny_dit(1).compile_blocks("eager")
     texts, graphs = [slow.text_kv(randn(2, 1, 3, slow.config.text_dim))], []
     torch._dynamo.reset()

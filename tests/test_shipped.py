@@ -1,4 +1,5 @@
-"""The shipped toy weights are what their README says: whole, sharp, obedient in both directions, and worth training from."""
+"""The shipped toy weights are what their README says: whole, sharp, obedient in both directions,
+and worth training from."""
 
 import hashlib
 
@@ -58,7 +59,8 @@ def test_vae_is_sharp_to_the_last_frame(models):
 
 @torch.no_grad()
 def test_vae_in_bfloat16_is_harmless(made):
-    """--vae_dtype bfloat16 changes pixels by less than the eighth bit holds (50 dB) and no flickering ratio by 1 %."""
+    """--vae_dtype bfloat16 changes pixels by less than the eighth bit holds (50 dB) and no
+    flickering ratio by 1 %."""
     vae = load_models(str(WEIGHTS), torch.float32, torch.device("cpu"), torch.bfloat16)[1]
     z, video = (x[:4] for x in made["backward"])
     other = torch.cat([vae.decode(x[None]) for x in z])
@@ -68,7 +70,8 @@ def test_vae_in_bfloat16_is_harmless(made):
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_student_follows_its_prompt(way, made):
-    """Four steps a block: colour, ground and direction right in at least 15 of 16 clips, shapes in nine of ten, and
+    """Four steps a block: colour, ground and direction right in at least 15 of 16 clips, shapes in
+    nine of ten, and
     they move as real clips do."""
     video, plan = made[way][1], PLANS[way]
     found = summary(measure(video, plan) | measure_words(world, video, plan, CAPTIONS))
@@ -79,7 +82,8 @@ def test_student_follows_its_prompt(way, made):
 
 @torch.no_grad()
 def test_anchors_are_worth_dropping(models, made):
-    """Latents that were imagined do not come back as well, when decoded and encoded, as finished ones do."""
+    """Latents that were imagined do not come back as well, when decoded and encoded, as finished
+    ones do."""
     trips = {}
     for name, (z, video) in made.items():
         again = torch.cat([models[1].encode(clip[None]) for clip in video[:6]])

@@ -363,7 +363,8 @@ def test_scripts_take_the_file_for_prompts(tmp_path):
 
 
 def test_sampling_with_wans_text(umt5_folders, tmp_path, monkeypatch, capsys):
-    """`generate.py` embeds with the encoder in the weights' folder, or reads --embeddings, to the same clip; without, it says what
+    """`generate.py` embeds with the encoder in the weights' folder, or reads --embeddings, to the
+    same clip; without, it says what
     is missing."""
     folder = umt5_folders[0]
     save_dit(tiny_dit(text_len=512), tmp_path / "student.safetensors")

@@ -1,4 +1,5 @@
-"""The toy's VAE and teacher: they learn, go on exactly after an interruption, and write weights that load."""
+"""The toy's VAE and teacher: they learn, go on exactly after an interruption, and write weights
+that load."""
 
 import hashlib
 from contextlib import suppress
@@ -22,7 +23,8 @@ SMALL = VAEConfig(dim=4, z_dim=2, num_res_blocks=1)
 
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch):
-    """A preset "small" for both scripts, and clips of at most 9 frames where the scripts ask for 81."""
+    """A preset "small" for both scripts, and clips of at most 9 frames where the scripts ask for
+    81."""
     monkeypatch.setitem(train_vae.PRESETS, "small", SMALL)
     monkeypatch.setitem(train_teacher.PRESETS, "small", DiTConfig(**WORDED))
     monkeypatch.setattr(train_teacher, "FRAMES", 9)
@@ -47,7 +49,8 @@ def train(out, script=train_vae, **changes):
 
 # ---------------------------------------------------------------- the VAE
 def test_clips_follow_from_their_number():
-    """Clip n is the same whoever asks, alone or in a batch; its caption says what it shows, held-out ones are others."""
+    """Clip n is the same whoever asks, alone or in a batch; its caption says what it shows,
+    held-out ones are others."""
     (both, captions), (one, (caption,)) = clips([3, 8], 16, 9), clips([8], 16, 9)
     assert (
         both.shape == (2, 3, 9, 16, 16)
@@ -58,7 +61,8 @@ def test_clips_follow_from_their_number():
 
 
 def test_vae_loss_is_the_sum_of_its_terms():
-    """l1 + 2 mse + diff * l1 of frame differences + kl * KL, each recomputed here from the model's own moments."""
+    """l1 + 2 mse + diff * l1 of frame differences + kl * KL, each recomputed here from the model's
+    own moments."""
     torch.manual_seed(0)
     vae, video, noise = VAE(SMALL), clips([1, 2], 16, 5)[0], randn(0, 2, 2, 2, 2, 2)
     init_weights(vae)
@@ -77,7 +81,8 @@ def test_vae_loss_is_the_sum_of_its_terms():
 
 
 def test_vae_starts_with_little_posterior_noise():
-    """Training starts from log-variances about -6 and latents of the scale of the pixels, not from a collapsed posterior."""
+    """Training starts from log-variances about -6 and latents of the scale of the pixels, not from
+    a collapsed posterior."""
     torch.manual_seed(0)
     vae = VAE(SMALL)
     init_weights(vae)
@@ -86,7 +91,8 @@ def test_vae_starts_with_little_posterior_noise():
 
 
 def test_decoder_alone(tmp_path):
-    """--encoder false goes on from --init, leaves the latents bit for bit, trains the decoder, and resumes exactly."""
+    """--encoder false goes on from --init, leaves the latents bit for bit, trains the decoder, and
+    resumes exactly."""
     first = train(tmp_path / "first") / "vae.safetensors"
     flags = {"init": str(first), "encoder": False, "steps": 2}
     whole = train(tmp_path / "whole", **flags)
@@ -112,7 +118,8 @@ def test_picture_has_no_frame_differences():
 
 
 def test_stages_follow_their_shares(tmp_path, monkeypatch):
-    """Shares .25, .25 and .5 of 8 steps: two steps of 3 pictures, two of 2 clips of 5 frames, four of 1 clip of 9."""
+    """Shares .25, .25 and .5 of 8 steps: two steps of 3 pictures, two of 2 clips of 5 frames, four
+    of 1 clip of 9."""
     shapes = []
     monkeypatch.setattr(
         train_vae,
@@ -134,7 +141,8 @@ def test_vae_learns(tmp_path):
 
 
 def test_vae_weights_load_with_measured_statistics(tmp_path, capsys):
-    """The written VAE loads; with its mean and std, latents of the held-out clips are centred and of unit size; PSNR is told."""
+    """The written VAE loads; with its mean and std, latents of the held-out clips are centred and
+    of unit size; PSNR is told."""
     vae = load_vae(train(tmp_path) / "vae.safetensors")
     z = (
         torch.cat([vae.encode(clips([HELD_OUT + i], 16, 9)[0]) for i in range(64)])
@@ -155,7 +163,8 @@ def test_vae_weights_load_with_measured_statistics(tmp_path, capsys):
 
 
 def test_psnr_is_that_of_the_written_vae(tmp_path):
-    """PSNR of videos in -1 .. 1, over all held-out clips, of what encode and decode give with the measured statistics."""
+    """PSNR of videos in -1 .. 1, over all held-out clips, of what encode and decode give with the
+    measured statistics."""
     vae = load_vae(train(tmp_path) / "vae.safetensors")
     video = torch.cat([clips([HELD_OUT + i], 16, 9)[0] for i in range(64)])
     made = torch.cat([vae.decode(vae.encode(v[None])) for v in video])
@@ -180,7 +189,8 @@ PARTS = [(train_vae, "vae_loss", "vae"), (train_teacher, "teacher_loss", "teache
 
 @pytest.mark.parametrize("script, loss, name", PARTS)
 def test_interrupted_training_goes_on_exactly(script, loss, name, both, monkeypatch, capsys):
-    """SIGTERM in step 1: saved after it; the same command ends with the weights of an uninterrupted run, bit for bit."""
+    """SIGTERM in step 1: saved after it; the same command ends with the weights of an uninterrupted
+    run, bit for bit."""
     a, b = both
     if script is train_teacher:
         train(a, script)
@@ -196,7 +206,8 @@ def test_interrupted_training_goes_on_exactly(script, loss, name, both, monkeypa
 
 @pytest.mark.parametrize("script, loss, name", PARTS)
 def test_killed_training_goes_on_from_its_last_state(script, loss, name, both, monkeypatch):
-    """Killed in step 3 with a state of 2 steps: the same weights, and no step stands in the log twice. Other settings are refused."""
+    """Killed in step 3 with a state of 2 steps: the same weights, and no step stands in the log
+    twice. Other settings are refused."""
     a, b = both
     if script is train_teacher:
         train(a, script)
@@ -221,7 +232,8 @@ class Known(torch.nn.Module):
 
 
 def test_teacher_loss_by_hand():
-    """x0 = 2, noise = 4, so v = 2: answering 3 errs by 1, answering 0 by 4. u = .5 is sigma .75 under shift 3, one level a clip."""
+    """x0 = 2, noise = 4, so v = 2: answering 3 errs by 1, answering 0 by 4. u = .5 is sigma .75
+    under shift 3, one level a clip."""
     x0, noise, prompts = (torch.full((2, 3, 1, 1, 1), n) for n in (2.0, 4.0, 1.0))
     dit = Known()
     prompts = torch.tensor([1.0, 0.0]).view(2, 1, 1)
@@ -236,7 +248,8 @@ def test_teacher_loss_by_hand():
 
 
 def test_teacher_learns_and_writes_its_average(both, monkeypatch):
-    """Flow matching on six clips: the loss falls; the written weights are the moving average; a sheet and scores are there."""
+    """Flow matching on six clips: the loss falls; the written weights are the moving average; a
+    sheet and scores are there."""
     a, b = both
     train(a, train_teacher, steps=101, lr=3e-3, batch=4, ema=0.9)
     first, *_, last, scores = rows(a, "teacher.log.jsonl")
@@ -253,7 +266,8 @@ def test_teacher_learns_and_writes_its_average(both, monkeypatch):
 
 
 def test_clips_are_encoded_once(both, capsys):
-    """Latents are those of clips 0, 1, ..., kept in a folder; another --clips makes the missing ones."""
+    """Latents are those of clips 0, 1, ..., kept in a folder; another --clips makes the missing
+    ones."""
     a, _ = both
     train(a, train_teacher, steps=1)
     kept = a / "latents" / "latents-000000.safetensors"
@@ -281,7 +295,8 @@ def test_unknown_preset_is_named(script, both, monkeypatch, capsys):
 
 
 def test_prompts_are_dropped_at_the_stated_rate(both, monkeypatch):
-    """One prompt in ten is the empty one (all zeros), the same ones in every run; dropout 0 drops none."""
+    """One prompt in ten is the empty one (all zeros), the same ones in every run; dropout 0 drops
+    none."""
     seen = []
     monkeypatch.setattr(
         train_teacher,
@@ -298,7 +313,8 @@ def test_prompts_are_dropped_at_the_stated_rate(both, monkeypatch):
 
 # ---------------------------------------------------------------- shipping
 def test_packed_models_load_and_compute_the_same_but_for_rounding(both, tmp_path):
-    """Half the bytes and less; outputs within a few per mille (bfloat16) and a few per cent (eight bits); logs and hashes beside."""
+    """Half the bytes and less; outputs within a few per mille (bfloat16) and a few per cent (eight
+    bits); logs and hashes beside."""
     trained = train(both[0], train_teacher)
     for name in ("ode", "student"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,5 @@
-"""Stage 2: the gradient is the paper's and moves samples to the teacher's; processes, batches, interruptions change nothing."""
+"""Stage 2: the gradient is the paper's and moves samples to the teacher's; processes, batches,
+interruptions change nothing."""
 
 import os
 import signal
@@ -41,7 +42,8 @@ LATENT = (6, 4, 4)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The flags of a tiny run: 4 iterations, of which the first and the third update the student; no sheets."""
+    """The flags of a tiny run: 4 iterations, of which the first and the third update the student;
+    no sheets."""
     paths = tiny_checkpoints(tmp_path_factory.mktemp("dmd"))
     return {
         **paths,
@@ -69,7 +71,8 @@ def train(files, out, **changes):
 
 # ---------------------------------------------------------------- the losses, by hand
 class Known(nn.Module):
-    """Answers one velocity where the prompt is 1 and another where it is 0, and remembers what it was shown."""
+    """Answers one velocity where the prompt is 1 and another where it is 0, and remembers what it
+    was shown."""
 
     def __init__(self, cond, uncond=None):
         super().__init__()
@@ -90,7 +93,8 @@ PROMPT = torch.ones(2, 1, 1)
 
 
 def test_noise_levels_by_hand():
-    """u = 0, .5, 1 with shift 5 are .02, .8333, .98 (clamped, not 0 and 1); every latent of a sample has the level of the sample."""
+    """u = 0, .5, 1 with shift 5 are .02, .8333, .98 (clamped, not 0 and 1); every latent of a
+    sample has the level of the sample."""
     x, noise = torch.ones(3, 2, 1, 1, 1), torch.full((3, 2, 1, 1, 1), 11.0)
     xt, sigma, t = noised(x, torch.tensor([0.0, 0.5, 1.0]), noise, 5.0)
     assert sigma.flatten().tolist() == pytest.approx([0.02, 5 / 6, 0.98])
@@ -136,7 +140,8 @@ def test_guidance_of_one_is_none():
 
 
 def test_gradient_of_the_loss_is_the_dmd_gradient():
-    """d loss / dx, per sample, is the given direction over the number of elements; the value is half its mean square."""
+    """d loss / dx, per sample, is the given direction over the number of elements; the value is
+    half its mean square."""
     x, g = randn(0, 3, 4, 2, 2, 2).requires_grad_(), randn(1, 3, 4, 2, 2, 2)
     loss = dmd_loss(x, g)
     assert distance(loss, g.square().flatten(1).mean(1) / 2) <= 1e-6
@@ -156,7 +161,8 @@ def test_critic_loss_by_hand():
 # ---------------------------------------------------------------- the gradient's way
 @pytest.mark.parametrize("exit_at", [0, 3])
 def test_gradient_reaches_anchors_only_through_their_block(exit_at):
-    """Backward with anchors: the score of block 3-5 moves the noise of 0-5 (anchors and targets) at the exit step and nothing else;
+    """Backward with anchors: the score of block 3-5 moves the noise of 0-5 (anchors and targets) at
+    the exit step and nothing else;
     that of block 0-2, which reads 3-5 from the cache, moves its own noise only."""
     plan, dit, made = anchors.backward(6, 3, 3), tiny_dit().requires_grad_(), {}
 
@@ -190,7 +196,8 @@ def test_gradient_reaches_anchors_only_through_their_block(exit_at):
 
 
 def test_updates_move_samples_to_the_teachers():
-    """With scores that are exact (the teacher's videos are all `goal`, the critic knows the student's) 80 updates through the real
+    """With scores that are exact (the teacher's videos are all `goal`, the critic knows the
+    student's) 80 updates through the real
     rollouts of both directions bring the student's samples five times nearer to the goal."""
 
     class Point(nn.Module):
@@ -230,7 +237,8 @@ def test_updates_move_samples_to_the_teachers():
 
 # ---------------------------------------------------------------- the script
 def test_critic_learns_one_prompt(files, tmp_path):
-    """With a still student the critic's loss falls, in both directions, to less than half of where it began."""
+    """With a still student the critic's loss falls, in both directions, to less than half of where
+    it began."""
     (tmp_path / "prompts.txt").write_text("a red square moves left over a green wave\n")
     log = rows(
         train(
@@ -250,7 +258,8 @@ def test_critic_learns_one_prompt(files, tmp_path):
 
 
 def test_log_curves_and_sheets(files, tmp_path):
-    """Every iteration logs the critic, every `ratio`-th also the student; curves and sheets are PNGs, the first and the last included."""
+    """Every iteration logs the critic, every `ratio`-th also the student; curves and sheets are
+    PNGs, the first and the last included."""
     train(files, tmp_path, steps=4, sheet_every=2)
     critic = {"step", "latents", "critic_forward", "critic_backward", "norm_critic"}
     student = {"dmd_forward", "dmd_backward", "norm_student", "motion_forward", "motion_backward"}
@@ -272,7 +281,8 @@ def test_log_curves_and_sheets(files, tmp_path):
 
 
 def test_each_iteration_draws_anew(files, tmp_path):
-    """With still networks, losses and DMD gradients differ from step to step and from seed to seed, and only so."""
+    """With still networks, losses and DMD gradients differ from step to step and from seed to seed,
+    and only so."""
     still = files | {"lr": 0.0, "lr_critic": 0.0, "ratio": 1, "steps": 2}
     a, b, c = (
         rows(train(still, tmp_path / name, seed=seed))
@@ -285,7 +295,8 @@ def test_each_iteration_draws_anew(files, tmp_path):
 
 
 def test_student_is_the_average_from_ema_start_on(files, tmp_path):
-    """Before ema_start the average is the weights; then ema * average + (1 - ema) * weights at each update of the student."""
+    """Before ema_start the average is the weights; then ema * average + (1 - ema) * weights at each
+    update of the student."""
     first = saved(train(files, tmp_path / "run", steps=2))
     last = saved(train(files, tmp_path / "run"))
     got = read_tensors(tmp_path / "run" / "student.safetensors")[0]
@@ -297,7 +308,8 @@ def test_student_is_the_average_from_ema_start_on(files, tmp_path):
 
 @pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_two_processes_equal_one(files, tmp_path):
-    """2 processes, ddp or fsdp, have the weights of 1 to 1e-5; a signal to one of them stops both, and what they saved goes on."""
+    """2 processes, ddp or fsdp, have the weights of 1 to 1e-5; a signal to one of them stops both,
+    and what they saved goes on."""
     flags = files | {"steps": 3}
     two_processes(
         tmp_path,
@@ -328,7 +340,8 @@ def test_two_processes_equal_one(files, tmp_path):
 
 @pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_shared_rounds_do_not_depend_on_the_number_of_processes(files, tmp_path):
-    """With --micro 1 as in the wan preset, 2 processes of 2 rounds have the weights of 1 process of 4 rounds."""
+    """With --micro 1 as in the wan preset, 2 processes of 2 rounds have the weights of 1 process of
+    4 rounds."""
     flags = files | {"steps": 2, "micro": 1}
     two_processes(tmp_path, ("train_dmd", flags | {"out": str(tmp_path / "two")}))
     assert apart(train(flags, tmp_path / "one"), tmp_path / "two") <= 1e-5
@@ -376,7 +389,8 @@ def test_resume_with_other_settings_is_refused(setting, files, tmp_path):
 
 
 def test_sigterm_in_a_step(files, tmp_path, monkeypatch):
-    """SIGTERM in step 1: the step is finished, logged and saved; resumed, the run is what it would have been."""
+    """SIGTERM in step 1: the step is finished, logged and saved; resumed, the run is what it would
+    have been."""
     at_call(monkeypatch, train_dmd, "critic_loss", 3, terminate)  # two calls a step
     b = train(files, tmp_path / "b")
     assert saved(b)["step"] == 2 and len(rows(b)) == 2 and not (b / "student.safetensors").exists()
@@ -386,7 +400,8 @@ def test_sigterm_in_a_step(files, tmp_path, monkeypatch):
 
 
 def test_sigterm_as_a_user_sends_it(files, tmp_path):
-    """kill: the process saves and exits with 0; resumed for two more steps it is bit-equal to a run that was never stopped."""
+    """kill: the process saves and exits with 0; resumed for two more steps it is bit-equal to a run
+    that was never stopped."""
     out = tmp_path / "b"
     words = [
         str(w)
@@ -419,7 +434,8 @@ def test_sigterm_as_a_user_sends_it(files, tmp_path):
 
 
 def test_a_killed_run_logs_each_step_once(files, tmp_path, monkeypatch):
-    """Killed in step 3 with a state of 2 steps, the run does step 2 again; its row stands in the log once."""
+    """Killed in step 3 with a state of 2 steps, the run does step 2 again; its row stands in the
+    log once."""
     at_call(monkeypatch, train_dmd, "critic_loss", 7, crash)
     with pytest.raises(MemoryError):
         train(files, tmp_path, save_every=2)
@@ -442,7 +458,8 @@ def test_a_killed_run_logs_each_step_once(files, tmp_path, monkeypatch):
     ids=str,
 )
 def test_ablations_run_and_change_the_result(changes, files, tmp_path):
-    """Every ablation trains, and is no dead flag. (9 latents: in a rollout of two blocks nobody reads committed anchors' traces.)"""
+    """Every ablation trains, and is no dead flag. (9 latents: in a rollout of two blocks nobody
+    reads committed anchors' traces.)"""
     usual = {"latent": (9, 4, 4), "steps": 3}
     a, b = train(files, tmp_path / "a", **usual), train(files, tmp_path / "b", **usual | changes)
     assert 0 < apart(a, b) < 1
@@ -450,7 +467,8 @@ def test_ablations_run_and_change_the_result(changes, files, tmp_path):
 
 
 def test_two_students_are_two_files(files, tmp_path):
-    """shared_student false: forward.safetensors and backward.safetensors, each trained in its own direction, resumable."""
+    """shared_student false: forward.safetensors and backward.safetensors, each trained in its own
+    direction, resumable."""
     train(files, tmp_path / "b", shared_student=False, steps=2)
     b = train(files, tmp_path / "b", shared_student=False)
     a = train(files, tmp_path / "a", shared_student=False)
@@ -467,7 +485,8 @@ def test_two_students_are_two_files(files, tmp_path):
 
 
 def test_bfloat16_takes_the_same_steps(files, tmp_path):
-    """Autocast reuses no cast made without gradient: every weight moves, on the whole as in float32, and resume stays exact."""
+    """Autocast reuses no cast made without gradient: every weight moves, on the whole as in
+    float32, and resume stays exact."""
     start = read_tensors(files["student"])[0]
     runs = [
         read_tensors(train(files, tmp_path / kind, dtype=kind, steps=1) / "student.safetensors")[0]
@@ -496,7 +515,8 @@ def test_recomputing_activations_changes_nothing(files, tmp_path):
 
 @pytest.mark.parametrize("how", [{}, {"parallel": "fsdp", "checkpointing": True}])
 def test_compiling_changes_nothing(how, files, tmp_path, monkeypatch):
-    """--compile costs minutes and saves time, no more; states go on across it. (Traced only: generating code needs a compiler.)"""
+    """--compile costs minutes and saves time, no more; states go on across it. (Traced only:
+    generating code needs a compiler.)"""
     monkeypatch.setattr(DiT.compile_blocks, "__defaults__", ("eager",))
     flags = files | {"lr": 1e-4, "lr_critic": 1e-4} | how
     torch._dynamo.reset()
@@ -540,7 +560,8 @@ def poisoned(path, to):
 
 @pytest.mark.parametrize("name", ["teacher", "critic", "student"])
 def test_nan_in_weights_stops_training(name, files, tmp_path, monkeypatch, capsys):
-    """One NaN in any network: exit code 2, and one line with the file and the tensor, before anything is computed of it."""
+    """One NaN in any network: exit code 2, and one line with the file and the tensor, before
+    anything is computed of it."""
     bad = poisoned(files[name], tmp_path / "bad.safetensors")
     code, error = command_line(
         monkeypatch, capsys, train_dmd, **files | {"out": tmp_path / "run", name: bad}
@@ -560,7 +581,8 @@ def test_nan_in_weights_stops_training(name, files, tmp_path, monkeypatch, capsy
 def test_nan_later_leaves_the_saved_state_good(
     term, call, says, files, tmp_path, monkeypatch, capsys
 ):
-    """A NaN in step 2 names the term; the state of step 2 is what it was, and the run can go on from it to the usual end."""
+    """A NaN in step 2 names the term; the state of step 2 is what it was, and the run can go on
+    from it to the usual end."""
     real, calls = getattr(train_dmd, term), []
 
     def broken(*args):

@@ -1,4 +1,5 @@
-"""Stage 1: pairs are exact and checked, the loss is the paper's, and neither processes, batches nor interruptions change the result."""
+"""Stage 1: pairs are exact and checked, the loss is the paper's, and neither processes, batches nor
+interruptions change the result."""
 
 import hashlib
 import json
@@ -93,7 +94,8 @@ class Constant(nn.Module):
         return self.v.expand_as(x)
 
 
-# one channel of 1 x 2 cells; latent i is 20 + i at sigma 1, 10 + i at sigma .5 and i at the end, so v = 20 is exact
+# one channel of 1 x 2 cells; latent i is 20 + i at sigma 1, 10 + i at sigma .5 and i at the end, so
+# v = 20 is exact
 STATES = (
     (torch.tensor([20.0, 10.0, 0.0])[:, None] + torch.arange(6.0))
     .view(1, 3, 6, 1, 1, 1)
@@ -103,7 +105,8 @@ LEVELS = torch.tensor([1.0, 0.5, 0.0])
 
 
 def by_hand(plan, *levels, v=(18.0, 20.0), **options):
-    """ode_loss of a network that answers v, for each list of levels one sample. v = 18 errs by 2 sigma in one of two cells, so a
+    """ode_loss of a network that answers v, for each list of levels one sample. v = 18 errs by 2
+    sigma in one of two cells, so a
     slot's mean square is 2 at sigma 1 and .5 at sigma .5."""
     dit = Constant(torch.tensor(v))
     lay = layout(plan)
@@ -116,13 +119,15 @@ def by_hand(plan, *levels, v=(18.0, 20.0), **options):
 
 
 def test_loss_by_hand():
-    """Mean over the targets of each sample: three slots at 2 and three at .5 are 1.25; all at sigma 1 are 2."""
+    """Mean over the targets of each sample: three slots at 2 and three at .5 are 1.25; all at sigma
+    1 are 2."""
     assert by_hand(anchors.backward(6, 3, 3), [0, 1], [0, 0], [1, 1])[0] == [1.25, 2.0, 0.5]
     assert by_hand(anchors.forward(6), [0, 1], [1, 0])[0] == [1.25, 1.25]
 
 
 def test_anchors_share_their_steps_level_and_are_replicated():
-    """Slots: targets 3-5 and 0-2, then the anchors 0-2 of step 0: state, time and position of step 0 with the content of latents 0-2."""
+    """Slots: targets 3-5 and 0-2, then the anchors 0-2 of step 0: state, time and position of step
+    0 with the content of latents 0-2."""
     dit = by_hand(anchors.backward(6, 3, 3), [0, 1])[1]
     assert dit.x[0, :, 0, 0, 0].tolist() == [23, 24, 25, 10, 11, 12, 20, 21, 22]
     assert dit.t.tolist() == [[1000] * 3 + [500] * 3 + [1000] * 3]
@@ -130,13 +135,15 @@ def test_anchors_share_their_steps_level_and_are_replicated():
 
 
 def test_anchors_are_scored_only_when_asked():
-    """Scored, the three anchors at sigma 1 count 2 each: (6 * 2 + 3 * .5) / 9 = 1.5 instead of 1.25."""
+    """Scored, the three anchors at sigma 1 count 2 each: (6 * 2 + 3 * .5) / 9 = 1.5 instead of
+    1.25."""
     assert by_hand(anchors.backward(6, 3, 3), [0, 1], loss_on_anchors=True)[0] == [1.5]
 
 
 @pytest.mark.parametrize("scored", [False, True])
 def test_dummy_is_never_scored(scored):
-    """The dummy has no truth: a network wrong by 1000 on its slots alone has the same loss. It is fed the latents it stands at."""
+    """The dummy has no truth: a network wrong by 1000 on its slots alone has the same loss. It is
+    fed the latents it stands at."""
     v = torch.tensor([18.0, 20.0]).repeat(9, 1)
     v[:3] = 1000
     loss, dit = by_hand(
@@ -149,7 +156,8 @@ def test_dummy_is_never_scored(scored):
 
 
 def test_clean_steps_are_not_scored():
-    """A step at t = 0 shows the end point, and only the others count; a sample with nothing to score has loss 0."""
+    """A step at t = 0 shows the end point, and only the others count; a sample with nothing to
+    score has loss 0."""
     loss, dit = by_hand(anchors.backward(6, 3, 3), [0, 2], [2, 1], [2, 2], v=(18.0, 18.0))
     assert loss == [4.0, 1.0, 0.0]
     assert dit.t[0].tolist() == [1000] * 3 + [0] * 3 + [1000] * 3 and dit.x[
@@ -176,7 +184,8 @@ def test_levels_are_those_of_the_stored_states(files, tmp_path):
 
 # ---------------------------------------------------------------- pairs
 class Towards(nn.Module):
-    """The velocity of the flow from noise to one point, the mean of the prompt: v = (x - mean) / sigma."""
+    """The velocity of the flow from noise to one point, the mean of the prompt: v = (x - mean) /
+    sigma."""
 
     def __init__(self):
         super().__init__()
@@ -191,7 +200,8 @@ class Towards(nn.Module):
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_trajectory_of_a_known_flow(shift):
-    """Euler is exact on straight lines: the states are mean + sigma (noise - mean), where guidance 3 makes the mean 1 + 3 (2 - 1)."""
+    """Euler is exact on straight lines: the states are mean + sigma (noise - mean), where guidance
+    3 makes the mean 1 + 3 (2 - 1)."""
     noise, prompt = randn(0, 2, 3, 1, 2, 2).double(), torch.full((2, 1, 1), 2.0).double()
     states = trajectory(Towards(), prompt, torch.ones_like(prompt), noise, 3.0, shift)
     sigmas = torch.tensor([ode_sigmas(48, shift)[k] for k in (0, 12, 24, 36, 48)]).double()
@@ -235,7 +245,8 @@ def digest(path):
 
 
 def test_only_the_missing_shard_is_made_again(files, tmp_path, capsys):
-    """Delete a shard and run again: it comes back bit for bit, the others are not touched, and the index names all hashes."""
+    """Delete a shard and run again: it comes back bit for bit, the others are not touched, and the
+    index names all hashes."""
     data = shutil.copytree(files["data"], tmp_path / "pairs")
     shards = sorted(data.glob("*.safetensors"))
     before = {p.name: (digest(p), p.stat().st_mtime_ns) for p in shards}
@@ -249,7 +260,8 @@ def test_only_the_missing_shard_is_made_again(files, tmp_path, capsys):
 
 
 def test_interrupted_generation_goes_on(files, tmp_path, monkeypatch, capsys):
-    """SIGTERM in the second shard: the first stays, no index claims that all is there, and the same command makes the rest."""
+    """SIGTERM in the second shard: the first stays, no index claims that all is there, and the same
+    command makes the rest."""
     made = files | {"data": str(tmp_path)}
     at_call(monkeypatch, pairs, "write_shard", 2, terminate)
     main(Config(**made, generate=True))
@@ -261,7 +273,8 @@ def test_interrupted_generation_goes_on(files, tmp_path, monkeypatch, capsys):
 
 
 def rewrite(data, change):
-    """Change the states of the first shard and sign them in the index, as a broken generator would."""
+    """Change the states of the first shard and sign them in the index, as a broken generator
+    would."""
     path = data / "pairs-000000.safetensors"
     tensors, made = read_tensors(path)
     tensors = {k: v.clone() for k, v in tensors.items()}
@@ -355,7 +368,8 @@ def test_pairs_of_another_teacher_are_refused(files, tmp_path):
 
 
 def test_pairs_of_other_prompts_are_refused(files, tmp_path):
-    """A student trained on one list of prompts and pairs of another would learn nonsense in silence."""
+    """A student trained on one list of prompts and pairs of another would learn nonsense in
+    silence."""
     (tmp_path / "prompts.txt").write_text("a red square moves left over a green wave\n")
     with pytest.raises(UserError, match="prompts"):
         train(files, tmp_path / "run", prompts=str(tmp_path / "prompts.txt"))
@@ -391,7 +405,8 @@ def test_log_has_a_row_each_step(files, tmp_path):
 
 
 def test_each_iteration_draws_anew(files, tmp_path):
-    """With a still student the losses differ from step to step and from seed to seed, and only so."""
+    """With a still student the losses differ from step to step and from seed to seed, and only
+    so."""
     a, b, c = (
         rows(train(files, tmp_path / name, lr=0.0, seed=seed))
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
@@ -401,7 +416,8 @@ def test_each_iteration_draws_anew(files, tmp_path):
 
 @pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_two_processes_equal_one(files, tmp_path):
-    """Generating and training, by ddp and by fsdp, on 2 processes and on 1: the same shards to the byte, the same weights to 1e-5."""
+    """Generating and training, by ddp and by fsdp, on 2 processes and on 1: the same shards to the
+    byte, the same weights to 1e-5."""
     common_flags = {**files, "steps": 3, "batch": 4, "warmup": 2, "lr": 1e-3}
     said = two_processes(
         tmp_path,
@@ -461,7 +477,8 @@ def test_resume_with_other_settings_is_refused(setting, files, tmp_path):
 
 
 def test_sigterm_saves_and_the_run_goes_on(files, tmp_path, monkeypatch, capsys):
-    """SIGTERM in step 1: the step is finished and saved; the same command ends as if nothing had happened."""
+    """SIGTERM in step 1: the step is finished and saved; the same command ends as if nothing had
+    happened."""
     at_call(monkeypatch, train_ode, "ode_loss", 3, terminate)  # two calls a step
     train(files, tmp_path / "b")
     assert (
@@ -473,7 +490,8 @@ def test_sigterm_saves_and_the_run_goes_on(files, tmp_path, monkeypatch, capsys)
 
 
 def test_a_killed_run_logs_each_step_once(files, tmp_path, monkeypatch):
-    """Killed in step 3 with a state of 2 steps, the run does step 2 again; its row stands in the log once."""
+    """Killed in step 3 with a state of 2 steps, the run does step 2 again; its row stands in the
+    log once."""
     at_call(monkeypatch, train_ode, "clip_gradients", 4, crash)
     with pytest.raises(MemoryError):
         train(files, tmp_path, steps=4, save_every=2)
@@ -522,7 +540,8 @@ def test_ablations_run_and_change_the_result(changes, files, tmp_path):
 
 
 def test_rate_rises_and_falls(files, tmp_path, monkeypatch):
-    """Warm-up over 2 of 8 steps, decay over the last half: lr * (1/2, 1, 1, 1, 1, 3/4, 2/4, 1/4)."""
+    """Warm-up over 2 of 8 steps, decay over the last half: lr * (1/2, 1, 1, 1, 1, 3/4, 2/4,
+    1/4)."""
     rates, real = [], train_ode.clip_gradients
     monkeypatch.setattr(
         train_ode,
@@ -551,7 +570,8 @@ def test_bfloat16_takes_the_same_steps(files, tmp_path):
 def test_only_speed_and_memory_depend_on_checkpointing_compiling_and_micro(
     files, tmp_path, monkeypatch
 ):
-    """Recomputing activations, tracing the blocks, or accumulating samples one by one or two by two, gives the same weights."""
+    """Recomputing activations, tracing the blocks, or accumulating samples one by one or two by
+    two, gives the same weights."""
     monkeypatch.setattr(DiT.compile_blocks, "__defaults__", ("eager",))
     one = train(
         files, tmp_path / "one", lr=1e-4
@@ -574,7 +594,8 @@ def test_batch_that_cannot_be_shared_is_refused(files, tmp_path):
 
 
 def test_nan_in_a_pair_stops_training(files, tmp_path, monkeypatch, capsys):
-    """A NaN in the data ends the run with exit code 1, naming step and loss; the state saved before is not touched."""
+    """A NaN in the data ends the run with exit code 1, naming step and loss; the state saved before
+    is not touched."""
     data = shutil.copytree(files["data"], tmp_path / "pairs")
     train(files | {"data": str(data)}, tmp_path, steps=2)
     before = (tmp_path / "state.pt").read_bytes()
@@ -593,7 +614,8 @@ def test_nan_in_a_pair_stops_training(files, tmp_path, monkeypatch, capsys):
 
 
 def test_nan_names_its_sample(files, tmp_path, monkeypatch, capsys):
-    """One sample of a batch in two rounds is not finite: its number in the step is named, and no other."""
+    """One sample of a batch in two rounds is not finite: its number in the step is named, and no
+    other."""
     real, calls = train_ode.ode_loss, []
 
     def broken(*args):

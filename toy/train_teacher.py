@@ -1,12 +1,18 @@
-"""Train the toy teacher: the real DiT, bidirectional, by flow matching on latents of the procedural world.
+"""Train the toy teacher: the real DiT, bidirectional, by flow matching on latents of the procedural
+world.
 
-Each step draws a length (`anchors.prefix_mix`): clips cut to their first n latents, and single pictures beside them, since
-latent 0 is an image, of a kind of its own, and one of 21. One noise level per clip, shifted towards noise; loss
-|v - (noise - x0)|^2; one prompt in ten is dropped, which gives the unconditional velocity that guidance needs. Small batches
-and many steps learn most per second on a CPU. The exponential moving average is what is kept. Caption accuracy of samples is
+Each step draws a length (`anchors.prefix_mix`): clips cut to their first n latents, and single
+pictures beside them, since
+latent 0 is an image, of a kind of its own, and one of 21. One noise level per clip, shifted towards
+noise; loss
+|v - (noise - x0)|^2; one prompt in ten is dropped, which gives the unconditional velocity that
+guidance needs. Small batches
+and many steps learn most per second on a CPU. The exponential moving average is what is kept.
+Caption accuracy of samples is
 read back from their pixels at the end.
 
-    torchrun --nproc_per_node=2 -m toy.train_teacher --out out/toy          # after toy.train_vae with the same --out
+    torchrun --nproc_per_node=2 -m toy.train_teacher --out out/toy          # after toy.train_vae
+    with the same --out
 """
 
 from dataclasses import dataclass
@@ -45,7 +51,8 @@ FRAMES = 81  # [Wan]
 class Config:
     """Train the toy teacher."""
 
-    out: str = "out/toy"  # folder with vae.safetensors; teacher.safetensors, its log and the resume state go there
+    # folder with vae.safetensors; teacher.safetensors, its log and the resume state go there
+    out: str = "out/toy"
     preset: str = "toy"  # a DiT preset
     size: int = 32  # pixels
     clips: int = 6144  # training clips, encoded once
@@ -66,7 +73,8 @@ class Config:
 def teacher_loss(
     dit: DiT, x0: Tensor, prompts: Tensor, u: Tensor, noise: Tensor, shift: float
 ) -> Tensor:
-    """Flow matching, per clip: x0, noise [B, T, C, h, w], u [B] in [0, 1] before the shift -> [B]."""
+    """Flow matching, per clip: x0, noise [B, T, C, h, w], u [B] in [0, 1] before the shift ->
+    [B]."""
     sigma = shift_sigma(u, shift).view(-1, 1, 1, 1, 1)
     t = (1000 * sigma).view(-1, 1).expand(x0.shape[:2])
     v = dit(

@@ -23,33 +23,36 @@ from tiny import (
     tiny_dit,
     two_processes,
 )
-from zoo.causal_forcing import ar_loss, bell
 
 import anchors
-import train_ode
 from anchors import Plan, Step, layout
 from dit import load_dit
-from lib import pairs
 from lib.clips import Clips
 from lib.common import UserError
-from lib.pairs import KEEP, integrate, many_steps, pair_noise
+from lib.pairs import kept_states, pair_noise, read_pairs, slot_states
 from lib.text import Prompts
 from lib.weights import read_tensors
-from sampler import noise_from, ode_sigmas
+from plans import both_directions, paper_mix, rows_of
+from sampler import noise_from, ode_sigmas, teacher_blocks
 from tools import encode as latents
-from train_ode import cd_loss
-from zoo import causal_forcing as train_ar
+from zoo import ar_teacher, causal_ode, consistency
+from zoo.ar_teacher import ar_loss, timestep_weight
+from zoo.consistency import cd_loss
+
+KEEP = kept_states((1000, 750, 500, 250))
 
 
 # ---------------------------------------------------------------- teacher forcing
 def slots_of(plan: Plan, lay, n: int) -> tuple[list[int], list[int]]:
-    """The noisy slots of step n in the step's order, and its clean slots."""
+    """The noisy slots of step n in the step's order (none of what is given), and its clean ones."""
     noisy = {
         (i, t): s
         for s, (i, m, t, c) in enumerate(zip(lay.latent, lay.step, lay.is_target, lay.is_clean))
         if m == n and not c
     }
     clean = [s for s, (m, c) in enumerate(zip(lay.step, lay.is_clean)) if m == n and c]
+    if plan.steps[n].commits:
+        return list(noisy.values()), clean
     return [noisy[i, i in plan.steps[n].targets] for i in plan.steps[n].own], clean
 
 
@@ -76,6 +79,10 @@ def test_teacher_forcing_equals_one_block_after_clean_context(plan):
     full = model(z, t, text, torch.tensor(lay.pos), lay.visible)
     for n, step in enumerate(plan.steps):
         noisy, clean = slots_of(plan, lay, n)
+        assert bool(noisy) != step.commits
+        if step.commits:
+            finished.append((step, clean))
+            continue
         _, pos, visible = side_by_side([s for s, _ in finished] + [step])
         own = [slot for _, slots in finished for slot in slots] + noisy
         assert (
@@ -94,8 +101,7 @@ def test_teacher_forcing_equals_one_block_after_clean_context(plan):
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_teacher_forcing_leaks_nothing(plan):
     """Bit for bit: a block does not see any other noisy block, nor clean latents that its past does
-    not hold; and clean
-    context does not see noise. What it reads, it does see."""
+    not hold; and clean context does not see noise. What it reads, it does see."""
     model, (lay, z, t) = tiny_dit(), with_data(plan, B=1)
     text, pos, other = model.text_kv(randn(3, 1, 5, 32)), torch.tensor(lay.pos), randn(4, *z.shape)
     full = model(z, t, text, pos, lay.visible)
@@ -123,9 +129,8 @@ def test_teacher_forcing_leaks_nothing(plan):
             moved[
                 :, [s for s, (j, c) in enumerate(zip(lay.latent, lay.is_clean)) if c and j == i]
             ] += 1
-            assert not torch.equal(
-                model(moved, t, text, pos, lay.visible)[:, noisy], full[:, noisy]
-            )
+            seen = noisy or clean
+            assert not torch.equal(model(moved, t, text, pos, lay.visible)[:, seen], full[:, seen])
 
 
 def test_teacher_forcing_by_hand():
@@ -159,25 +164,25 @@ def test_integrate_equals_masked_passes(name, forced):
         randn(6, B, plan.length, 4, H, W),
         randn(7, B, 5, 32),
     )
-    nothing, start = torch.zeros(1, 5, 32), noise_from(noise, length=plan.length)
-    found = dict(
-        integrate(
-            model, plan, words, nothing, start, 2.0, context=data if forced else None, keep=KEEP
-        )
-    )
+    nothing = torch.zeros(1, 5, 32)
+    start = noise_from(torch.cat([noise, 2 * noise], 1), length=plan.length)
     lay = layout(plan, teacher_forcing=True)
     clean, column = torch.tensor(lay.is_clean), [i if i >= 0 else ~i for i in lay.latent]
-    made = data if forced else many_steps(model, plan, words, nothing, start, 2.0)
-    if not forced:  # latents of the dummy are not among those returned
-        made = {
-            i: x
-            for n, s in found.items()
-            for i, x in zip(plan.steps[n].targets, s[:, -1, len(plan.steps[n].anchors) :].unbind(1))
-        }
-        context = torch.stack([made[i] for i in lay.latent], 1)
+    text = model.text_kv(torch.cat([words, nothing.expand(B, -1, -1)]))
+    if forced:
+        config = causal_ode.Config(guidance=2.0)
+        states = causal_ode.plan_states(model, plan, text, start, data, KEEP, config)
+        context = data[:, column]
     else:
-        context = made[:, column]
-    x = torch.where(clean.view(1, -1, 1, 1, 1), context, start(0, lay.latent))
+        made = {}
+        for n, x0 in teacher_blocks(model, plan, [words], nothing, start, 2.0):
+            made |= dict(zip(plan.steps[n].targets, x0.unbind(1)))
+        context = torch.stack([made[i] for i in lay.latent], 1)
+    numbers = []
+    for n, i in zip(lay.step, lay.latent):
+        step = plan.steps[n]
+        numbers.append(dict(zip(step.own, step.noise("none", 0)))[i])
+    x = torch.where(clean.view(1, -1, 1, 1, 1), context, start(0, tuple(numbers)))
     for high, low in zip(ode_sigmas()[:-1], ode_sigmas()[1:]):
         t = torch.full(x.shape[:2], 1000 * high).masked_fill(clean, 0.0)
         cond, uncond = (
@@ -187,24 +192,27 @@ def test_integrate_equals_masked_passes(name, forced):
         x = torch.where(
             clean.view(1, -1, 1, 1, 1), x, x + (low - high) * (uncond + 2 * (cond - uncond))
         )
-    for n, states in found.items():
-        assert states.shape[1] == len(KEEP) and torch.equal(
-            states[:, 0], start(0, plan.steps[n].own)
-        )
-        assert (
-            distance(states[:, -1], x[:, slots_of(plan, lay, n)[0]]) <= 2e-4
-        )  # 48 steps add up their rounding
+    noisy = [s for s, c in enumerate(lay.is_clean) if not c]
+    if forced:
+        assert states.shape[1] == len(KEEP)
+        assert torch.equal(states[:, 0], start(0, tuple(numbers[s] for s in noisy)))
+        assert distance(states[:, -1], x[:, noisy]) <= 2e-4  # 48 steps add up their rounding
+    for n, step in enumerate(plan.steps):
+        if not forced:
+            at = slots_of(plan, lay, n)[0][len(step.anchors) :]
+            found = torch.stack([made[i] for i in step.targets], 1)
+            assert distance(found, x[:, at]) <= 2e-4
 
 
 # ---------------------------------------------------------------- losses by hand
 def test_weight_of_noise_levels():
     """Wan's: with shift 5 nothing at pure noise, 2.08 at the middle, .032 at the smallest level,
     mean 1 over the levels."""
-    assert bell(torch.tensor([1.0, 0.5, 0.00498]), 5.0).tolist() == pytest.approx(
+    assert timestep_weight(torch.tensor([1.0, 0.5, 0.00498]), 5.0).tolist() == pytest.approx(
         [0, 2.08, 0.032], abs=5e-3
     )
     levels = 5 * (u := torch.arange(1, 1001) / 1000) / (1 + 4 * u)
-    assert bell(levels, 5.0).mean() == pytest.approx(1, abs=1e-4)
+    assert timestep_weight(levels, 5.0).mean() == pytest.approx(1, abs=1e-4)
 
 
 def test_teachers_loss_by_hand():
@@ -219,7 +227,7 @@ def test_teachers_loss_by_hand():
         n, clean = len(lay.latent), torch.tensor(lay.is_clean)
         v = torch.full((1, n, 1, 1, 1), 3.0).masked_fill(clean.view(1, -1, 1, 1, 1), 1000)
         x0, sigma = torch.zeros(1, n, 1, 1, 1), torch.tensor([[0.5] * len(plan.steps)])
-        want, seen = 4 * bell(torch.tensor(0.5), 5.0).item(), Constant(v)
+        want, seen = 4 * timestep_weight(torch.tensor(0.5), 5.0).item(), Constant(v)
         assert ar_loss(seen, lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0).item() == pytest.approx(
             want
         )
@@ -270,14 +278,15 @@ def files(tmp_path_factory):
     )
     made = {
         "weights": paths["student"],
-        "latents": str(folder / "latents"),
+        "clips": str(folder / "latents"),
+        "plans": "paper",
         "latent": LATENT,
         "dtype": "float32",
         "batch": 4,
     }
-    train_ar.main(train_ar.Config(**made, out=str(folder / "ar"), steps=2, vae=paths["vae"]))
+    ar_teacher.main(ar_teacher.Config(**made, out=str(folder / "ar"), steps=2, vae=paths["vae"]))
     return made | {
-        "teacher": f"ar:{folder / 'ar' / 'teacher.safetensors'}",
+        "teacher": str(folder / "ar" / "teacher.safetensors"),
         "vae": paths["vae"],
         "folder": folder,
     }
@@ -287,7 +296,7 @@ def clips_of(files, **changes):
     return Clips(
         *(
             {
-                "folder": files["latents"],
+                "folder": files["clips"],
                 "latent": LATENT,
                 "channels": 2,
                 "source": Prompts("toy", 64, 12),
@@ -305,7 +314,7 @@ def test_clips_are_the_worlds_through_the_vae(files):
     video, captions = drawn([5], 32, 21)
     found = clips_of(files)
     assert len(found) == 6 and distance(found[5], load_vae(files["vae"]).encode(video)[0]) <= 5e-3
-    lines = open(f"{files['latents']}/prompts.txt", encoding="utf-8").read().splitlines()
+    lines = open(f"{files['clips']}/prompts.txt", encoding="utf-8").read().splitlines()
     assert len(lines) == 6 and lines[5] == captions[0]
 
 
@@ -313,7 +322,7 @@ def test_encoding_goes_on_where_it_was_stopped(files, tmp_path, monkeypatch):
     """SIGTERM during the second shard: the first stays; the same command makes the rest, to the
     same bytes."""
     config = latents.Config(vae=files["vae"], out=str(tmp_path), clips=6, frames=21, shard=4)
-    at_call(monkeypatch, latents.world, "render", 5, terminate)
+    at_call(monkeypatch, latents.world, "render", 6, terminate)  # one is for a fingerprint
     latents.encode(config)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "latents-000000.safetensors",
@@ -387,24 +396,22 @@ def test_a_folder_of_videos_is_encoded_with_its_prompts(files, tmp_path):
 
 
 # ---------------------------------------------------------------- pairs and training
-def stage1(files, out, **changes):
-    """A causal run of train_ode.py; the folder it wrote."""
-    keys = ("teacher", "latents", "latent", "dtype", "weights", "batch")
-    train_ode.main(
-        train_ode.Config(
-            **{
-                **{k: files[k] for k in keys},
-                "data": str(files["folder"] / "pairs"),
-                "pairs": 6,
-                "shard": 3,
-                "out": str(out),
-                "steps": 3,
-                "warmup": 2,
-                "lr": 1e-3,
-                **changes,
-            }
-        )
-    )
+TEACHER_FLAGS = ("weights", "clips", "latent", "dtype", "batch", "vae", "plans")
+
+
+def stage1(files, out, script=causal_ode, **changes):
+    """A run of zoo/causal_ode.py or zoo/consistency.py; the folder it wrote."""
+    keys = ("teacher", "clips", "latent", "dtype", "weights", "batch", "plans")
+    flags = {k: files[k] for k in keys} | {
+        "data": str(files["folder"] / "pairs"),
+        "pairs": 6,
+        "shard": 3,
+        "out": str(out),
+        "steps": 3,
+        "warmup": 2,
+        "lr": 1e-3,
+    }
+    script.main(script.Config(**flags | changes))
     return out
 
 
@@ -416,45 +423,40 @@ def causal_pairs(files):
 def test_causal_pairs_are_the_teachers(files, causal_pairs):
     """Pair 4: each block of both plans from its own noise, after the clean latents of clip 4, told
     caption 4."""
-    tensors, made = read_tensors(files["folder"] / "pairs" / "pairs-000003.safetensors")
-    config = train_ode.Config(teacher=files["teacher"], latent=LATENT)
-    source, clip = Prompts("toy", 64, 12), clips_of(files)[4]
-    assert (
-        distance(tensors["clean"][1].float(), clip) <= 4e-3
-        and made["block"] == made["anchors"] == 3
+    made = read_tensors(files["folder"] / "pairs" / "pairs-000003.safetensors")[1]
+    config = causal_ode.Config(
+        teacher=files["teacher"],
+        latent=LATENT,
+        plans="paper",
+        data=str(files["folder"] / "pairs"),
     )
-    for d, plan in enumerate(anchors.both_directions(6)):
-        noise = noise_from(pair_noise(config, 2, 4)[None], length=6)
-        found = dict(
-            integrate(
-                load_dit(pairs.teacher_file(config)),
-                plan,
-                source([4]),
-                source.embed([""]),
-                noise,
-                2.0,
-                context=clip[None],
-                keep=KEEP,
-            )
-        )
+    source, clip = Prompts("toy", 64, 12), clips_of(files)[4]
+    shapes = causal_ode.causal_shapes(config, paper_mix(6), 2)
+    (pair,) = [p for p in read_pairs(config, source.words, shapes)[0] if p.number == 4]
+    assert distance(pair.shard["clean"][pair.row].float(), clip) <= 4e-3
+    assert made["block"] == made["anchors"] == 3 and made["share_noise"] == "none"
+    teacher, plans = load_dit(files["teacher"]), both_directions(6)
+    text = teacher.text_kv(torch.cat([source([4]), source.embed([""])]))
+    noise = noise_from(pair_noise(config, 2, 4, rows_of(plans))[None], length=6)
+    for d, plan in enumerate(plans):
+        want = causal_ode.plan_states(teacher, plan, text, noise, clip[None], KEEP, config)[0]
         lay = layout(plan, teacher_forcing=True)
-        states = pairs.slot_states(tensors, 1, lay, d)
-        for n in found:
-            noisy, clean = slots_of(plan, lay, n)
-            assert distance(states[:, noisy], found[n][0]) <= 8e-3
-            for s in clean:
-                assert torch.equal(
-                    states[:, s], tensors["clean"][1, lay.latent[s]].float().expand(5, -1, -1, -1)
-                )
+        states = slot_states(pair, lay, d)  # (5, slots, C, h, w)
+        clean = torch.tensor(lay.is_clean)
+        assert distance(states[:, ~clean], want) <= 8e-3
+        for s in clean.nonzero().flatten().tolist():
+            real = pair.shard["clean"][pair.row, lay.latent[s]].float()
+            assert torch.equal(states[:, s], real.expand(5, -1, -1, -1))
 
 
-def test_causal_pairs_pass_the_check_and_are_not_confused(files, causal_pairs, tmp_path):
-    """--check knows both kinds; a run with other blocks, or another teacher, does not take them."""
+def test_causal_pairs_pass_the_check_and_are_not_confused(files, causal_pairs, tmp_path, capsys):
+    """--check knows them; a run with other blocks, or another teacher, does not take them."""
     stage1(files, tmp_path, check=True)
+    assert "6 pairs of 1 entries are good" in capsys.readouterr().out
     for changes, says in (
-        ({"anchors": 2}, "--anchors 3, but --anchors is 2"),
-        ({"teacher": "ar:other"}, "but --teacher is ar:other"),
-        ({"teacher": "other"}, "but --teacher is other"),
+        ({"anchors": 2}, "anchors is 3, not 2"),
+        ({"share_noise": "all"}, "share_noise is 'none', not 'all'"),
+        ({"teacher": files["weights"]}, "teacher is '"),
     ):
         with pytest.raises(UserError, match=says):
             stage1(files, tmp_path, **changes)
@@ -466,41 +468,35 @@ def test_causal_pairs_with_a_dummy(files, tmp_path):
     """P = 0: the dummy's latents stand for the first ones, and have noise of their own."""
     stage1(files, tmp_path, generate=True, anchors=0, data=str(tmp_path / "pairs"))
     stage1(files, tmp_path, check=True, anchors=0, data=str(tmp_path / "pairs"))
-    assert read_tensors(tmp_path / "pairs" / "pairs-000000.safetensors")[0]["backward"].shape == (
-        3,
-        5,
-        9,
-        2,
-        4,
-        4,
-    )
+    tensors = read_tensors(tmp_path / "pairs" / "pairs-000000.safetensors")[0]
+    assert tensors["plan1"].shape == (3, 5, 9, 2, 4, 4)
     assert rows(stage1(files, tmp_path, anchors=0, data=str(tmp_path / "pairs")))[-1]["step"] == 2
 
 
-METHODS = {"causal": {}, "cd": {"method": "cd"}}
+METHODS = {"causal": causal_ode, "cd": consistency}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_causal_runs_resume_exactly(name, files, causal_pairs, tmp_path):
-    """2 + 2 steps are 4, bit for bit: weights, optimiser, log, and the average of --method cd."""
-    stage1(files, tmp_path / "b", steps=2, decay=0.0, **METHODS[name])
-    a, b = (stage1(files, tmp_path / x, steps=4, decay=0.0, **METHODS[name]) for x in "ab")
+    """2 + 2 steps are 4, bit for bit: weights, optimiser, log, and the average of consistency."""
+    stage1(files, tmp_path / "b", steps=2, script=METHODS[name], decay=0.0)
+    a, b = (stage1(files, tmp_path / x, steps=4, script=METHODS[name], decay=0.0) for x in "ab")
     assert same(saved(a), saved(b)) and apart(a, b) == 0 and rows(a) == rows(b)
     assert any(k.startswith("ema") for k in saved(a)) == (name == "cd")
 
 
 def test_teacher_run_resumes_exactly_and_learns(files, tmp_path):
     """2 + 2 steps are 4; 120 steps on four clips halve the loss in both directions."""
-    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")}
+    flags = {k: files[k] for k in TEACHER_FLAGS}
     for folder, steps in (("b", 2), ("a", 4), ("b", 4)):
-        train_ar.main(
-            train_ar.Config(**flags, out=str(tmp_path / folder), steps=steps, decay=0.0, warmup=2)
+        ar_teacher.main(
+            ar_teacher.Config(**flags, out=str(tmp_path / folder), steps=steps, decay=0.0, warmup=2)
         )
     assert (
         same(saved(tmp_path / "a"), saved(tmp_path / "b"))
         and apart(tmp_path / "a", tmp_path / "b", "teacher") == 0
     )
-    train_ar.main(train_ar.Config(**flags, out=str(tmp_path / "c"), steps=120, lr=5e-3))
+    ar_teacher.main(ar_teacher.Config(**flags, out=str(tmp_path / "c"), steps=120, lr=5e-3))
     log = rows(tmp_path / "c")
     for direction in ("forward", "backward"):
         first, last = (sum(r[direction] for r in part) / 15 for part in (log[:15], log[-15:]))
@@ -509,16 +505,23 @@ def test_teacher_run_resumes_exactly_and_learns(files, tmp_path):
 
 def test_average_of_consistency_follows_the_student(files, tmp_path):
     """Decay 0 is the student itself after each step; decay 1 stays what it was: the losses differ
-    from step 1 on."""
-    a, b = (rows(stage1(files, tmp_path / str(ema), method="cd", ema=ema)) for ema in (0.0, 1.0))
+    from step 1 on. It is the average that is handed on."""
+    still, moving = (stage1(files, tmp_path / str(ema), consistency, ema=ema) for ema in (1.0, 0.0))
+    a, b = rows(still), rows(moving)
     assert a[0] == b[0] and a[1]["forward"] != b[1]["forward"]
+    start = read_tensors(files["weights"])[0]
+    written, state = read_tensors(still / "student.safetensors")[0], saved(still)
+    assert all(torch.equal(written[k], start[k]) for k in start)  # decay 1: never moved
+    assert any(not torch.equal(state[f"dit/{k}"], start[k]) for k in start)  # the student did
+    written = read_tensors(moving / "student.safetensors")[0]
+    assert all(torch.equal(written[k], saved(moving)[f"dit/{k}"]) for k in start)
 
 
 @pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_two_processes_equal_one(files, causal_pairs, tmp_path):
     """Teacher, causal pairs, both students, by ddp and fsdp: what two processes make is what one
     makes, to 1e-5."""
-    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")}
+    flags = {k: files[k] for k in TEACHER_FLAGS}
     ode = {k: v for k, v in flags.items() if k != "vae"} | {
         "teacher": files["teacher"],
         "data": str(files["folder"] / "pairs"),
@@ -526,64 +529,44 @@ def test_two_processes_equal_one(files, causal_pairs, tmp_path):
         "warmup": 2,
         "lr": 1e-3,
     }
+    made = {"data": str(tmp_path / "pairs"), "pairs": 6, "shard": 3, "generate": True}
     two_processes(
         tmp_path,
-        ("train_ar", flags | {"out": str(tmp_path / "ar"), "steps": 2}),
-        (
-            "train_ode",
-            ode
-            | {
-                "out": str(tmp_path / "pairs-run"),
-                "data": str(tmp_path / "pairs"),
-                "pairs": 6,
-                "shard": 3,
-                "generate": True,
-            },
-        ),
-        ("train_ode", ode | {"out": str(tmp_path / "causal"), "parallel": "fsdp"}),
-        ("train_ode", ode | {"out": str(tmp_path / "cd"), "method": "cd", "parallel": "fsdp"}),
+        ("zoo.ar_teacher", flags | {"out": str(tmp_path / "ar"), "steps": 2}),
+        ("zoo.causal_ode", ode | {"out": str(tmp_path / "pairs-run")} | made),
+        ("zoo.causal_ode", ode | {"out": str(tmp_path / "causal"), "parallel": "fsdp"}),
+        ("zoo.consistency", ode | {"out": str(tmp_path / "cd"), "parallel": "fsdp"}),
     )
     assert apart(tmp_path / "ar", files["folder"] / "ar", "teacher") <= 1e-5
     for path in (tmp_path / "pairs").iterdir():
         assert path.read_bytes() == (files["folder"] / "pairs" / path.name).read_bytes()
-    for name, changes in METHODS.items():
-        assert apart(stage1(files, tmp_path / f"one-{name}", **changes), tmp_path / name) <= 1e-5
+    for name, script in METHODS.items():
+        assert apart(stage1(files, tmp_path / f"one-{name}", script), tmp_path / name) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        ({"method": "sid"}, "--method 'sid' must be ode or cd"),
-        ({"method": "cd"}, "follows an autoregressive teacher, not --teacher toy"),
-        (
-            {"teacher": "ar:nowhere.safetensors", "method": "cd"},
-            "nowhere.safetensors does not exist",
-        ),
-    ],
-)
-def test_bad_flags(flags, says, files, tmp_path, monkeypatch, capsys):
-    """One sentence, exit code 2."""
-    usual = {
-        "latents": files["latents"],
-        "latent": LATENT,
-        "weights": files["weights"],
-        "out": tmp_path,
-    }
-    code, error = command_line(monkeypatch, capsys, train_ode, **usual | flags)
-    assert code == 2 and says in error
+def test_consistency_takes_no_pairs(files, tmp_path, monkeypatch, capsys):
+    """One sentence, exit code 2; and a teacher that is not there is named."""
+    usual = {"clips": files["clips"], "latent": LATENT, "weights": files["weights"]}
+    usual |= {"out": tmp_path, "plans": "paper"}
+    for flags, says in (
+        ({"generate": "true"}, "has no pairs: leave out --generate"),
+        ({"teacher": "nowhere.safetensors"}, "nowhere.safetensors does not exist"),
+    ):
+        code, error = command_line(monkeypatch, capsys, consistency, **usual | flags)
+        assert code == 2 and says in error
 
 
 def test_one_block_a_latent(files, tmp_path):
     """Frame-wise (B = 1): teacher, pairs and student with the flags of that preset."""
-    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")} | {
+    flags = {k: files[k] for k in TEACHER_FLAGS} | {
         "block": 1,
         "anchors": 1,
     }
-    train_ar.main(train_ar.Config(**flags, out=str(tmp_path / "ar"), steps=1))
+    ar_teacher.main(ar_teacher.Config(**flags, out=str(tmp_path / "ar"), steps=1))
     changes = {
         "block": 1,
         "anchors": 1,
-        "teacher": f"ar:{tmp_path / 'ar' / 'teacher.safetensors'}",
+        "teacher": str(tmp_path / "ar" / "teacher.safetensors"),
         "data": str(tmp_path / "pairs"),
     }
     stage1(files, tmp_path, generate=True, **changes)

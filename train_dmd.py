@@ -422,6 +422,7 @@ def main(config: Config, generate: Generate = sampler.generate, mix: Mix | None 
     """generate, mix: another method's rollout, and its plans, in the place of ours."""
     rank, processes, device = start(config.device)
     dtype, mix = dtype_of(config.dtype), mix or mix_of(config)
+    recipe_of(config)  # impossible levels are refused before any work
     if not config.clips and len(without_given(mix)) < len(mix):
         mix = without_given(mix)
         if rank == 0:

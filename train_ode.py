@@ -26,7 +26,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -50,6 +49,7 @@ from lib.training import (
     computing,
     distribute,
     finite_means,
+    mean_over_processes,
     split_batch,
     sync_gradients,
     training_steps,
@@ -88,6 +88,8 @@ class Config:
         },
     }
     PRESETS["wan-any"] = PRESETS["wan"] | {"plans": "any"}  # [ours]
+    # What a pair depends on. A trajectory knows no blocks and no anchors: any of them may be tried.
+    IN_PAIRS = "prompts guidance negative shift seed latent denoising plans"
     preset: str = "toy"  # toy, toy64 (64 pixels), wan (the paper's numbers), wan-any (every length)
     teacher: str = "toy/weights/teacher.safetensors"  # makes the pairs
     weights: str = "toy/weights/teacher.safetensors"  # what the student starts from
@@ -204,13 +206,14 @@ def ode_loss(
 # ---------------------------------------------------------------- pairs
 def settings_of(config) -> dict:
     """How pairs are made: what a shard records and a later run is compared with."""
-    names = ("prompts", "guidance", "negative", "shift", "seed", "latent", "denoising")
-    plans = ("plans", "block", "anchors", "head", "share_noise")
-    teacher = fingerprint(read_dit(config.teacher)[1])
-    return {k: asdict(config)[k] for k in names + plans} | {"teacher": teacher}
+    values = {name: getattr(config, name) for name in config.IN_PAIRS.split()}
+    lengths = [plans[0].length for _, plans in mix_of(config)]
+    return values | {"lengths": lengths, "teacher": fingerprint(read_dit(config.teacher)[1])}
 
 
 def where_pairs_lie(config, mix: Mix, source: Prompts) -> Where:
+    if min(config.pairs, config.shard) < 1:
+        raise UserError(f"--pairs {config.pairs} and --shard {config.shard} must be at least 1")
     settings = settings_of(config)
     folder = Path(config.data)
     return Where(folder, config.pairs, config.shard, settings, lambda u: draw(mix, u), source.words)
@@ -250,12 +253,15 @@ def make_pairs(config: Config, rank: int, world: int, device: torch.device) -> N
         solve(0, forward(T, T).steps[0], None, None, None)
         return {"states": torch.stack([states[k] for k in keep], dim=1)}
 
-    generate_pairs(config, where_pairs_lie(config, mix, source), make, rank, world)
+    generate_pairs(config, where_pairs_lie(config, mix, source), make, rank, world, device)
 
 
-def generate_pairs(config, where: Where, make: Callable, rank: int, world: int) -> None:
+def generate_pairs(
+    config, where: Where, make: Callable, rank: int, world: int, device: torch.device
+) -> None:
     """Write the missing shards, every process its share; at the end rank 0 writes the index."""
     todo = missing_shards(where)
+    mean_over_processes(0.0, device)  # nobody writes before all have looked
     mine = todo[rank::world]
     if rank == 0:
         print(
@@ -263,24 +269,22 @@ def generate_pairs(config, where: Where, make: Callable, rank: int, world: int) 
         )
     with torch.no_grad(), tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair") as bar:
         done = write_pairs(where, mine, make, config.micro or 16, bar)
-    if dist.is_initialized():
-        flag = torch.tensor(float(done))
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        done = bool(flag)
-    if rank == 0 and done:
+    if mean_over_processes(float(done), device) == 1 and rank == 0:
         write_index(where)
 
 
 def pairs_for(config, mix: Mix, source: Prompts, shapes: Callable) -> dict[int, list[Pair]]:
     """The pairs in --data, by entry of the mix. raises: UserError where they are not this run's"""
-    return read_pairs(Path(config.data), settings_of(config), source.words, shapes)
+    settings = settings_of(config)
+    if not config.check:
+        del settings["seed"]  # of training: several seeds may share the pairs
+    return read_pairs(Path(config.data), settings, source.words, shapes)
 
 
 def trajectory_shapes(config, mix: Mix, channels: int) -> Callable[[int], dict]:
     """entry -> what the bidirectional teacher leaves of each pair."""
     levels, (_, h, w) = len(config.denoising) + 1, config.latent
-    sigmas = {}
-    return lambda entry: sigmas | {"states": (levels, mix[entry][1][0].length, channels, h, w)}
+    return lambda entry: {"states": (levels, mix[entry][1][0].length, channels, h, w)}
 
 
 def slot_states(pair: Pair, lay: Layout, d: int) -> Tensor:
@@ -304,12 +308,21 @@ def check_pair(config, mix: Mix, channels: int) -> Callable[[int, Pair], str]:
         start = start[: mix[entry][1][0].length].flatten()
         if (states[0] - start).abs().max() > 2e-3:
             return f"it does not start from the noise of seed {config.seed}"
-        likeness = torch.cosine_similarity(states, start, dim=1)
-        if not (likeness.diff() < 0).all():
-            return f"its states do not fall from noise to a clean end, {likeness.tolist()}"
-        return ""
+        return not_falling(states)
 
     return check
+
+
+def not_falling(states: Tensor) -> str:
+    """What is wrong with states [K+1, all] if they do not go from noise to an end point."""
+    to_noise = torch.cosine_similarity(states, states[:1], dim=1)
+    to_end = torch.cosine_similarity(states, states[-1:], dim=1)
+    if (to_noise.diff() < 0).all() and (to_end.diff() > 0).all():
+        return ""
+    return (
+        f"its states do not fall from noise to a clean end (likeness to the noise "
+        f"{to_noise.tolist()}, to the end {to_end.tolist()})"
+    )
 
 
 # ---------------------------------------------------------------- training
@@ -366,7 +379,7 @@ def fit(
 ) -> None:
     """Train on the mean of `loss_of` in every plan of an entry; write `name`.safetensors.
 
-    average: (EMA, the network that holds it), kept up to date for the loss; it is what is written"""
+    average: (EMA, the network that holds it), kept up to date for the loss; it is written"""
     micro, rounds = split_batch(config.batch, config.micro, rank, world)
     optimiser = torch.optim.AdamW(
         dit.parameters(), config.lr, config.betas, weight_decay=config.weight_decay
@@ -420,7 +433,8 @@ def train(
 ) -> None:
     """Regress the end points of stored pairs."""
     if absent := [entry for entry in range(len(mix)) if entry not in pairs]:
-        print(f"{len(absent)} of {len(mix)} entries of --plans {config.plans} have no pairs yet")
+        if rank == 0:
+            print(f"{len(absent)} of {len(mix)} entries of --plans {config.plans} have no pairs")
         total = sum(mix[entry][0] for entry in pairs)
         mix = tuple(
             (share / total if entry in pairs else 0.0, plans)
@@ -460,6 +474,7 @@ def train(
 def main(config: Config) -> None:
     rank, world, device = start(config.device)
     mix = mix_of(config)
+    recipe_of(config)  # impossible levels are refused before any work
     if config.generate:
         make_pairs(config, rank, world, device)
         return

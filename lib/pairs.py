@@ -2,13 +2,13 @@
 
     states [S, K+1, T, C, h, w]         a trajectory per latent, noisiest first, the end point last
 or  clean [S, T, C, h, w] and plan0, plan1 ... [S, K+1, slots, C, h, w]
-                                        an autoregressive teacher's (zoo/causal_forcing.py): one per
+                                        an autoregressive teacher's (zoo/causal_ode.py): one per
                                         slot of each plan's layout, after clean context
 
-A shard pairs-000064.safetensors holds the pairs from number 64 on, of one entry of the mix of plans,
-and says how it was made. Pair n belongs to prompt n and to noise n, whatever else is in the folder.
-What is there is compared with what is asked for; what does not fit is named. Who makes pairs, and
-what learns from them, is not known here.
+A shard pairs-000064.safetensors holds the pairs from number 64 on, of one entry of the mix of
+plans, and says how it was made. Pair n belongs to prompt n and to noise n, whatever else is in the
+folder. What is there is compared with what is asked for; what does not fit is named. Who makes
+pairs, and what learns from them, is not known here.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ GOLDEN = 0.6180339887498949  # multiples of it mod 1 fill [0, 1) evenly, however
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Names a network by its weights, whatever file they lie in: names, shapes, ends of each tensor."""
+    """Names a network by its weights, whatever file they lie in: name, shape, ends of each."""
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         flat = x.flatten()
@@ -52,7 +52,9 @@ def kept_states(levels: Sequence[float], steps: int = 48) -> list[int]:
 
 @dataclass(frozen=True)
 class Where:
-    """A folder of pairs, and what its shards must be. settings: how they are made, as plain values."""
+    """A folder of pairs, and what its shards must be.
+
+    settings: how they are made, as plain values"""
 
     folder: Path
     pairs: int
@@ -93,7 +95,7 @@ Make = Callable[[int, range], dict[str, Tensor]]  # (entry of the mix, pairs) ->
 
 
 def missing_shards(where: Where) -> list[range]:
-    """The shards that are not there or not whole. raises: UserError for one that is of another run"""
+    """The shards that are not there or not whole. raises: UserError for one of another run"""
     listed, todo = {where.path(numbers) for numbers in where.ranges()}, []
     for path in shard_files(where.folder):
         if path not in listed:
@@ -120,30 +122,35 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def write_pairs(where: Where, todo: list[range], make: Make, micro: int, bar: tqdm) -> bool:
-    """Make and write these shards, `micro` pairs at a time; False if a signal ended it between two."""
+    """Make and write these shards, `micro` pairs at a time; False if a signal ended it."""
     with stop_signals() as stop:
         for numbers in todo:
             parts = []
             for a in range(numbers.start, numbers.stop, micro):
                 some = range(a, min(a + micro, numbers.stop))
-                parts.append(
-                    {k: v.half().cpu() for k, v in make(where.entry(numbers), some).items()}
-                )
+                made = make(where.entry(numbers), some)
+                parts.append({name: x.half().cpu() for name, x in made.items()})
                 bar.update(len(some))
                 if stop() and some.stop < numbers.stop:
-                    print(f"stopped; {where.folder} keeps its whole shards, run it again to go on")
-                    return False
-            tensors = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-            for name, x in tensors.items():
-                if not x.isfinite().all():
-                    raise FloatingPointError(
-                        f"the teacher's {name} of pairs {numbers.start} to {numbers.stop - 1} are "
-                        "not finite; nothing was written for them"
-                    )
-            write_safetensors(where.path(numbers), tensors, where.record(numbers))
+                    break
+            else:
+                _write_shard(where, numbers, parts)
             if stop():
+                print(f"stopped; {where.folder} keeps its whole shards, run it again to go on")
                 return False
     return True
+
+
+def _write_shard(where: Where, numbers: range, parts: list[dict[str, Tensor]]) -> None:
+    """raises: FloatingPointError for what a float16 does not hold"""
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise FloatingPointError(
+                f"the teacher's {name} of pairs {numbers.start} to {numbers.stop - 1} are not "
+                "finite; nothing was written for them"
+            )
+    write_safetensors(where.path(numbers), tensors, where.record(numbers))
 
 
 def write_index(where: Where) -> None:
@@ -165,6 +172,7 @@ class Pair:
     number: int
     shard: dict[str, Tensor]
     row: int
+    file: str
 
 
 def read_pairs(
@@ -191,7 +199,7 @@ def read_pairs(
             raise UserError(f"{name} is not a shard of pairs; delete it and run --generate again")
         if wrong := difference(made, settings):
             raise UserError(
-                f"{name} was made otherwise: {wrong}; give the same flags, or --data for other pairs"
+                f"{name} was made otherwise: {wrong}; give the same flags, or --data for others"
             )
         numbers = range(made["first"], made["first"] + made.get("count", 0))
         spoken = hashlib.sha256("\n".join(map(words, numbers)).encode()).hexdigest()[:16]
@@ -206,7 +214,7 @@ def read_pairs(
                 f"{name} does not hold what its plans leave behind, {want}; delete it and run "
                 "--generate again"
             )
-        rows = [Pair(n, tensors, row) for row, n in enumerate(numbers)]
+        rows = [Pair(n, tensors, row, name) for row, n in enumerate(numbers)]
         entries.setdefault(made["entry"], []).extend(rows)
     return entries
 
@@ -222,8 +230,10 @@ def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[in
             )
     for entry, some in pairs.items():
         for pair in some:
-            for key, x in pair.shard.items():
-                if not x[pair.row].isfinite().all():
-                    raise UserError(f"the {key} of pair {pair.number} are not finite; delete it")
-            if wrong := check(entry, pair):
-                raise UserError(f"pair {pair.number}: {wrong}")
+            lost = [k for k, x in pair.shard.items() if not x[pair.row].isfinite().all()]
+            wrong = f"its {lost[0]} are not finite" if lost else check(entry, pair)
+            if wrong:
+                raise UserError(
+                    f"pair {pair.number} in {pair.file}: {wrong}; delete that file and run "
+                    "--generate again"
+                )

@@ -10,7 +10,8 @@ that sees what the student will see, in every order that the student shall know:
 
 Data are latents of real clips (tools/encode.py); it starts from the bidirectional teacher. Its end
 points are what zoo/causal_ode.py regresses and zoo/consistency.py follows.
-What the paper leaves open: anchors and dummies get a loss here, since its ODE moves them too [ours].
+What the paper leaves open: anchors and dummies get a loss here, since its ODE moves them, too
+[ours].
 
     python -m tools.encode && python -m zoo.ar_teacher
 """

@@ -8,7 +8,7 @@ each block after the clean latents of a *real clip*; stage 1 then shows the stud
     pairs     clean [S, T, ...] and, for each plan, states at every slot (an anchor has its own)
     training  train_ode.py's, with all context clean: [clean | noisy]
 
-    python -m zoo.causal_ode --generate && python -m zoo.causal_ode         # after zoo/ar_teacher.py
+    python -m zoo.causal_ode --generate && python -m zoo.causal_ode      # after zoo/ar_teacher.py
 """
 
 from collections.abc import Callable
@@ -27,7 +27,16 @@ from lib.pairs import Pair, check_shards, kept_states
 from lib.text import Prompts
 from mixes import Mix
 from sampler import Noise, cache_for, clean_pass, many_steps, noise_from, rollout
-from train_ode import generate_pairs, mix_of, pair_noise, pairs_for, train, where_pairs_lie
+from train_ode import (
+    generate_pairs,
+    mix_of,
+    not_falling,
+    pair_noise,
+    pairs_for,
+    recipe_of,
+    train,
+    where_pairs_lie,
+)
 
 
 @dataclass
@@ -48,6 +57,7 @@ class Config(train_ode.Config):
         },
     }
     PRESETS["wan-framewise"] = PRESETS["wan"] | {"block": 1, "anchors": 1}
+    IN_PAIRS = train_ode.Config.IN_PAIRS + " block anchors head share_noise"
     preset: str = "toy"  # toy, toy64, wan or wan-framewise: the published numbers
     teacher: str = "out/ar/teacher.safetensors"  # makes the pairs (zoo/ar_teacher.py)
     weights: str = "out/ar/teacher.safetensors"  # what the student starts from
@@ -103,8 +113,8 @@ def make_pairs(config: Config, rank: int, world: int, device: torch.device) -> N
     clips = Clips(config.clips, config.latent, c.in_dim, source)
     if len(clips) < config.pairs:
         raise UserError(
-            f"{config.clips} holds {len(clips)} clips; use --pairs {len(clips)} or encode more with "
-            "tools/encode.py"
+            f"{config.clips} holds {len(clips)} clips; use --pairs {len(clips)} or encode more "
+            "with tools/encode.py"
         )
     negative = source.embed([config.negative]).to(device)
     keep = kept_states(config.denoising)
@@ -122,7 +132,7 @@ def make_pairs(config: Config, rank: int, world: int, device: torch.device) -> N
             made[f"plan{d}"] = plan_states(teacher, plan, text, noise, clean, keep, config)
         return made
 
-    generate_pairs(config, where_pairs_lie(config, mix, source), make, rank, world)
+    generate_pairs(config, where_pairs_lie(config, mix, source), make, rank, world, device)
 
 
 def causal_shapes(config: Config, mix: Mix, channels: int) -> Callable[[int], dict]:
@@ -159,9 +169,8 @@ def check_pair(config: Config, mix: Mix, channels: int) -> Callable[[int, Pair],
             start_noise = noise(0, tuple(numbers)).flatten()
             if (states[0] - start_noise).abs().max() > 2e-3:
                 return f"its {plan.name} states do not start from the noise of seed {config.seed}"
-            likeness = torch.cosine_similarity(states, start_noise, dim=1)
-            if not (likeness.diff() < 0).all():
-                return f"its {plan.name} states do not fall from noise to a clean end"
+            if wrong := not_falling(states):
+                return f"{plan.name}: {wrong}"
         return ""
 
     return check
@@ -170,6 +179,7 @@ def check_pair(config: Config, mix: Mix, channels: int) -> Callable[[int, Pair],
 def main(config: Config) -> None:
     rank, world, device = start(config.device)
     mix = mix_of(config)
+    recipe_of(config)  # impossible levels are refused before any work
     if config.generate:
         make_pairs(config, rank, world, device)
         return

@@ -1,12 +1,15 @@
-"""Causal Forcing in both directions: teacher forcing is exact and leaks nothing, pairs are the teacher's, losses are by hand."""
+"""Causal Forcing in every order: teacher forcing is exact and leaks nothing, pairs are the
+teacher's, losses are by hand."""
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from test_sampler import H, W
-from test_train_ode import LATENT, Constant, Towards
+from test_pairs import Towards
+from test_sampler import EVERY, H, W, row
+from test_train_ode import LATENT, Constant
 from tiny import (
+    MIXED,
     PLANS,
     apart,
     at_call,
@@ -24,108 +27,100 @@ from tiny import (
 )
 
 import anchors
-import train_ode
 from anchors import Plan, Step, layout
 from dit import load_dit
-from lib import pairs
+from lib.clips import Clips
 from lib.common import UserError
-from lib.pairs import KEEP, integrate, many_steps, pair_noise
+from lib.pairs import kept_states
 from lib.text import Prompts
 from lib.weights import read_tensors
-from sampler import noise_from, ode_sigmas
+from mixes import any_mix, both_directions
+from sampler import Recipe, noise_from, ode_sigmas
 from tools import encode as latents
-from tools.encode import Clips
-from train_ode import cd_loss
-from zoo import causal_forcing as train_ar
-from zoo.causal_forcing import ar_loss, bell
+from train_ode import mix_of, pair_noise, pairs_for, slot_states
+from zoo import ar_teacher, causal_ode, consistency
+from zoo.ar_teacher import ar_loss, timestep_weight
+from zoo.causal_ode import causal_shapes, plan_states
+from zoo.consistency import cd_loss
 
 
 # ---------------------------------------------------------------- teacher forcing
 def slots_of(plan: Plan, lay, n: int) -> tuple[list[int], list[int]]:
-    """The noisy slots of step n in the step's order, and its clean slots."""
-    noisy = {
-        (i, t): s
-        for s, (i, m, t, c) in enumerate(zip(lay.latent, lay.step, lay.is_target, lay.is_clean))
-        if m == n and not c
-    }
-    clean = [s for s, (m, c) in enumerate(zip(lay.step, lay.is_clean)) if m == n and c]
-    return [noisy[i, i in plan.steps[n].targets] for i in plan.steps[n].own], clean
+    """The noisy slots of step n in the step's order (none if all of it is given), and its clean
+    slots."""
+    own = [s for s, step in enumerate(lay.step) if step == n]
+    clean = [s for s in own if lay.is_clean[s]]
+    noisy = {(lay.latent[s], lay.is_target[s]): s for s in own if not lay.is_clean[s]}
+    step = plan.steps[n]
+    if step.commits:
+        assert not noisy
+        return [], clean
+    return [noisy[i, i in step.targets] for i in step.own], clean
 
 
 def with_data(plan: Plan, B: int = 2) -> tuple:
-    """A layout with noisy slots at random times, and clean slots at 0 that hold the data of their latent."""
+    """A layout with noisy slots at random times, and clean slots at 0 that hold the data of their
+    latent."""
     lay = layout(plan, teacher_forcing=True)
     z, data = randn(0, B, len(lay.latent), 4, H, W), randn(1, B, plan.length + 3, 4, H, W)
     t = (1000 * randn(2, B, len(plan.steps)).sigmoid())[:, torch.tensor(lay.step)]
     clean = torch.tensor(lay.is_clean)
-    return (
-        lay,
-        torch.where(clean.view(1, -1, 1, 1, 1), data[:, list(lay.latent)], z),
-        t.masked_fill(clean, 0.0),
-    )
+    z = torch.where(clean.view(1, -1, 1, 1, 1), data[:, list(lay.latent)], z)
+    return lay, z, t.masked_fill(clean, 0.0)
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("plan", EVERY.values(), ids=EVERY)
 def test_teacher_forcing_equals_one_block_after_clean_context(plan):
-    """Per block: a plain pass over the clean steps before it, as the test lays them out, and the noisy block alone."""
+    """Per block: a plain pass over the clean steps before it, as the test lays them out, and the
+    noisy block alone. And the clean slots see what a rollout's clean pass sees."""
     model, (lay, z, t) = tiny_dit(), with_data(plan)
     text, finished = model.text_kv(randn(3, 2, 5, 32)), []
     full = model(z, t, text, torch.tensor(lay.pos), lay.visible)
     for n, step in enumerate(plan.steps):
         noisy, clean = slots_of(plan, lay, n)
-        _, pos, visible = side_by_side([s for s, _ in finished] + [step])
-        own = [slot for _, slots in finished for slot in slots] + noisy
-        assert (
-            distance(
-                model(z[:, own], t[:, own], text, torch.tensor(pos), visible)[:, -len(noisy) :],
-                full[:, noisy],
-            )
-            <= 1e-5
-        ), (n, step)
+        seen = Step(step.targets, step.pos[len(step.anchors) :], (), step.reads)
+        for as_it_is, slots in ((step, noisy), (seen, clean)):
+            if not slots:
+                continue
+            _, pos, visible = side_by_side([s for s, _ in finished] + [as_it_is])
+            own = [slot for _, before in finished for slot in before] + slots
+            alone = model(z[:, own], t[:, own], text, torch.tensor(pos), visible)
+            assert distance(alone[:, -len(slots) :], full[:, slots]) <= 1e-5, (n, step)
         if clean:
-            finished.append(
-                (Step(step.targets, step.pos[len(step.anchors) :], (), step.reads), clean)
-            )
+            finished.append((seen, clean))
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("plan", EVERY.values(), ids=EVERY)
 def test_teacher_forcing_leaks_nothing(plan):
-    """Bit for bit: a block does not see any other noisy block, nor clean latents that its past does not hold; and clean
-    context does not see noise. What it reads, it does see."""
+    """Bit for bit: a block does not see any other noisy block, nor clean latents that its past does
+    not hold; and clean context does not see noise. What it reads, it does see."""
     model, (lay, z, t) = tiny_dit(), with_data(plan, B=1)
     text, pos, other = model.text_kv(randn(3, 1, 5, 32)), torch.tensor(lay.pos), randn(4, *z.shape)
     full = model(z, t, text, pos, lay.visible)
-    maker, needs = {i: n for n, step in enumerate(plan.steps) for i in step.targets}, []
+    needs: list[set[int]] = []  # for each step, the steps it depends on
     for n, step in enumerate(plan.steps):
-        needs.append(set().union(*({maker[i]} | needs[maker[i]] for i, _ in step.reads)))
+        made = [plan.made_at[i] for i, _ in step.reads]
+        needs.append(set().union(*({m} | needs[m] for m in made)))
         noisy, clean = slots_of(plan, lay, n)
         for slots, near in ((noisy, needs[n]), (clean, needs[n] | {n})):
-            foreign = torch.tensor(
-                [
-                    s not in slots and not (c and m in near)
-                    for s, (m, c) in enumerate(zip(lay.step, lay.is_clean))
-                ]
-            )
-            out = model(
-                torch.where(foreign.view(1, -1, 1, 1, 1), other, z),
-                torch.where(foreign, 1000 - t, t),
-                text,
-                pos,
-                lay.visible,
-            )
+            foreign = [
+                s not in slots and not (c and m in near)
+                for s, (m, c) in enumerate(zip(lay.step, lay.is_clean))
+            ]
+            foreign = torch.tensor(foreign)
+            z2 = torch.where(foreign.view(1, -1, 1, 1, 1), other, z)
+            out = model(z2, torch.where(foreign, 1000 - t, t), text, pos, lay.visible)
             assert torch.equal(out[:, slots], full[:, slots]), (n, step)
-        for i, _ in step.reads[:1] + step.reads[-1:]:
+        for i, _ in (step.reads[:1] + step.reads[-1:]) if noisy else ():
             moved = z.clone()
-            moved[
-                :, [s for s, (j, c) in enumerate(zip(lay.latent, lay.is_clean)) if c and j == i]
-            ] += 1
-            assert not torch.equal(
-                model(moved, t, text, pos, lay.visible)[:, noisy], full[:, noisy]
-            )
+            moved[:, [s for s, j in enumerate(lay.latent) if lay.is_clean[s] and j == i]] += 1
+            out = model(moved, t, text, pos, lay.visible)
+            assert not torch.equal(out[:, noisy], full[:, noisy])
 
 
 def test_teacher_forcing_by_hand():
-    """Backward with anchors: clean 3-5, then the targets 3-5 and 0-2, then the anchors of the first step. Nobody reads 0-2."""
+    """Backward with anchors: clean 3-5, then the targets 3-5 and 0-2, then the anchors of the first
+    step. Nobody reads 0-2."""
     lay = layout(anchors.backward(6), teacher_forcing=True)
     assert (
         lay.latent == (3, 4, 5, 3, 4, 5, 0, 1, 2, 0, 1, 2)
@@ -139,70 +134,74 @@ def test_teacher_forcing_by_hand():
     )
 
 
+def test_teacher_forcing_of_a_given_clip_by_hand():
+    """What is given stands in the clean half alone: latents 0-2 clean, then 3-5 noisy. Nobody reads
+    3-5, and nothing learns to make 0-2."""
+    plan = anchors.with_given(anchors.forward(6), range(3))
+    lay = layout(plan, teacher_forcing=True)
+    assert lay.latent == (0, 1, 2, 3, 4, 5) and lay.is_clean == (True,) * 3 + (False,) * 3
+    assert lay.visible.spans == ((0, 3, ((0, 3),)), (3, 6, ((0, 6),)))
+
+
 # ---------------------------------------------------------------- the teacher's ODE, block by block
-@pytest.mark.parametrize(
-    "name", ["forward", "backward P=3", "backward, dummy", "inbetween", "loop"]
-)
-@pytest.mark.parametrize("forced", [True, False])
-def test_integrate_equals_masked_passes(name, forced):
-    """The cache and one block at a time, against 48 masked passes of the whole sequence, whose clean half holds the context:
-    the data if it is forced, else what was made."""
-    model, plan, B = tiny_dit(), PLANS[name], 2
-    noise, data, words = (
-        randn(5, B, plan.length + 3, 4, H, W),
-        randn(6, B, plan.length, 4, H, W),
-        randn(7, B, 5, 32),
-    )
-    nothing, start = torch.zeros(1, 5, 32), noise_from(noise, length=plan.length)
-    found = dict(
-        integrate(
-            model, plan, words, nothing, start, 2.0, context=data if forced else None, keep=KEEP
-        )
-    )
+BESIDE = {name: plan for name, plan in MIXED.items() if "clip" in name}
+NAMES = ["forward", "backward P=3", "backward, dummy", "inbetween", "inbetween, given", "loop"]
+PAIRED = {name: PLANS[name] for name in NAMES} | dict([*BESIDE.items()][:2])
+
+
+@pytest.mark.parametrize("share_noise", ["none", "all"])
+@pytest.mark.parametrize("name", PAIRED)
+def test_causal_states_equal_masked_passes(name, share_noise):
+    """The cache and one block at a time, against 48 masked passes of the whole sequence, whose
+    clean half holds the real clip. (Without a clip: tests/test_sampler.py.)"""
+    model, plan, B = tiny_dit(), PAIRED[name], 2
+    noise, data = randn(5, B, 2 * (plan.length + 3), 4, H, W), randn(6, B, plan.length, 4, H, W)
+    words, nothing = randn(7, B, 5, 32), torch.zeros(1, 5, 32)
+    cond_uncond = model.text_kv(torch.cat([words, nothing.expand_as(words)]))
+    start, keep = noise_from(noise, length=plan.length), kept_states((1000, 750, 500, 250))
+    config = causal_ode.Config(guidance=2.0, share_noise=share_noise)
+    with torch.no_grad():
+        found = plan_states(model, plan, cond_uncond, start, data, keep, config)
     lay = layout(plan, teacher_forcing=True)
     clean, column = torch.tensor(lay.is_clean), [i if i >= 0 else ~i for i in lay.latent]
-    made = data if forced else many_steps(model, plan, words, nothing, start, 2.0)
-    if not forced:  # latents of the dummy are not among those returned
-        made = {
-            i: x
-            for n, s in found.items()
-            for i, x in zip(plan.steps[n].targets, s[:, -1, len(plan.steps[n].anchors) :].unbind(1))
-        }
-        context = torch.stack([made[i] for i in lay.latent], 1)
-    else:
-        context = made[:, column]
-    x = torch.where(clean.view(1, -1, 1, 1, 1), context, start(0, lay.latent))
+    numbers = []
+    for s, n in enumerate(lay.step):
+        step = plan.steps[n]
+        at = step.own.index(lay.latent[s])
+        numbers.append(row(plan, step.noise(share_noise, 0)[at]))
+    x = torch.where(clean.view(1, -1, 1, 1, 1), data[:, column], noise[:, numbers])
+    want = [x]
     for high, low in zip(ode_sigmas()[:-1], ode_sigmas()[1:]):
         t = torch.full(x.shape[:2], 1000 * high).masked_fill(clean, 0.0)
         cond, uncond = (
             model(x, t, p, torch.tensor(lay.pos), lay.visible)
             for p in (words, nothing.expand(B, -1, -1))
         )
-        x = torch.where(
-            clean.view(1, -1, 1, 1, 1), x, x + (low - high) * (uncond + 2 * (cond - uncond))
-        )
-    for n, states in found.items():
-        assert states.shape[1] == len(KEEP) and torch.equal(
-            states[:, 0], start(0, plan.steps[n].own)
-        )
+        moved = x + (low - high) * (uncond + 2 * (cond - uncond))
+        x = torch.where(clean.view(1, -1, 1, 1, 1), x, moved)
+        want.append(x)
+    noisy = [s for s, c in enumerate(lay.is_clean) if not c]
+    assert found.shape == (B, 5, len(noisy), 4, H, W)
+    assert torch.equal(found[:, 0], want[0][:, noisy])
+    for k, state in enumerate(keep):
         assert (
-            distance(states[:, -1], x[:, slots_of(plan, lay, n)[0]]) <= 2e-4
+            distance(found[:, k], want[state][:, noisy]) <= 2e-4
         )  # 48 steps add up their rounding
 
 
 # ---------------------------------------------------------------- losses by hand
 def test_weight_of_noise_levels():
-    """Wan's: with shift 5 nothing at pure noise, 2.08 at the middle, .032 at the smallest level, mean 1 over the levels."""
-    assert bell(torch.tensor([1.0, 0.5, 0.00498]), 5.0).tolist() == pytest.approx(
-        [0, 2.08, 0.032], abs=5e-3
-    )
+    """Wan's: with shift 5 nothing at pure noise, 2.08 at the middle, .032 at the smallest level,
+    mean 1 over the levels."""
+    weight = timestep_weight(torch.tensor([1.0, 0.5, 0.00498]), 5.0)
+    assert weight.tolist() == pytest.approx([0, 2.08, 0.032], abs=5e-3)
     levels = 5 * (u := torch.arange(1, 1001) / 1000) / (1 + 4 * u)
-    assert bell(levels, 5.0).mean() == pytest.approx(1, abs=1e-4)
+    assert timestep_weight(levels, 5.0).mean() == pytest.approx(1, abs=1e-4)
 
 
 def test_teachers_loss_by_hand():
-    """x0 = 0, noise = 1, so v = 1 is right: v = 3 errs by 4, times the weight; clean slots and, if not asked for, anchors and
-    dummies do not count, although the network is wrong by 1000 there."""
+    """x0 = 0, noise = 1, so v = 1 is right: v = 3 errs by 4, times the weight; clean slots and, if
+    not asked for, anchors and dummies do not count, although the network is wrong by 1000 there."""
     for plan, unscored in (
         (anchors.backward(6), slice(9, 12)),
         (anchors.backward(6, anchors=0, dummy=True), slice(6, 9)),
@@ -211,7 +210,7 @@ def test_teachers_loss_by_hand():
         n, clean = len(lay.latent), torch.tensor(lay.is_clean)
         v = torch.full((1, n, 1, 1, 1), 3.0).masked_fill(clean.view(1, -1, 1, 1, 1), 1000)
         x0, sigma = torch.zeros(1, n, 1, 1, 1), torch.tensor([[0.5] * len(plan.steps)])
-        want, seen = 4 * bell(torch.tensor(0.5), 5.0).item(), Constant(v)
+        want, seen = 4 * timestep_weight(torch.tensor(0.5), 5.0).item(), Constant(v)
         assert ar_loss(seen, lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0).item() == pytest.approx(
             want
         )
@@ -232,8 +231,9 @@ class TowardsZero(Towards):
 
 
 def test_consistency_loss_by_hand():
-    """Three networks that know the flow to 0 agree at all levels: 0. A student whose velocity is 0 answers x itself,
-    sigma n at level sigma, and errs by its square. Dummies and clean slots do not count."""
+    """Three networks that know the flow to 0 agree at all levels: 0. A student whose velocity is 0
+    answers x itself, sigma n at level sigma, and errs by its square. Dummies and clean slots do not
+    count."""
     lay, grid = layout(anchors.forward(6), teacher_forcing=True), torch.tensor(ode_sigmas())
     x0, noise = torch.zeros(1, 9, 1, 1, 1), torch.full((1, 9, 1, 1, 1), 2.0)
     prompt, index, flow = torch.zeros(1, 1, 1), torch.tensor([[0, 24]]), TowardsZero()
@@ -252,7 +252,8 @@ def test_consistency_loss_by_hand():
 # ---------------------------------------------------------------- clips
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Tiny checkpoints, latents of six toy clips of 21 frames, and an autoregressive teacher of two steps."""
+    """Tiny checkpoints, latents of six toy clips of 21 frames, and an autoregressive teacher of two
+    steps."""
     folder = tmp_path_factory.mktemp("causal")
     paths = tiny_checkpoints(folder)
     latents.encode(
@@ -260,14 +261,16 @@ def files(tmp_path_factory):
     )
     made = {
         "weights": paths["student"],
-        "latents": str(folder / "latents"),
+        "clips": str(folder / "latents"),
         "latent": LATENT,
+        "plans": "paper",
         "dtype": "float32",
         "batch": 4,
     }
-    train_ar.main(train_ar.Config(**made, out=str(folder / "ar"), steps=2, vae=paths["vae"]))
+    flags = {"out": str(folder / "ar"), "steps": 2, "vae": paths["vae"]}
+    ar_teacher.main(ar_teacher.Config(**made | flags))
     return made | {
-        "teacher": f"ar:{folder / 'ar' / 'teacher.safetensors'}",
+        "teacher": str(folder / "ar" / "teacher.safetensors"),
         "vae": paths["vae"],
         "folder": folder,
     }
@@ -277,7 +280,7 @@ def clips_of(files, **changes):
     return Clips(
         *(
             {
-                "folder": files["latents"],
+                "folder": files["clips"],
                 "latent": LATENT,
                 "channels": 2,
                 "source": Prompts("toy", 64, 12),
@@ -295,12 +298,13 @@ def test_clips_are_the_worlds_through_the_vae(files):
     video, captions = drawn([5], 32, 21)
     found = clips_of(files)
     assert len(found) == 6 and distance(found[5], load_vae(files["vae"]).encode(video)[0]) <= 5e-3
-    lines = open(f"{files['latents']}/prompts.txt", encoding="utf-8").read().splitlines()
+    lines = open(f"{files['clips']}/prompts.txt", encoding="utf-8").read().splitlines()
     assert len(lines) == 6 and lines[5] == captions[0]
 
 
 def test_encoding_goes_on_where_it_was_stopped(files, tmp_path, monkeypatch):
-    """SIGTERM during the second shard: the first stays; the same command makes the rest, to the same bytes."""
+    """SIGTERM during the second shard: the first stays; the same command makes the rest, to the
+    same bytes."""
     config = latents.Config(vae=files["vae"], out=str(tmp_path), clips=6, frames=21, shard=4)
     at_call(monkeypatch, latents.world, "render", 5, terminate)
     latents.encode(config)
@@ -319,7 +323,8 @@ def test_encoding_goes_on_where_it_was_stopped(files, tmp_path, monkeypatch):
 
 
 def test_clips_that_do_not_fit_are_refused(files, tmp_path):
-    """Another size, another number of channels, other prompts, two VAEs, nothing at all: one sentence each."""
+    """Another size, another number of channels, other prompts, two VAEs, nothing at all: one
+    sentence each."""
     for changes, says in (
         ({"latent": (9, 4, 4)}, r"\(6, 2, 4, 4\).*ask for \(9, 2, 4, 4\)"),
         ({"channels": 16}, "or another VAE"),
@@ -366,24 +371,24 @@ def test_a_folder_of_videos_is_encoded_with_its_prompts(files, tmp_path):
 
 
 # ---------------------------------------------------------------- pairs and training
-def stage1(files, out, **changes):
-    """A causal run of train_ode.py; the folder it wrote."""
-    keys = ("teacher", "latents", "latent", "dtype", "weights", "batch")
-    train_ode.main(
-        train_ode.Config(
-            **{
-                **{k: files[k] for k in keys},
-                "data": str(files["folder"] / "pairs"),
-                "pairs": 6,
-                "shard": 3,
-                "out": str(out),
-                "steps": 3,
-                "warmup": 2,
-                "lr": 1e-3,
-                **changes,
-            }
-        )
-    )
+def teach(files, out, **changes):
+    """An autoregressive teacher; the folder it wrote."""
+    keys = ("weights", "clips", "latent", "plans", "dtype", "batch", "vae")
+    flags = {k: files[k] for k in keys} | {"out": str(out), "steps": 2} | changes
+    ar_teacher.main(ar_teacher.Config(**flags))
+    return out
+
+
+METHODS = {"causal": causal_ode, "cd": consistency}
+
+
+def stage1(files, out, method="causal", **changes):
+    """Stage 1 from an autoregressive teacher; the folder it wrote."""
+    keys = ("teacher", "clips", "latent", "plans", "dtype", "weights", "batch")
+    flags = {k: files[k] for k in keys} | {"out": str(out), "data": str(files["folder"] / "pairs")}
+    flags |= {"pairs": 6, "shard": 3, "steps": 3, "warmup": 2, "lr": 1e-3}
+    script = METHODS[method]
+    script.main(script.Config(**flags | changes))
     return out
 
 
@@ -393,46 +398,44 @@ def causal_pairs(files):
 
 
 def test_causal_pairs_are_the_teachers(files, causal_pairs):
-    """Pair 4: each block of both plans from its own noise, after the clean latents of clip 4, told caption 4."""
+    """Pair 4: each block of both plans from its own noise, after the clean latents of clip 4, told
+    caption 4; the clean slots show the clip at every level."""
     tensors, made = read_tensors(files["folder"] / "pairs" / "pairs-000003.safetensors")
-    config = train_ode.Config(teacher=files["teacher"], latent=LATENT)
-    source, clip = Prompts("toy", 64, 12), clips_of(files)[4]
-    assert (
-        distance(tensors["clean"][1].float(), clip) <= 4e-3
-        and made["block"] == made["anchors"] == 3
-    )
-    for d, plan in enumerate(anchors.both_directions(6)):
-        noise = noise_from(pair_noise(config, 2, 4)[None], length=6)
-        found = dict(
-            integrate(
-                load_dit(pairs.teacher_file(config)),
-                plan,
-                source([4]),
-                source.embed([""]),
-                noise,
-                2.0,
-                context=clip[None],
-                keep=KEEP,
-            )
-        )
+    config = causal_ode.Config(teacher=files["teacher"], latent=LATENT, plans="paper")
+    source, clip, teacher = Prompts("toy", 64, 12), clips_of(files)[4], load_dit(files["teacher"])
+    assert distance(tensors["clean"][1].float(), clip) <= 4e-3
+    assert made["block"] == made["anchors"] == 3 and made["first"] == 3
+    text = teacher.text_kv(torch.cat([source([4]), source.embed([""])]))
+    pairs = causal_pairs_of(files)
+    (pair,) = [pair for pair in pairs[0] if pair.number == 4]
+    for d, plan in enumerate(both_directions(6)):
+        noise = noise_from(pair_noise(config, 2, 4, both_directions(6))[None], length=6)
+        keep = kept_states(config.denoising)
+        with torch.no_grad():
+            want = plan_states(teacher, plan, text, noise, clip[None], keep, config)[0]
         lay = layout(plan, teacher_forcing=True)
-        states = pairs.slot_states(tensors, 1, lay, d)
-        for n in found:
-            noisy, clean = slots_of(plan, lay, n)
-            assert distance(states[:, noisy], found[n][0]) <= 8e-3
-            for s in clean:
-                assert torch.equal(
-                    states[:, s], tensors["clean"][1, lay.latent[s]].float().expand(5, -1, -1, -1)
-                )
+        states, clean = slot_states(pair, lay, d), torch.tensor(lay.is_clean)
+        assert distance(states[:, ~clean], want) <= 8e-3
+        real = tensors["clean"][1][[i for i, c in zip(lay.latent, lay.is_clean) if c]].float()
+        assert torch.equal(states[:, clean], real.expand(5, *real.shape))
+
+
+def causal_pairs_of(files, **changes):
+    """The causal pairs that training would read, by entry of the mix."""
+    keys = ("teacher", "clips", "latent", "plans")
+    flags = {k: files[k] for k in keys} | {"data": str(files["folder"] / "pairs")} | changes
+    config = causal_ode.Config(**flags)
+    mix, source = mix_of(config), Prompts("toy", 64, 12)
+    return pairs_for(config, mix, source, causal_shapes(config, mix, 2))
 
 
 def test_causal_pairs_pass_the_check_and_are_not_confused(files, causal_pairs, tmp_path):
-    """--check knows both kinds; a run with other blocks, or another teacher, does not take them."""
+    """--check knows them; a run with other blocks, or another teacher, does not take them."""
     stage1(files, tmp_path, check=True)
     for changes, says in (
-        ({"anchors": 2}, "--anchors 3, but --anchors is 2"),
-        ({"teacher": "ar:other"}, "but --teacher is ar:other"),
-        ({"teacher": "other"}, "but --teacher is other"),
+        ({"anchors": 2}, "anchors is 3, not 2"),
+        ({"share_noise": "all"}, "share_noise is 'none', not 'all'"),
+        ({"teacher": files["weights"]}, "teacher is '"),
     ):
         with pytest.raises(UserError, match=says):
             stage1(files, tmp_path, **changes)
@@ -440,127 +443,145 @@ def test_causal_pairs_pass_the_check_and_are_not_confused(files, causal_pairs, t
         stage1(files, tmp_path, generate=True, pairs=7, data=str(tmp_path / "pairs"))
 
 
-def test_causal_pairs_with_a_dummy(files, tmp_path):
+@pytest.mark.parametrize("share_noise", ["none", "all"])
+def test_causal_pairs_with_a_dummy(share_noise, files, tmp_path):
     """P = 0: the dummy's latents stand for the first ones, and have noise of their own."""
-    stage1(files, tmp_path, generate=True, anchors=0, data=str(tmp_path / "pairs"))
-    stage1(files, tmp_path, check=True, anchors=0, data=str(tmp_path / "pairs"))
-    assert read_tensors(tmp_path / "pairs" / "pairs-000000.safetensors")[0]["backward"].shape == (
-        3,
-        5,
-        9,
-        2,
-        4,
-        4,
-    )
-    assert rows(stage1(files, tmp_path, anchors=0, data=str(tmp_path / "pairs")))[-1]["step"] == 2
+    flags = {"anchors": 0, "data": str(tmp_path / "pairs"), "share_noise": share_noise}
+    stage1(files, tmp_path, generate=True, **flags)
+    stage1(files, tmp_path, check=True, **flags)
+    tensors, _ = read_tensors(tmp_path / "pairs" / "pairs-000000.safetensors")
+    assert tensors["plan1"].shape == (3, 5, 9, 2, 4, 4)
+    assert rows(stage1(files, tmp_path, **flags))[-1]["step"] == 2
 
 
-METHODS = {"causal": {}, "cd": {"method": "cd"}}
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_causal_runs_resume_exactly(name, files, causal_pairs, tmp_path):
-    """2 + 2 steps are 4, bit for bit: weights, optimiser, log, and the average of --method cd."""
-    stage1(files, tmp_path / "b", steps=2, decay=0.0, **METHODS[name])
-    a, b = (stage1(files, tmp_path / x, steps=4, decay=0.0, **METHODS[name]) for x in "ab")
+@pytest.mark.parametrize("method", METHODS)
+def test_causal_runs_resume_exactly(method, files, causal_pairs, tmp_path):
+    """2 + 2 steps are 4, bit for bit: weights, optimiser, log, and the average of consistency."""
+    stage1(files, tmp_path / "b", method, steps=2, decay=0.0)
+    a, b = (stage1(files, tmp_path / x, method, steps=4, decay=0.0) for x in "ab")
     assert same(saved(a), saved(b)) and apart(a, b) == 0 and rows(a) == rows(b)
-    assert any(k.startswith("ema") for k in saved(a)) == (name == "cd")
+    assert any(k.startswith("ema") for k in saved(a)) == (method == "cd")
+
+
+@pytest.fixture(scope="module")
+def every(files, tmp_path_factory):
+    """The flags of a run on every kind of plan, with clips of 15 latents and pairs of one each."""
+    folder = tmp_path_factory.mktemp("every")
+    flags = {"vae": files["vae"], "out": str(folder / "latents"), "clips": 24, "frames": 57}
+    latents.encode(latents.Config(**flags, shard=24))
+    made = {"clips": flags["out"], "latent": (15, 4, 4), "plans": "any", "batch": 1}
+    return files | made | {"folder": folder}
+
+
+def test_every_plan_has_causal_pairs_and_is_trained(every, tmp_path):
+    """All of the mix: teacher, pairs, their check, and both students draw every entry."""
+    lengths = {plans[0].length for _, plans in any_mix(15)}
+    taught = rows(teach(every, tmp_path / "ar", steps=60))
+    assert {r["latents"] for r in taught} == lengths
+    stage1(every, tmp_path, generate=True, pairs=24, shard=1)
+    stage1(every, tmp_path, check=True, pairs=24, shard=1)
+    assert len(causal_pairs_of(every)) == len(any_mix(15))
+    for method in METHODS:
+        log = rows(stage1(every, tmp_path / method, method, steps=60))
+        assert {r["latents"] for r in log} == lengths
+        assert any("before a clip" in r for r in log) and any("after a clip" in r for r in log)
 
 
 def test_teacher_run_resumes_exactly_and_learns(files, tmp_path):
-    """2 + 2 steps are 4; 120 steps on four clips halve the loss in both directions."""
-    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")}
+    """2 + 2 steps are 4; 120 steps on six clips halve the loss in both directions."""
     for folder, steps in (("b", 2), ("a", 4), ("b", 4)):
-        train_ar.main(
-            train_ar.Config(**flags, out=str(tmp_path / folder), steps=steps, decay=0.0, warmup=2)
-        )
-    assert (
-        same(saved(tmp_path / "a"), saved(tmp_path / "b"))
-        and apart(tmp_path / "a", tmp_path / "b", "teacher") == 0
-    )
-    train_ar.main(train_ar.Config(**flags, out=str(tmp_path / "c"), steps=120, lr=5e-3))
-    log = rows(tmp_path / "c")
+        teach(files, tmp_path / folder, steps=steps, decay=0.0, warmup=2)
+    assert same(saved(tmp_path / "a"), saved(tmp_path / "b"))
+    assert apart(tmp_path / "a", tmp_path / "b", "teacher") == 0
+    log = rows(teach(files, tmp_path / "c", steps=120, lr=5e-3))
     for direction in ("forward", "backward"):
         first, last = (sum(r[direction] for r in part) / 15 for part in (log[:15], log[-15:]))
         assert last < first / 2, (direction, first, last)
 
 
 def test_average_of_consistency_follows_the_student(files, tmp_path):
-    """Decay 0 is the student itself after each step; decay 1 stays what it was: the losses differ from step 1 on."""
-    a, b = (rows(stage1(files, tmp_path / str(ema), method="cd", ema=ema)) for ema in (0.0, 1.0))
+    """Decay 0 is the student itself after each step; decay 1 stays what it was: the losses differ
+    from step 1 on."""
+    a, b = (rows(stage1(files, tmp_path / str(ema), "cd", ema=ema)) for ema in (0.0, 1.0))
     assert a[0] == b[0] and a[1]["forward"] != b[1]["forward"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_consistency_hands_on_the_average(parallel, files, tmp_path):
+    """What is written is the average, as published: with decay 1 the weights it began from, with
+    decay 0 the student's, between them neither. It remembers its recipe."""
+    start, _ = read_tensors(files["weights"])
+    for ema in (0.0, 0.5, 1.0):
+        out = stage1(files, tmp_path / str(ema), "cd", ema=ema, parallel=parallel)
+        written, _ = read_tensors(out / "student.safetensors")
+        state = saved(out)
+        student = {k: state[f"dit/{k}"] for k in written}
+        average = {k: state[f"ema/{k}"] for k in written}
+        assert same(written, average)
+        assert same(written, student) == (ema == 0) and same(written, start) == (ema == 1)
+    assert Recipe.read(load_dit(out).recipe) == Recipe(plans="paper")
 
 
 @pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_two_processes_equal_one(files, causal_pairs, tmp_path):
-    """Teacher, causal pairs, both students, by ddp and fsdp: what two processes make is what one makes, to 1e-5."""
-    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")}
-    ode = {k: v for k, v in flags.items() if k != "vae"} | {
-        "teacher": files["teacher"],
-        "data": str(files["folder"] / "pairs"),
-        "steps": 3,
-        "warmup": 2,
-        "lr": 1e-3,
-    }
+    """Teacher, causal pairs, both students, by ddp and fsdp: what two processes make is what one
+    makes, to 1e-5."""
+    keys = ("weights", "clips", "latent", "plans", "dtype", "batch")
+    flags = {k: files[k] for k in keys}
+    ode = flags | {"teacher": files["teacher"], "data": str(files["folder"] / "pairs")}
+    ode |= {"steps": 3, "warmup": 2, "lr": 1e-3}
+    pairs = {"data": str(tmp_path / "pairs"), "pairs": 6, "shard": 3, "generate": True}
+    fsdp = {"parallel": "fsdp"}
     two_processes(
         tmp_path,
-        ("train_ar", flags | {"out": str(tmp_path / "ar"), "steps": 2}),
         (
-            "train_ode",
-            ode
-            | {
-                "out": str(tmp_path / "pairs-run"),
-                "data": str(tmp_path / "pairs"),
-                "pairs": 6,
-                "shard": 3,
-                "generate": True,
-            },
+            "zoo.ar_teacher",
+            flags | {"vae": files["vae"], "out": str(tmp_path / "ar"), "steps": 2},
         ),
-        ("train_ode", ode | {"out": str(tmp_path / "causal"), "parallel": "fsdp"}),
-        ("train_ode", ode | {"out": str(tmp_path / "cd"), "method": "cd", "parallel": "fsdp"}),
+        ("zoo.causal_ode", ode | {"out": str(tmp_path / "none")} | pairs),
+        ("zoo.causal_ode", ode | {"out": str(tmp_path / "causal")} | fsdp),
+        ("zoo.consistency", ode | {"out": str(tmp_path / "cd")} | fsdp),
     )
     assert apart(tmp_path / "ar", files["folder"] / "ar", "teacher") <= 1e-5
     for path in (tmp_path / "pairs").iterdir():
         assert path.read_bytes() == (files["folder"] / "pairs" / path.name).read_bytes()
-    for name, changes in METHODS.items():
-        assert apart(stage1(files, tmp_path / f"one-{name}", **changes), tmp_path / name) <= 1e-5
+    for method in METHODS:
+        one = stage1(files, tmp_path / f"one-{method}", method)
+        assert apart(one, tmp_path / method) <= 1e-5
 
 
 @pytest.mark.parametrize(
-    "flags, says",
+    "method, flags, says",
     [
-        ({"method": "sid"}, "--method 'sid' must be ode or cd"),
-        ({"method": "cd"}, "follows an autoregressive teacher, not --teacher toy"),
-        (
-            {"teacher": "ar:nowhere.safetensors", "method": "cd"},
-            "nowhere.safetensors does not exist",
-        ),
+        ("causal", {"teacher": "nowhere.safetensors"}, "nowhere.safetensors does not exist"),
+        ("cd", {"teacher": "nowhere.safetensors"}, "nowhere.safetensors does not exist"),
+        ("cd", {"generate": True}, "has no pairs: leave out --generate and --check"),
+        ("cd", {"check": True}, "has no pairs"),
+        ("cd", {"clips": "nowhere"}, "nowhere holds no latents"),
+        ("causal", {"data": "nowhere"}, "index.json does not exist: make pairs first"),
+        ("causal", {"plans": "all"}, "--plans 'all' must be one of"),
+        ("cd", {"denoising": (250.0, 500.0)}, "--denoising 250.0 500.0 must fall"),
     ],
 )
-def test_bad_flags(flags, says, files, tmp_path, monkeypatch, capsys):
-    """One sentence, exit code 2."""
-    usual = {
-        "latents": files["latents"],
-        "latent": LATENT,
-        "weights": files["weights"],
-        "out": tmp_path,
-    }
-    code, error = command_line(monkeypatch, capsys, train_ode, **usual | flags)
-    assert code == 2 and says in error
+def test_bad_flags(method, flags, says, files, tmp_path, monkeypatch, capsys):
+    """One sentence, exit code 2, and nothing is written."""
+    keys = ("teacher", "clips", "latent", "weights", "plans")
+    usual = {k: files[k] for k in keys} | {"out": tmp_path / "run"} | flags
+    switches = [f"--{k}" for k, v in usual.items() if v is True]
+    words = {k: v for k, v in usual.items() if v is not True}
+    code, error = command_line(monkeypatch, capsys, METHODS[method], *switches, **words)
+    assert code == 2 and says in error and not (tmp_path / "run").exists()
 
 
 def test_one_block_a_latent(files, tmp_path):
     """Frame-wise (B = 1): teacher, pairs and student with the flags of that preset."""
-    flags = {k: files[k] for k in ("weights", "latents", "latent", "dtype", "batch", "vae")} | {
-        "block": 1,
-        "anchors": 1,
-    }
-    train_ar.main(train_ar.Config(**flags, out=str(tmp_path / "ar"), steps=1))
-    changes = {
-        "block": 1,
-        "anchors": 1,
-        "teacher": f"ar:{tmp_path / 'ar' / 'teacher.safetensors'}",
+    frame = {"block": 1, "anchors": 1}
+    teach(files, tmp_path / "ar", steps=1, **frame)
+    flags = frame | {
+        "teacher": str(tmp_path / "ar" / "teacher.safetensors"),
         "data": str(tmp_path / "pairs"),
     }
-    stage1(files, tmp_path, generate=True, **changes)
-    assert rows(stage1(files, tmp_path, **changes))[-1]["step"] == 2
+    stage1(files, tmp_path, generate=True, **flags)
+    assert rows(stage1(files, tmp_path, **flags))[-1]["step"] == 2
+    for module in (ar_teacher, causal_ode):
+        assert frame.items() <= module.Config.PRESETS["wan-framewise"].items()

@@ -1,17 +1,17 @@
 """Why an autoregressive teacher (Causal Forcing), in closed form; run it alone, it takes seconds.
 
-Latents of a clip as a Gaussian chain: variance 1, correlation rho^|i-j|, a block a latent. For data of covariance S the
-flow's ODE carries noise n to S^(1/2) n: each end point hangs on the noise of *all* latents. A student that sees only some
-of it can at best answer the conditional mean, which has too little variance: the rest is what it blurs, or jumps by.
-"""
+Latents of a clip as a Gaussian chain: variance 1, correlation rho^|i-j|, a block a latent. For data
+of covariance S the flow's ODE carries noise n to S^(1/2) n: each end point hangs on the noise of
+*all* latents. A student that sees only some of it can at best answer the conditional mean, which
+has too little variance: the rest is what it blurs, or jumps by."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import anchors
-from lib.pairs import integrate
-from sampler import noise_from
+import sampler
+from sampler import many_steps, noise_from
 
 RHO, LENGTH = 0.8, 4
 S = RHO ** (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs().double()
@@ -40,26 +40,22 @@ class Gaussian(nn.Module):
 
 
 def end_points(teacher: Gaussian, noise: Tensor, steps: int = 1000) -> Tensor:
-    """Where the ODE carries rows of noise [B, T], by `pairs.integrate`, extrapolated from two step sizes."""
+    """Where the ODE carries rows of noise [B, T], by the sampler's own `many_steps`, extrapolated
+    from two step sizes."""
     B, T = noise.shape
-    empty = torch.zeros(B, 1, 1)
+    empty, everything = torch.zeros(2 * B, 1, 1), anchors.forward(T, T).steps[0]
     ends = []
     for n in (steps, 2 * steps):
-        ((_, states),) = integrate(
-            teacher,
-            anchors.forward(T, T),
-            empty,
-            empty,
-            noise_from(noise.view(B, T, 1, 1, 1)),
-            1.0,
-            keep=(n,),
-        )
-        ends.append(states.view(B, T))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampler, "ODE_STEPS", n)
+            solve = many_steps(teacher, [empty], noise_from(noise.view(B, T, 1, 1, 1)), 1.0)
+            ends.append(solve(0, everything, None, None, None).view(B, T))
     return 2 * ends[1] - ends[0]
 
 
 def left_over(target: Tensor, seen: Tensor) -> float:
-    """Variance of target @ n that knowing seen @ n leaves, n standard normal: what a regression on `seen` cannot tell.
+    """Variance of target @ n that knowing seen @ n leaves, n standard normal: what a regression on
+    `seen` cannot tell.
 
     target: [noise], seen: [things, noise]"""
     return (target - torch.linalg.lstsq(seen.T, target).solution @ seen).square().sum().item()
@@ -72,8 +68,8 @@ def test_the_bidirectional_ode_mixes_the_noise_of_all_latents():
 
 
 def test_a_causal_student_of_a_bidirectional_teacher_learns_a_mean():
-    """Two latents: the first end point is a n1 + b n2, the student sees n1. It answers a n1, and the variance b^2 is lost:
-    (1 - sqrt(1 - rho^2)) / 2, a fifth at rho = 0.8."""
+    """Two latents: the first end point is a n1 + b n2, the student sees n1. It answers a n1, and
+    the variance b^2 is lost: (1 - sqrt(1 - rho^2)) / 2, a fifth at rho = 0.8."""
     (a, b), _ = end_points(Gaussian(S[:2, :2]), torch.eye(2).double())
     lost = left_over(torch.stack([a, b]), torch.tensor([[1.0, 0.0]]).double())
     assert (
@@ -85,8 +81,9 @@ def test_a_causal_student_of_a_bidirectional_teacher_learns_a_mean():
 
 
 def test_a_causal_student_of_an_autoregressive_teacher_learns_the_flow():
-    """The same chain block after block: x1 = n1, then x2 = rho x1 + sqrt(1 - rho^2) n2. Each end point is a function of
-    what the student sees, nothing is left over, and the pair has the covariance of the data."""
+    """The same chain block after block: x1 = n1, then x2 = rho x1 + sqrt(1 - rho^2) n2. Each end
+    point is a function of what the student sees, nothing is left over, and the pair has the
+    covariance of the data."""
     first = end_points(Gaussian(S[:1, :1]), torch.eye(1).double())[0, 0]
     assert first == pytest.approx(1, abs=1e-4)
     for x1 in (-1.0, 0.5, 2.0):  # the teacher after clean context x1
@@ -102,15 +99,15 @@ def test_a_causal_student_of_an_autoregressive_teacher_learns_the_flow():
 
 
 def bidirectional_loss(block: int, seen: range, context: range) -> float:
-    """What a student of the bidirectional teacher misses of latent `block`, seeing the noise of `seen` (its block and anchors)
-    and the clean end points of `context`."""
+    """What a student of the bidirectional teacher misses of latent `block`, seeing the noise of
+    `seen` (its block and anchors) and the clean end points of `context`."""
     M, eye = root(S), torch.eye(LENGTH).double()
     return left_over(M[block], torch.cat([eye[list(seen)], M[list(context)]]))
 
 
 def test_clean_context_helps_later_blocks_only():
-    """Forward: what the past tells of the unseen noise is not lost. The first block has no past and loses most; the last one
-    has no unseen future and loses nothing."""
+    """Forward: what the past tells of the unseen noise is not lost. The first block has no past and
+    loses most; the last one has no unseen future and loses nothing."""
     lost = [bidirectional_loss(i, range(i, i + 1), range(i)) for i in range(LENGTH)]
     blind = [bidirectional_loss(i, range(i, i + 1), range(0)) for i in range(LENGTH)]
     assert (
@@ -121,8 +118,9 @@ def test_clean_context_helps_later_blocks_only():
 
 
 def test_anchors_show_the_student_the_noise_it_misses():
-    """Backward, the block at the end: each anchor before it shows the noise of one more latent, and the loss falls with P:
-    anchors mend for the bidirectional teacher what an autoregressive teacher does not have to mend."""
+    """Backward, the block at the end: each anchor before it shows the noise of one more latent, and
+    the loss falls with P: anchors mend for the bidirectional teacher what an autoregressive teacher
+    does not have to mend."""
     lost = [
         bidirectional_loss(LENGTH - 1, range(LENGTH - 1 - P, LENGTH), range(0)) for P in range(4)
     ]

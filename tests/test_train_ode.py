@@ -1,7 +1,5 @@
-"""Stage 1: pairs are exact and checked, the loss is the paper's, and neither processes, batches nor interruptions change the result."""
+"""Stage 1: the loss is the paper's, and processes, batches, interruptions change nothing."""
 
-import hashlib
-import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +13,6 @@ from tiny import (
     command_line,
     crash,
     distance,
-    randn,
     rows,
     same,
     saved,
@@ -30,20 +27,18 @@ import anchors
 import train_ode
 from anchors import layout
 from dit import DiT, load_dit, save_dit
-from lib import pairs
 from lib.common import UserError
-from lib.pairs import KEEP, integrate, pair_noise
-from lib.text import Prompts
 from lib.weights import read_tensors, write_safetensors
-from sampler import noise_from, ode_sigmas, student_sigmas
-from train_ode import Config, main, ode_loss
+from mixes import any_mix
+from sampler import Recipe
+from train_ode import Config, main, mean_over, ode_loss, rate, recipe_of, scored_slots
 
 LATENT = (6, 4, 4)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Tiny checkpoints and six pairs in three shards."""
+    """Tiny checkpoints and six pairs in three shards, for the paper's two plans."""
     folder = tmp_path_factory.mktemp("ode")
     paths = tiny_checkpoints(folder)
     made = {
@@ -51,6 +46,7 @@ def files(tmp_path_factory):
         "weights": paths["student"],
         "data": str(folder / "pairs"),
         "latent": LATENT,
+        "plans": "paper",
         "pairs": 6,
         "shard": 2,
         "dtype": "float32",
@@ -62,21 +58,19 @@ def files(tmp_path_factory):
 
 def train(files, out, **changes):
     """Train in this process; the folder it wrote."""
+    flags = {"out": str(out), "steps": 3, "batch": 4, "warmup": 2, "lr": 1e-3}
     with suppress(SystemExit):  # stopped by a signal
-        main(
-            Config(
-                **{
-                    **files,
-                    "out": str(out),
-                    "steps": 3,
-                    "batch": 4,
-                    "warmup": 2,
-                    "lr": 1e-3,
-                    **changes,
-                }
-            )
-        )
+        main(Config(**files | flags | changes))
     return out
+
+
+@pytest.fixture(scope="module")
+def every(files, tmp_path_factory):
+    """The flags of a run on every kind of plan, and its pairs: 15 latents, a shard a pair."""
+    data = str(tmp_path_factory.mktemp("every") / "pairs")
+    made = files | {"data": data, "latent": (15, 4, 4), "plans": "any", "pairs": 24, "shard": 1}
+    main(Config(**made, generate=True))
+    return made
 
 
 # ---------------------------------------------------------------- the loss, by hand
@@ -92,7 +86,8 @@ class Constant(nn.Module):
         return self.v.expand_as(x)
 
 
-# one channel of 1 x 2 cells; latent i is 20 + i at sigma 1, 10 + i at sigma .5 and i at the end, so v = 20 is exact
+# one channel of 1 x 2 cells; latent i is 20 + i at sigma 1, 10 + i at sigma .5 and i at the end,
+# so v = 20 is exact
 STATES = (
     (torch.tensor([20.0, 10.0, 0.0])[:, None] + torch.arange(6.0))
     .view(1, 3, 6, 1, 1, 1)
@@ -102,8 +97,8 @@ LEVELS = torch.tensor([1.0, 0.5, 0.0])
 
 
 def by_hand(plan, *levels, v=(18.0, 20.0), **options):
-    """ode_loss of a network that answers v, for each list of levels one sample. v = 18 errs by 2 sigma in one of two cells, so a
-    slot's mean square is 2 at sigma 1 and .5 at sigma .5."""
+    """ode_loss of a network that answers v, for each list of levels one sample. v = 18 errs by 2
+    sigma in one of two cells, so a slot's mean square is 2 at sigma 1 and .5 at sigma .5."""
     dit = Constant(torch.tensor(v))
     lay = layout(plan)
     states = STATES[:, :, [i if i >= 0 else ~i for i in lay.latent]].expand(
@@ -115,27 +110,51 @@ def by_hand(plan, *levels, v=(18.0, 20.0), **options):
 
 
 def test_loss_by_hand():
-    """Mean over the targets of each sample: three slots at 2 and three at .5 are 1.25; all at sigma 1 are 2."""
+    """Mean over the targets of each sample: three slots at 2 and three at .5 are 1.25; all at sigma
+    1 are 2."""
     assert by_hand(anchors.backward(6, 3, 3), [0, 1], [0, 0], [1, 1])[0] == [1.25, 2.0, 0.5]
     assert by_hand(anchors.forward(6), [0, 1], [1, 0])[0] == [1.25, 1.25]
 
 
 def test_anchors_share_their_steps_level_and_are_replicated():
-    """Slots: targets 3-5 and 0-2, then the anchors 0-2 of step 0: state, time and position of step 0 with the content of latents 0-2."""
+    """Slots: targets 3-5 and 0-2, then the anchors 0-2 of step 0: state, time and position of step
+    0 with the content of latents 0-2."""
     dit = by_hand(anchors.backward(6, 3, 3), [0, 1])[1]
     assert dit.x[0, :, 0, 0, 0].tolist() == [23, 24, 25, 10, 11, 12, 20, 21, 22]
     assert dit.t.tolist() == [[1000] * 3 + [500] * 3 + [1000] * 3]
     assert dit.pos.tolist() == [3, 4, 5, 0, 1, 2, 0, 1, 2]
 
 
+def test_which_slots_are_scored_by_hand():
+    """Targets; anchors and dummies only if asked; what is only there to be read never."""
+    backward = layout(anchors.backward(6, 3, 2))  # targets 3-5, 0-2, anchors 1-2
+    assert scored_slots(backward).tolist() == [True] * 6 + [False] * 2
+    assert scored_slots(backward, anchors=True).tolist() == [True] * 8
+    dummy = layout(anchors.backward(6, 3, 0, dummy=True))
+    assert scored_slots(dummy, anchors=True).tolist() == [False] * 3 + [True] * 6
+    assert scored_slots(dummy, dummies=True).tolist() == [True] * 9
+    forced = layout(anchors.forward(6), teacher_forcing=True)
+    assert scored_slots(forced, True, True).tolist() == [False] * 3 + [True] * 6
+
+
+def test_mean_over_scored_slots_by_hand():
+    """Of errors 1, 2, 6: slots 0 and 2 mean 3.5; a choice of its own for each sample; of none 0."""
+    error = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1, 1).expand(3, 3, 2, 1, 1)
+    assert mean_over(error, torch.tensor([True, False, True])).tolist() == [3.5] * 3
+    each = torch.tensor([[True, True, True], [False, True, False], [False, False, False]])
+    assert mean_over(error, each).tolist() == [3, 2, 0]
+
+
 def test_anchors_are_scored_only_when_asked():
-    """Scored, the three anchors at sigma 1 count 2 each: (6 * 2 + 3 * .5) / 9 = 1.5 instead of 1.25."""
+    """Scored, the three anchors at sigma 1 count 2 each: (6 * 2 + 3 * .5) / 9 = 1.5 instead of
+    1.25."""
     assert by_hand(anchors.backward(6, 3, 3), [0, 1], loss_on_anchors=True)[0] == [1.5]
 
 
 @pytest.mark.parametrize("scored", [False, True])
 def test_dummy_is_never_scored(scored):
-    """The dummy has no truth: a network wrong by 1000 on its slots alone has the same loss. It is fed the latents it stands at."""
+    """The dummy has no truth: a network wrong by 1000 on its slots alone has the same loss. It is
+    fed the latents it stands at."""
     v = torch.tensor([18.0, 20.0]).repeat(9, 1)
     v[:3] = 1000
     loss, dit = by_hand(
@@ -148,202 +167,13 @@ def test_dummy_is_never_scored(scored):
 
 
 def test_clean_steps_are_not_scored():
-    """A step at t = 0 shows the end point, and only the others count; a sample with nothing to score has loss 0."""
+    """A step at t = 0 shows the end point, and only the others count; a sample with nothing to
+    score has loss 0."""
     loss, dit = by_hand(anchors.backward(6, 3, 3), [0, 2], [2, 1], [2, 2], v=(18.0, 18.0))
     assert loss == [4.0, 1.0, 0.0]
     assert dit.t[0].tolist() == [1000] * 3 + [0] * 3 + [1000] * 3 and dit.x[
         0, 3:6, 0, 0, 0
     ].tolist() == [0, 1, 2]
-
-
-def test_student_is_trained_on_the_levels_it_samples_with():
-    """The kept states stand at sigma 1, .9375, .8333, .625 and 0."""
-    assert KEEP == (0, 12, 24, 36, 48)
-    assert [ode_sigmas()[k] for k in KEEP] == [*student_sigmas(), 0.0]
-
-
-# ---------------------------------------------------------------- pairs
-class Towards(nn.Module):
-    """The velocity of the flow from noise to one point, the mean of the prompt: v = (x - mean) / sigma."""
-
-    def __init__(self):
-        super().__init__()
-        self.patch_embedding = nn.Linear(1, 1)
-
-    def text_kv(self, prompt):
-        return prompt
-
-    def forward(self, x, t, prompt, pos, past=None):
-        return (x - prompt.mean((1, 2)).view(-1, 1, 1, 1, 1)) / (t / 1000)[..., None, None, None]
-
-
-@pytest.mark.parametrize("shift", [1.0, 5.0])
-def test_trajectory_of_a_known_flow(shift):
-    """Euler is exact on straight lines: the states are mean + sigma (noise - mean), where guidance 3 makes the mean 1 + 3 (2 - 1)."""
-    noise, prompt = randn(0, 2, 3, 1, 2, 2).double(), torch.full((2, 1, 1), 2.0).double()
-    ((_, states),) = integrate(
-        Towards(),
-        anchors.forward(3),
-        prompt,
-        torch.ones_like(prompt),
-        noise_from(noise),
-        3.0,
-        shift,
-        keep=KEEP,
-    )
-    sigmas = torch.tensor([ode_sigmas(48, shift)[k] for k in (0, 12, 24, 36, 48)]).double()
-    want = 4 + sigmas.view(1, 5, 1, 1, 1, 1) * (noise[:, None] - 4)
-    assert distance(states, want) <= 1e-5 and torch.equal(states[:, 0], noise)
-
-
-def test_pairs_are_the_teachers_trajectories(files):
-    """Pair n starts from the noise of (seed, n), follows the teacher with caption n, and is stored as float16 states of all five levels."""
-    teacher, source = load_dit(files["teacher"]), Prompts("toy", 64, 12)
-    tensors, made = read_tensors(f"{files['data']}/pairs-000004.safetensors")
-    noise = noise_from(pair_noise(Config(**files), 2, 5)[None])
-    ((_, states),) = integrate(
-        teacher, anchors.forward(6, 6), source([5]), source.embed([""]), noise, 2.0, keep=KEEP
-    )
-    assert (
-        tensors["states"].shape == (2, 5, 6, 2, 4, 4) and tensors["states"].dtype == torch.float16
-    )
-    assert distance(tensors["states"][1].float(), states[0]) <= 4e-3
-    assert (
-        tensors["sigmas"].tolist() == pytest.approx([1, 0.9375, 5 / 6, 0.625, 0])
-        and made["guidance"] == 2.0
-    )
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_only_the_missing_shard_is_made_again(files, tmp_path, capsys):
-    """Delete a shard and run again: it comes back bit for bit, the others are not touched, and the index names all hashes."""
-    data = shutil.copytree(files["data"], tmp_path / "pairs")
-    shards = sorted(data.glob("*.safetensors"))
-    before = {p.name: (digest(p), p.stat().st_mtime_ns) for p in shards}
-    shards[1].unlink()
-    main(Config(**files | {"data": str(data)}, generate=True))
-    assert "3 shards, 1 to make here" in capsys.readouterr().out
-    assert {p.name: digest(p) for p in shards} == {n: d for n, (d, _) in before.items()}
-    assert all(p.stat().st_mtime_ns == before[p.name][1] for p in shards if p != shards[1])
-    index = json.loads((data / "index.json").read_text())
-    assert index["shards"] == {n: d for n, (d, _) in before.items()} and index["pairs"] == 6
-
-
-def test_interrupted_generation_goes_on(files, tmp_path, monkeypatch, capsys):
-    """SIGTERM in the second shard: the first stays, no index claims that all is there, and the same command makes the rest."""
-    made = files | {"data": str(tmp_path)}
-    at_call(monkeypatch, pairs, "make_pairs", 2, terminate)
-    main(Config(**made, generate=True))
-    assert [p.name for p in tmp_path.iterdir()] == [
-        "pairs-000000.safetensors"
-    ] and "stopped" in capsys.readouterr().out
-    main(Config(**made, generate=True))
-    assert (tmp_path / "index.json").read_text() == Path(files["data"], "index.json").read_text()
-
-
-def rewrite(data, change):
-    """Change the states of the first shard and sign them in the index, as a broken generator would."""
-    path = data / "pairs-000000.safetensors"
-    tensors, made = read_tensors(path)
-    tensors = {k: v.clone() for k, v in tensors.items()}
-    change(tensors["states"])
-    write_safetensors(path, tensors, made)
-    index = json.loads((data / "index.json").read_text())
-    (data / "index.json").write_text(
-        json.dumps(index | {"shards": index["shards"] | {path.name: digest(path)}})
-    )
-
-
-def flip_byte(data):
-    path = data / "pairs-000002.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
-
-
-DAMAGES = {
-    "flipped byte": (flip_byte, {}, "pairs-000002.safetensors is not the file the index names"),
-    "NaN": (
-        lambda data: rewrite(data, lambda x: x[1, 2].fill_(float("nan"))),
-        {},
-        "pairs-000000.safetensors holds NaN",
-    ),
-    "another seed": (lambda data: None, {"seed": 1}, "does not start from the noise of seed 1"),
-    "another shift": (lambda data: None, {"shift": 8}, "but shift 8.0 needs"),
-    "another size": (
-        lambda data: None,
-        {"latent": (9, 4, 4)},
-        "with --latent 6 4 4, but --latent is 9 4 4",
-    ),
-    "start noise as end": (
-        lambda data: rewrite(data, lambda x: x[:, 4].copy_(x[:, 0])),
-        {},
-        "do not fall from noise to a clean end",
-    ),
-    "fresh noise as end": (
-        lambda data: rewrite(data, lambda x: x[:, 4].copy_(randn(9, *x[:, 4].shape))),
-        {},
-        "do not fall from noise to a clean end",
-    ),
-    "missing index": (
-        lambda data: (data / "index.json").unlink(),
-        {},
-        "index.json does not exist: make pairs first",
-    ),
-    "missing shard": (
-        lambda data: (data / "pairs-000002.safetensors").unlink(),
-        {},
-        "pairs-000002.safetensors does not exist",
-    ),
-}
-
-
-def test_good_pairs_pass_the_check(files, monkeypatch, capsys):
-    """The check says how many pairs, of whom, and how far the end is from noise."""
-    flags = {k: files[k] for k in ("latent", "data", "teacher")}
-    assert command_line(monkeypatch, capsys, train_ode, "--check", **flags) == (0, "")
-    assert "6 pairs in 3 shards are good" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_check_names_the_damage(name, files, tmp_path, monkeypatch, capsys):
-    """Every kind of damage ends with exit code 2 and one line that names file and fault."""
-    damage, flags, says = DAMAGES[name]
-    data = shutil.copytree(files["data"], tmp_path / "pairs")
-    damage(data)
-    flags = {"latent": LATENT, "data": data, "teacher": files["teacher"]} | flags
-    code, error = command_line(monkeypatch, capsys, train_ode, "--check", **flags)
-    assert code == 2 and says in error
-
-
-def test_shards_of_two_makings_are_refused(files, tmp_path):
-    """Pairs of guidance 2 and 3 in one folder are not one data set, though each shard is whole."""
-    data = shutil.copytree(files["data"], tmp_path / "pairs")
-    (data / "pairs-000002.safetensors").unlink()
-    with pytest.raises(UserError, match="guidance"):
-        main(Config(**files | {"data": str(data)}, generate=True, guidance=3.0))
-        main(Config(**files | {"data": str(data)}, check=True, guidance=3.0))
-
-
-def test_pairs_of_another_teacher_are_refused(files, tmp_path):
-    """Which teacher made the pairs is recorded in the shards and compared with the flag."""
-    with pytest.raises(UserError, match="--teacher .*teacher.safetensors, but --teacher is other"):
-        train(files, tmp_path, teacher="other")
-
-
-def test_pairs_of_other_prompts_are_refused(files, tmp_path):
-    """A student trained on one list of prompts and pairs of another would learn nonsense in silence."""
-    (tmp_path / "prompts.txt").write_text("a red square moves left over a green wave\n")
-    with pytest.raises(UserError, match="prompts"):
-        train(files, tmp_path / "run", prompts=str(tmp_path / "prompts.txt"))
-
-
-def test_pairs_are_found_whatever_the_shard_flag(files, tmp_path):
-    """How many pairs a file holds is a fact of the data: --shard while training changes nothing."""
-    assert apart(train(files, tmp_path / "a"), train(files, tmp_path / "b", shard=64)) == 0
 
 
 # ---------------------------------------------------------------- training
@@ -360,18 +190,69 @@ def test_one_pair_is_learned(files, tmp_path):
 
 
 def test_log_has_a_row_each_step(files, tmp_path):
-    """Each row: step, the loss of both directions, and the gradient's norm before clipping."""
+    """Each row: step, the loss of each plan by name, the gradient's norm before clipping, and how
+    many latents this iteration's plans have."""
     log = rows(train(files, tmp_path))
-    assert [r["step"] for r in log] == [0, 1, 2] and all(
-        r.keys() == {"step", "forward", "backward", "norm"} for r in log
-    )
+    assert [r["step"] for r in log] == [0, 1, 2]
+    assert all(r.keys() == {"step", "forward", "backward", "norm", "latents"} for r in log)
+    assert {r["latents"] for r in log} == {6}
     assert (
         load_dit(tmp_path).config == tiny_dit(**WORDED).config
     )  # the student is a checkpoint as any other
 
 
+def test_a_student_remembers_its_recipe(files, tmp_path):
+    """Levels, shift, block, anchors, head, whose noise anchors have, and the mix of plans lie in
+    the checkpoint beside the sizes of the network; a teacher has none."""
+    recipe = Recipe.read(load_dit(train(files, tmp_path, share_noise="start", anchors=2)).recipe)
+    assert recipe == Recipe(anchors=2, share_noise="start", plans="paper")
+    assert recipe == recipe_of(Config(**files | {"share_noise": "start", "anchors": 2}))
+    assert load_dit(files["teacher"]).recipe is None
+
+
+def test_stage_1_of_other_levels(files, tmp_path):
+    """Three levels: as many states are stored, trained on, and remembered."""
+    flags = files | {"data": str(tmp_path / "pairs"), "denoising": (1000.0, 500.0, 250.0)}
+    main(Config(**flags, generate=True))
+    tensors, _ = read_tensors(tmp_path / "pairs" / "pairs-000000.safetensors")
+    assert tensors["states"].shape == (2, 4, 6, 2, 4, 4)
+    student = load_dit(train(flags, tmp_path / "run"))
+    assert Recipe.read(student.recipe).levels == (1000.0, 500.0, 250.0)
+    with pytest.raises(
+        UserError, match=r"denoising is \[1000.0, 500.0, 250.0\], not \[1000.0, 750"
+    ):
+        train(flags | {"denoising": (1000.0, 750.0, 500.0, 250.0)}, tmp_path / "other")
+
+
+def test_every_plan_is_trained(every, tmp_path, monkeypatch):
+    """--plans any: the iterations draw entries of the mix, each iteration trains all plans of its
+    own, logs them by name, and shows given clips clean and without loss."""
+    seen, real = set(), train_ode.ode_loss
+
+    def looked_at(dit, lay, states, levels, sigmas, *rest):
+        seen.add(lay.latent + lay.pos)
+        for j, step in enumerate(by_layout[lay.latent + lay.pos].steps):
+            assert not step.commits or (levels[:, j] == len(sigmas) - 1).all()
+        return real(dit, lay, states, levels, sigmas, *rest)
+
+    mix = any_mix(15)
+    by_layout = {}
+    for _, plans in mix:
+        for plan in plans:
+            lay = layout(plan)
+            by_layout[lay.latent + lay.pos] = plan
+    monkeypatch.setattr(train_ode, "ode_loss", looked_at)
+    log = rows(train(every, tmp_path, steps=60, batch=1))
+    assert seen == by_layout.keys()
+    assert {r["latents"] for r in log} == {plans[0].length for _, plans in mix}
+    for r in log:
+        names = r.keys() - {"step", "norm", "latents"}
+        assert names in [{plan.name for plan in plans} for _, plans in mix]
+
+
 def test_each_iteration_draws_anew(files, tmp_path):
-    """With a still student the losses differ from step to step and from seed to seed, and only so."""
+    """With a still student the losses differ from step to step and from seed to seed, and only
+    so."""
     a, b, c = (
         rows(train(files, tmp_path / name, lr=0.0, seed=seed))
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
@@ -381,37 +262,48 @@ def test_each_iteration_draws_anew(files, tmp_path):
 
 @pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
 def test_two_processes_equal_one(files, tmp_path):
-    """Generating and training, by ddp and by fsdp, on 2 processes and on 1: the same shards to the byte, the same weights to 1e-5."""
-    common_flags = {**files, "steps": 3, "batch": 4, "warmup": 2, "lr": 1e-3}
-    said = two_processes(
+    """Generating and training, by ddp and by fsdp, on 2 processes and on 1: the same shards to the
+    byte, the same weights to 1e-5."""
+    flags = {**files, "steps": 3, "batch": 4, "warmup": 2, "lr": 1e-3}
+    sharded = {"parallel": "fsdp", "micro": 1, "save_every": 2}
+    out = two_processes(
         tmp_path,
-        ("train_ode", common_flags | {"data": str(tmp_path / "pairs"), "generate": True}),
-        ("train_ode", common_flags | {"out": str(tmp_path / "ddp")}),
-        (
-            "train_ode",
-            common_flags
-            | {"out": str(tmp_path / "fsdp"), "parallel": "fsdp", "micro": 1, "save_every": 2},
-        ),
+        ("train_ode", flags | {"data": str(tmp_path / "pairs"), "generate": True}),
+        ("train_ode", flags | {"out": str(tmp_path / "ddp")}),
+        ("train_ode", flags | {"out": str(tmp_path / "fsdp")} | sharded),
     )
-    assert (
-        "2 processes x 1 accumulated x 2 = 4 samples" in said
-        and "2 to make here" in said
-        and "1 to make here" in said
-    )
+    assert "2 processes x 1 accumulated x 2 = 4 samples" in out
+    assert "6 pairs in 3 shards, 3 to make" in out
     one = train(files, tmp_path / "one")
     for name in ("ddp", "fsdp"):
         assert apart(one, tmp_path / name) <= 1e-5
-        assert [r["forward"] for r in rows(tmp_path / name)] == pytest.approx(
-            [r["forward"] for r in rows(one)], abs=1e-5
-        )
+        losses = [r["forward"] for r in rows(tmp_path / name)]
+        assert losses == pytest.approx([r["forward"] for r in rows(one)], abs=1e-5)
     names = sorted(p.name for p in (tmp_path / "pairs").iterdir())
     for name in names:
         assert (tmp_path / "pairs" / name).read_bytes() == Path(files["data"], name).read_bytes()
     assert len(names) == 4
-    four = train(
-        files, tmp_path / "four", steps=4
-    )  # and a state written by two processes is good for one
+    four = train(files, tmp_path / "four", steps=4)
+    # and a state written by two processes is good for one
     assert apart(four, train(files, tmp_path / "fsdp", steps=4)) <= 1e-5
+
+
+@pytest.mark.xdist_group("torchrun")  # one at a time: each starts three processes
+def test_two_processes_equal_one_on_every_plan(every, tmp_path):
+    """All processes draw the same entry, so the mix changes nothing: 2 processes equal 1."""
+    flags = every | {"steps": 6, "batch": 2, "warmup": 2, "lr": 1e-3}
+    two_processes(
+        tmp_path,
+        ("train_ode", flags | {"data": str(tmp_path / "pairs"), "generate": True}),
+        ("train_ode", flags | {"out": str(tmp_path / "ddp")}),
+        ("train_ode", flags | {"out": str(tmp_path / "fsdp"), "parallel": "fsdp"}),
+    )
+    one = train(flags, tmp_path / "one", steps=6, batch=2)
+    assert len({r["latents"] for r in rows(one)}) > 1
+    for name in ("ddp", "fsdp"):
+        assert apart(one, tmp_path / name) <= 1e-5
+    for path in (tmp_path / "pairs").iterdir():
+        assert path.read_bytes() == Path(every["data"], path.name).read_bytes()
 
 
 def test_resume_is_exact(files, tmp_path):
@@ -420,6 +312,14 @@ def test_resume_is_exact(files, tmp_path):
     a, b = train(files, tmp_path / "a", steps=4), train(files, tmp_path / "b", steps=4)
     assert same(saved(a), saved(b)) and apart(a, b) == 0 and rows(a) == rows(b)
     assert saved(a)["step"] == 4 and any("exp_avg" in k for k in saved(a))
+
+
+def test_resume_is_exact_on_every_plan(every, tmp_path):
+    """So it is where each iteration draws its plans: 3 + 3 steps are 6."""
+    train(every, tmp_path / "b", steps=3, batch=2)
+    a, b = (train(every, tmp_path / name, steps=6, batch=2) for name in "ab")
+    assert same(saved(a), saved(b)) and apart(a, b) == 0 and rows(a) == rows(b)
+    assert len({r["latents"] for r in rows(a)}) > 1
 
 
 def test_resume_under_fsdp(files, tmp_path):
@@ -433,7 +333,15 @@ def test_resume_under_fsdp(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"lr": 1e-4}, {"anchors": 2}, {"guidance": 7.0}, {"seed": 5}, {"batch": 2}]
+    "setting",
+    [
+        {"lr": 1e-4},
+        {"anchors": 2},
+        {"clean": 0.1},
+        {"share_noise": "all"},
+        {"seed": 5},
+        {"batch": 2},
+    ],
 )
 def test_resume_with_other_settings_is_refused(setting, files, tmp_path):
     """A state of another run is not continued; the sentence names the setting and its old value."""
@@ -444,7 +352,8 @@ def test_resume_with_other_settings_is_refused(setting, files, tmp_path):
 
 
 def test_sigterm_saves_and_the_run_goes_on(files, tmp_path, monkeypatch, capsys):
-    """SIGTERM in step 1: the step is finished and saved; the same command ends as if nothing had happened."""
+    """SIGTERM in step 1: the step is finished and saved; the same command ends as if nothing had
+    happened."""
     at_call(monkeypatch, train_ode, "ode_loss", 3, terminate)  # two calls a step
     train(files, tmp_path / "b")
     assert (
@@ -456,7 +365,8 @@ def test_sigterm_saves_and_the_run_goes_on(files, tmp_path, monkeypatch, capsys)
 
 
 def test_a_killed_run_logs_each_step_once(files, tmp_path, monkeypatch):
-    """Killed in step 3 with a state of 2 steps, the run does step 2 again; its row stands in the log once."""
+    """Killed in step 3 with a state of 2 steps, the run does step 2 again; its row stands in the
+    log once."""
     at_call(monkeypatch, train_ode, "clip_gradients", 4, crash)
     with pytest.raises(MemoryError):
         train(files, tmp_path, steps=4, save_every=2)
@@ -486,11 +396,12 @@ def test_a_signal_to_one_process_stops_both(files, tmp_path):
         {"loss_on_anchors": True},
         {"clean": 0.5},
         {"anchors": 1},
+        {"teacher_forcing": True},
     ],
     ids=str,
 )
 def test_ablations_run_and_change_the_result(changes, files, tmp_path):
-    """Every ablation trains, and is no dead flag."""
+    """Every ablation trains on the same pairs, and is no dead flag."""
     if "latent" in changes:
         files = files | {"latent": changes["latent"], "data": str(tmp_path / "pairs"), "pairs": 2}
         main(Config(**files, generate=True))
@@ -505,7 +416,8 @@ def test_ablations_run_and_change_the_result(changes, files, tmp_path):
 
 
 def test_rate_rises_and_falls(files, tmp_path, monkeypatch):
-    """Warm-up over 2 of 8 steps, decay over the last half: lr * (1/2, 1, 1, 1, 1, 3/4, 2/4, 1/4)."""
+    """Warm-up over 2 of 8 steps, decay over the last half: lr * (1/2, 1, 1, 1, 1, 3/4, 2/4,
+    1/4)."""
     rates, real = [], train_ode.clip_gradients
     monkeypatch.setattr(
         train_ode,
@@ -534,7 +446,8 @@ def test_bfloat16_takes_the_same_steps(files, tmp_path):
 def test_only_speed_and_memory_depend_on_checkpointing_compiling_and_micro(
     files, tmp_path, monkeypatch
 ):
-    """Recomputing activations, tracing the blocks, or accumulating samples one by one or two by two, gives the same weights."""
+    """Recomputing activations, tracing the blocks, or accumulating samples one by one or two by
+    two, gives the same weights."""
     monkeypatch.setattr(DiT.compile_blocks, "__defaults__", ("eager",))
     one = train(
         files, tmp_path / "one", lr=1e-4
@@ -557,7 +470,8 @@ def test_batch_that_cannot_be_shared_is_refused(files, tmp_path):
 
 
 def test_nan_in_a_pair_stops_training(files, tmp_path, monkeypatch, capsys):
-    """A NaN in the data ends the run with exit code 1, naming step and loss; the state saved before is not touched."""
+    """A NaN in the data ends the run with exit code 1, naming step and loss; the state saved before
+    is not touched."""
     data = shutil.copytree(files["data"], tmp_path / "pairs")
     train(files | {"data": str(data)}, tmp_path, steps=2)
     before = (tmp_path / "state.pt").read_bytes()
@@ -571,12 +485,13 @@ def test_nan_in_a_pair_stops_training(files, tmp_path, monkeypatch, capsys):
         train_ode,
         **files | {"data": data, "out": tmp_path, "steps": 4, "batch": 4, "warmup": 2, "lr": 1e-3},
     )
-    assert code == 1 and "step 2: the loss is [nan, nan] (forward, backward)" in error
+    assert code == 1 and "step 2: the loss is {'forward': nan, 'backward': nan}, through" in error
     assert (tmp_path / "state.pt").read_bytes() == before
 
 
 def test_nan_names_its_sample(files, tmp_path, monkeypatch, capsys):
-    """One sample of a batch in two rounds is not finite: its number in the step is named, and no other."""
+    """One sample of a batch in two rounds is not finite: its number in the step is named, and no
+    other."""
     real, calls = train_ode.ode_loss, []
 
     def broken(*args):
@@ -592,7 +507,8 @@ def test_nan_names_its_sample(files, tmp_path, monkeypatch, capsys):
         train_ode,
         **files | {"out": tmp_path, "steps": 4, "batch": 4, "micro": 2},
     )
-    assert code == 1 and "step 1: the loss is [nan, " in error and "through sample 3;" in error
+    assert code == 1 and "step 1: the loss is {'forward': nan, " in error
+    assert "through sample 3;" in error
 
 
 def test_infinite_gradient_stops_training(files, tmp_path, monkeypatch):
@@ -603,3 +519,33 @@ def test_infinite_gradient_stops_training(files, tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError, match="step 0"):
         train(files, tmp_path / "run", weights=str(tmp_path / "bad.safetensors"))
     assert not (tmp_path / "run" / "state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ({"plans": "all"}, "--plans 'all' must be one of paper, any"),
+        ({"share_noise": "some"}, "--share_noise 'some' must be none, start or all"),
+        ({"latent": (6, 4)}, "must be three numbers"),
+        ({"block": 4}, "6 latents is not a multiple of the block 4; use 4 or 8"),
+        ({"anchors": 4}, "4 anchors do not fit the block 3"),
+        ({"denoising": (250.0, 500.0)}, "--denoising 250.0 500.0 must fall"),
+        ({"parallel": "ddq"}, "--parallel 'ddq' must be"),
+        ({"weights": "nowhere.safetensors"}, "nowhere.safetensors does not exist"),
+        ({"data": "nowhere"}, "index.json does not exist: make pairs first, with --generate"),
+    ],
+)
+def test_impossible_settings_are_refused(flags, says, files, tmp_path, monkeypatch, capsys):
+    """A mistake is named before anything is written, with exit code 2."""
+    flags = files | {"out": tmp_path / "run"} | flags
+    code, error = command_line(monkeypatch, capsys, train_ode, **flags)
+    assert code == 2 and says in error and not (tmp_path / "run").exists()
+
+
+def test_rate_by_hand():
+    """A warm-up of 2 iterations, then constant, then down to zero over the last half of 8."""
+    config = Config(lr=4e-4, warmup=2, steps=8, decay=0.5)
+    want = [2e-4, 4e-4, 4e-4, 4e-4, 4e-4, 3e-4, 2e-4, 1e-4]
+    assert [rate(config, step) for step in range(8)] == pytest.approx(want)
+    still = Config(lr=1e-3, warmup=0, steps=8, decay=0.0)
+    assert [rate(still, step) for step in range(8)] == pytest.approx([1e-3] * 8)

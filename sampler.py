@@ -70,6 +70,10 @@ class Recipe:
     share_noise: str = "none"
     plans: str = "paper"  # the mix it was trained on (plans.py)
 
+    def __post_init__(self) -> None:
+        for levels in filter(None, (self.levels, self.first_levels)):
+            student_sigmas(levels)  # raises for impossible ones
+
     @classmethod
     def read(cls, values: dict | None) -> "Recipe | None":
         """From a checkpoint's metadata; None if it says nothing. raises: UserError"""

@@ -415,6 +415,7 @@ def main(
     gradient_of = gradient_of or dmd_gradient
     rank, processes, device = start(config.device)
     dtype, mix = dtype_of(config.dtype), mix or mix_of(config)
+    recipe_of(config)  # impossible levels are refused before any work
     if not config.clips and len(without_given(mix)) < len(mix):
         mix = without_given(mix)
         if rank == 0:

@@ -32,6 +32,7 @@ from train_ode import (
     network,
     per_slot,
     prepared_layouts,
+    recipe_of,
     scored_slots,
 )
 from zoo import causal_ode
@@ -84,6 +85,7 @@ def main(config: Config) -> None:
     if config.generate or config.check:
         raise UserError("consistency distillation has no pairs: leave out --generate and --check")
     mix = mix_of(config)
+    recipe_of(config)  # impossible levels are refused before any work
     dit = network(config, config.weights, device, trained=True)
     average = network(config, config.weights, device, trained=False)
     dtype = dtype_of(config.dtype)

@@ -389,6 +389,7 @@ def train(
 def main(config: Config) -> None:
     rank, world, device = start(config.device)
     mix = mix_of(config)
+    recipe_of(config)  # impossible levels are refused before any work
     if config.generate:
         make_pairs(config, mix, rank, world, device)
         return

@@ -151,6 +151,7 @@ def write_missing(
 
     shapes: group -> tensor -> its shape for one pair;  micro: pairs made at a time, 0: 16"""
     todo = missing_shards(where)
+    mean_over_processes({"looked": 1.0}, device)  # nobody writes before all have looked
     if rank == 0:
         numbers = sum(
             len(r) * sum(math.prod(shape) for shape in shapes(where.group(r)).values())

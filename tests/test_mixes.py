@@ -4,11 +4,19 @@ import pytest
 import torch
 
 import anchors
-import plans
 from anchors import HORIZON, Step, View
 from lib.common import UserError
 from lib.pairs import Where
-from plans import any_mix, both_directions, draw, dummies_of, paper_mix, prefix_mix, without_given
+from plans import (
+    MIXES,
+    any_mix,
+    both_directions,
+    draw,
+    paper_mix,
+    prefix_mix,
+    rows_of,
+    without_given,
+)
 
 SIZES = [(length, block) for length in range(6, 22) for block in range(1, 7)]
 WHOLE = [(length, block) for length, block in SIZES if length % block == 0]
@@ -18,7 +26,7 @@ WHOLE = [(length, block) for length, block in SIZES if length % block == 0]
 def test_the_papers_mix_is_exactly_the_papers():
     """One entry: forward and backward over 21 latents, block 3, three anchors; nothing else."""
     assert paper_mix() == ((1.0, (anchors.forward(21), anchors.backward(21))),)
-    assert plans.MIXES["paper"] is paper_mix
+    assert MIXES["paper"] is paper_mix
 
 
 @pytest.mark.parametrize("P", range(4))
@@ -43,8 +51,8 @@ def test_both_directions_with_a_head_by_hand():
 def by_name(mix) -> dict[str, float]:
     """What share of the iterations trains on a plan of this name and length."""
     shares = {}
-    for share, plans in mix:
-        for plan in plans:
+    for share, some in mix:
+        for plan in some:
             key = f"{plan.name} {plan.length}"
             shares[key] = shares.get(key, 0) + share
     return shares
@@ -112,7 +120,7 @@ def test_every_plan_of_any_mix_is_valid(length, block):
     for P in {0, 1, block}:
         mix = any_mix(length, block, P)
         assert sum(share for share, _ in mix) == pytest.approx(1, abs=1e-12)
-        assert all(share > 0 and plans for share, plans in mix)
+        assert all(share > 0 and some for share, some in mix)
         for _, plans in mix:
             assert len({plan.length for plan in plans}) == 1
             for plan in plans:
@@ -175,10 +183,10 @@ def test_only_given_clips_need_clips():
     assert without_given(paper_mix()) == paper_mix()
 
 
-def test_dummies_need_rows_of_noise():
-    """As many as there are negative latents."""
-    assert dummies_of(both_directions(9, 3, 3)) == 0 and dummies_of(both_directions(9, 3, 0)) == 3
-    assert dummies_of(both_directions(15, 6, 0, head=3)) == 0
+def test_rows_of_noise():
+    """One for each latent and each dummy, and as many again for anchors."""
+    assert rows_of(both_directions(9, 3, 3)) == 18 and rows_of(both_directions(9, 3, 0)) == 24
+    assert rows_of(both_directions(15, 6, 0, head=3)) == 30
 
 
 # ---------------------------------------------------------------- pairs
@@ -189,7 +197,7 @@ def test_every_entry_gets_pairs_in_proportion(shards):
     mix = any_mix()
     where = Where(None, shards * 32, 32, {}, lambda u: draw(mix, u), str)
     hits = torch.bincount(
-        torch.tensor([where.entry(r) for r in where.ranges()]), minlength=len(mix)
+        torch.tensor([where.group(r) for r in where.ranges()]), minlength=len(mix)
     )
     assert hits.min() > 0 and hits.sum() == shards
     for (share, _), hit in zip(mix, hits.tolist(), strict=True):

@@ -22,12 +22,12 @@ import train_ode
 from anchors import forward
 from dit import load_dit, save_dit
 from lib.common import UserError
-from lib.pairs import kept_states
+from lib.pairs import kept_states, pair_noise, read_pairs
 from lib.text import Prompts
 from lib.weights import read_tensors, write_safetensors
 from plans import both_directions
 from sampler import many_steps, noise_from, ode_sigmas, student_sigmas
-from train_ode import Config, main, mix_of, pair_noise, pairs_for, trajectory_shapes
+from train_ode import Config, main, mix_of, trajectory_shapes
 
 LATENT = (6, 4, 4)
 LEVELS = (1000.0, 750.0, 500.0, 250.0)
@@ -68,12 +68,10 @@ def shards(flags: dict) -> list[Path]:
 
 
 def found(flags: dict) -> dict:
-    """The pairs that training would read, by entry of the mix."""
+    """The pairs that training would read, by their length."""
     config = Config(**flags)
-    mix = mix_of(config)
-    return pairs_for(
-        config, mix, Prompts(config.prompts, 64, 12), trajectory_shapes(config, mix, 2)
-    )
+    words = Prompts(config.prompts, 64, 12).words
+    return read_pairs(config, words, trajectory_shapes(config, 2))
 
 
 # ---------------------------------------------------------------- what is kept
@@ -154,7 +152,7 @@ def test_pairs_are_the_teachers_trajectories(files):
     assert tensors["states"].shape == (2, 5, 6, 2, 4, 4)
     assert tensors["states"].dtype == torch.float16
     assert distance(tensors["states"][1].float(), want) <= 4e-3
-    assert made["guidance"] == 2.0 and (made["first"], made["count"], made["entry"]) == (4, 2, 0)
+    assert made["guidance"] == 2.0 and (made["first"], made["count"], made["group"]) == (4, 2, 6)
 
 
 # ---------------------------------------------------------------- each with its caption and noise
@@ -211,29 +209,27 @@ def test_exchanged_files_keep_their_captions_and_noise(copy, tmp_path, monkeypat
     assert trained_on(monkeypatch, copy, tmp_path / "run") == set(range(6))
 
 
-def test_every_entry_of_a_mix_has_its_own_pairs(copy, tmp_path):
-    """Of all plans: a shard is of one entry, and as long as that entry's plans."""
+def test_every_length_of_a_mix_has_its_own_pairs(copy, tmp_path):
+    """Of all plans: a shard is of one length, and every length has some."""
     flags = copy | {"latent": (9, 4, 4), "plans": "any", "pairs": 16, "shard": 2}
     flags["data"] = str(tmp_path / "any")
     main(Config(**flags, generate=True))
-    mix, entries = mix_of(Config(**flags)), found(flags)
-    assert sorted(entries) == list(range(len(mix))) == [0, 1, 2]
-    for entry, some in entries.items():
-        length = mix[entry][1][0].length
+    lengths = found(flags)
+    assert sorted(lengths) == sorted({p[0].length for _, p in mix_of(Config(**flags))}) == [1, 6, 9]
+    for length, some in lengths.items():
         assert {pair.shard["states"].shape[2] for pair in some} == {length}
-    assert sorted(pair.number for some in entries.values() for pair in some) == list(range(16))
+    assert sorted(pair.number for some in lengths.values() for pair in some) == list(range(16))
     main(Config(**flags, check=True))
 
 
-def test_entries_without_pairs_are_left_out_and_said(copy, tmp_path, capsys):
-    """Too few shards for every entry: it trains on the others, and says so."""
+def test_plans_without_pairs_are_left_out_and_said(copy, tmp_path, capsys):
+    """Too few shards for every length: it trains on the others, and says so."""
     flags = copy | {"latent": (9, 4, 4), "plans": "any", "pairs": 2, "data": str(tmp_path / "any")}
     main(Config(**flags, generate=True))
     main(Config(**flags | {"out": str(tmp_path / "run"), "steps": 4, "batch": 2}))
-    assert "2 of 3 entries of --plans any have no pairs" in capsys.readouterr().out
+    assert "2 of 3 kinds of plans have no pairs yet" in capsys.readouterr().out
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    (entry,) = found(flags)
-    length = mix_of(Config(**flags))[entry][1][0].length
+    (length,) = found(flags)
     assert {json.loads(line)["latents"] for line in log} == {length}
 
 

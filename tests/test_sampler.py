@@ -17,13 +17,13 @@ from kvcache import KVCache
 from lib.common import Stream, UserError, generator
 from sampler import (
     Recipe,
-    blocks,
     gather,
     generate,
     noise_from,
     noise_seeded,
     ode_sigmas,
     shift_sigma,
+    student_blocks,
     student_sigmas,
     teacher_blocks,
 )
@@ -431,7 +431,7 @@ def test_gradients_stay_in_their_block_and_level(name, level):
     noise, made = leaves()
     with_grad, caches, real = [], [], sampler.cache_for
     model.register_forward_pre_hook(lambda *_: with_grad.append(torch.is_grad_enabled()))
-    made_blocks = blocks(model, plan, [randn(5, 1, 5, 32)], noise, exit_at=lambda n: level)
+    made_blocks = student_blocks(model, plan, [randn(5, 1, 5, 32)], noise, exit_at=lambda n: level)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             sampler, "cache_for", lambda *a, **k: caches.append(real(*a, **k)) or caches[0]
@@ -570,7 +570,7 @@ def test_long_videos_take_constant_memory(way):
         plan, calls, peak = anchors.long(length, way), [], 0
         hook = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         noise = noise_seeded([(0, 0, 0)], (4, H, W))
-        for n, _ in blocks(model, plan, [randn(5, 1, 5, 32)], noise):
+        for n, _ in student_blocks(model, plan, [randn(5, 1, 5, 32)], noise):
             peak = max(peak, live_bytes()) if n % 6 < 2 else peak
         hook.remove()
         peaks.append((plan.capacity, peak))

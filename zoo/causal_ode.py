@@ -39,7 +39,7 @@ from lib.pairs import (
 from lib.text import Prompts
 from plans import Mix, draw, rows_of
 from sampler import Noise, cache_for, clean_pass, many_steps, noise_from, rollout
-from train_ode import mix_of, train
+from train_ode import mix_of, recipe_of, train
 
 
 @dataclass
@@ -171,6 +171,7 @@ def check_pair(config: Config, mix: Mix, channels: int) -> Callable[[int, Pair],
 def main(config: Config) -> None:
     rank, world, device = start(config.device)
     mix = mix_of(config)
+    recipe_of(config)  # impossible levels are refused before any work
     if config.generate:
         make_pairs(config, mix, rank, world, device)
         return

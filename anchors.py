@@ -317,7 +317,7 @@ def both_directions(
     head: size of the forward blocks and of the block of latent 0 (0: block). Without anchors,
         backward blocks of the forward size could be taken for a beginning: a dummy comes first"""
     head = head or block
-    dummy = not anchors and head == block
+    dummy = not anchors and head == block < length
     return forward(length, head), backward(length, block, anchors, head=head, dummy=dummy)
 
 

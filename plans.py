@@ -24,6 +24,7 @@ from anchors import (
     EVERYTHING,
     HORIZON,
     ORDERS,
+    SINK_GAP,
     Plan,
     Step,
     View,
@@ -214,11 +215,15 @@ def any_mix(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -
         (0.05, [(forward(1, 1),)]),
     ]
     if same_blocks and length > window + 2 * block:
-        views = [View(window, sinks, sinks) for sinks in (True, False)]
-        windowed = [(forward(length, block, v), backward(length, block, anchors, v)) for v in views]
+        room = 3 * block + window + max(anchors, 0) + SINK_GAP  # that a view with both sinks takes
+        sinks = View(window, True, True) if room <= HORIZON else View(window)
+        windowed = [
+            (forward(length, block, view), backward(length, block, anchors, view))
+            for view in dict.fromkeys((sinks, View(window)))
+        ]
         given = [
             _beside_clip(length, 4 * block, block, anchors, EVERYTHING),
-            _beside_clip(length, 4 * block, block, anchors, views[0]),
+            _beside_clip(length, 4 * block, block, anchors, sinks),
             _beside_clip(5 * block, 4 * block, block, anchors, EVERYTHING),
             _beside_clip(length, 2 * block, block, anchors, EVERYTHING),
         ]

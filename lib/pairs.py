@@ -90,6 +90,8 @@ def pairs_where(
     names: Sequence[str] = MADE_BY,
 ) -> Where:
     """Where a run's pairs lie. config: of train_ode.py;  words: pair -> prompt"""
+    if min(config.pairs, config.shard) < 1:
+        raise UserError(f"--pairs {config.pairs} and --shard {config.shard} must be at least 1")
     folder, settings = Path(config.data), settings_of(config, names)
     return Where(folder, config.pairs, config.shard, settings, group_of, words)
 
@@ -158,8 +160,8 @@ def write_missing(
             for r in where.ranges()
         )
         print(
-            f"{where.pairs} pairs in {len(where.ranges())} shards, {2 * numbers / 1e9:.2g} GB in "
-            f"all; {len(todo)} shards to make",
+            f"{where.pairs} pairs in {len(where.ranges())} shards, {len(todo)} to make; "
+            f"{2 * numbers / 1e9:.2g} GB in all",
             flush=True,
         )
     mine = todo[rank::world]
@@ -221,6 +223,7 @@ class Pair:
     number: int
     shard: dict[str, Tensor]
     row: int
+    file: str
 
 
 def read_pairs(
@@ -267,7 +270,7 @@ def read_pairs(
                 f"{name} does not hold what its plans leave behind, {want}; delete it and run "
                 "--generate again"
             )
-        rows = [Pair(n, tensors, row) for row, n in enumerate(numbers)]
+        rows = [Pair(n, tensors, row, name) for row, n in enumerate(numbers)]
         groups.setdefault(made["group"], []).extend(rows)
     return groups
 
@@ -283,11 +286,13 @@ def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[in
             )
     for group, some in pairs.items():
         for pair in some:
-            for key, x in pair.shard.items():
-                if not x[pair.row].isfinite().all():
-                    raise UserError(f"the {key} of pair {pair.number} are not finite; delete it")
-            if wrong := check(group, pair):
-                raise UserError(f"pair {pair.number}: {wrong}")
+            lost = [k for k, x in pair.shard.items() if not x[pair.row].isfinite().all()]
+            wrong = f"its {lost[0]} are not finite" if lost else check(group, pair)
+            if wrong:
+                raise UserError(
+                    f"pair {pair.number} in {pair.file}: {wrong}; delete that file and run "
+                    "--generate again"
+                )
 
 
 def slot_states(pair: Pair, lay: object, d: int) -> Tensor:

@@ -252,7 +252,7 @@ def test_only_the_missing_shard_is_made_again(files, tmp_path, capsys):
     before = {p.name: (digest(p), p.stat().st_mtime_ns) for p in shards}
     shards[1].unlink()
     main(Config(**files | {"data": str(data)}, generate=True))
-    assert "all; 1 shards to make" in capsys.readouterr().out
+    assert "3 shards, 1 to make; " in capsys.readouterr().out
     assert {p.name: digest(p) for p in shards} == {n: d for n, (d, _) in before.items()}
     assert all(p.stat().st_mtime_ns == before[p.name][1] for p in shards if p != shards[1])
     index = json.loads((data / "index.json").read_text())
@@ -302,7 +302,7 @@ DAMAGES = {
     "NaN": (
         lambda data: rewrite(data, lambda x: x[1, 2].fill_(float("nan"))),
         {},
-        "the states of pair 1 are not finite",
+        "pair 1 in pairs-000000.safetensors: its states are not finite",
     ),
     "another seed": (lambda data: None, {"seed": 1}, "do not start from the noise of seed 1"),
     "another shift": (lambda data: None, {"shift": 8}, "shift is 5.0, not 8.0"),
@@ -430,7 +430,7 @@ def test_two_processes_equal_one(files, tmp_path):
         ),
     )
     assert "2 processes x 1 accumulated x 2 = 4 samples" in said
-    assert "6 pairs in 3 shards" in said and "3 shards to make" in said
+    assert "6 pairs in 3 shards, 3 to make" in said
     one = train(files, tmp_path / "one")
     for name in ("ddp", "fsdp"):
         assert apart(one, tmp_path / name) <= 1e-5

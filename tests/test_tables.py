@@ -169,8 +169,8 @@ def test_every_student_of_a_table_is_trained_by_some_command():
     ends = {end.parent.name for end, _, _ in commands}
     assert {f"{row.student}-4" for table in tables.TABLES.values() for row in table} <= ends
     for end, need, line in commands:
-        script, *words = line.split()
-        config = from_cli(importlib.import_module(script[:-3]).Config, words)
+        module, *words = line.removeprefix("-m ").split()
+        config = from_cli(importlib.import_module(module.removesuffix(".py")).Config, words)
         assert config.seed == 4 and Path(config.out) == end.parent
         assert need is None or (config.student == str(need) and need in {e for e, _, _ in commands})
 

@@ -27,11 +27,11 @@ STAGE1 = {  # flags of train_ode.py
     "clean-p0": "--anchors 0 --teacher_forcing",
 }
 AR = {3: "out/ar", 0: "out/ar0"}  # P: an autoregressive teacher's folder; its pairs in .../pairs
+CAUSAL1 = {}  # stages 1 of Causal Forcing (zoo/), whole commands
 for P, ar in AR.items():
-    teacher = (
-        f"--anchors {P} --teacher ar:{ar}/teacher.safetensors --weights {ar}/teacher.safetensors"
-    )
-    STAGE1 |= {f"causal-p{P}": f"{teacher} --data {ar}/pairs", f"cd-p{P}": f"{teacher} --method cd"}
+    teacher = f"--anchors {P} --teacher {ar}/teacher.safetensors --weights {ar}/teacher.safetensors"
+    CAUSAL1[f"causal-p{P}"] = f"-m zoo.causal_ode {teacher} --data {ar}/pairs"
+    CAUSAL1[f"cd-p{P}"] = f"-m zoo.consistency {teacher}"
 STAGE2 = {  # student: (its stage 1, flags of train_dmd.py)
     "exp1": ("p0", "--anchors 0"),
     "exp3": ("b6", STAGE1["b6"]),
@@ -49,9 +49,9 @@ CAUSAL = {
     for way in ("clean", "causal", "cd")
     for P in (3, 0)
 }
-BUDGET = (
-    "--steps 300 --batch 16 --lr 5e-4",  # [ours] a laptop's
-    "--steps 120 --ratio 2 --batch 8 --lr 2e-5 --ema_start 60 --sheet_every 0",
+BUDGET = (  # the paper's two plans, for as long as a laptop can [ours]
+    "--plans paper --steps 300 --batch 16 --lr 5e-4",
+    "--plans paper --steps 120 --ratio 2 --batch 8 --lr 2e-5 --ema_start 60 --sheet_every 0",
 )
 
 
@@ -60,41 +60,39 @@ def folder(root: str, name: str, seed: int) -> Path:
     return Path(root) / f"{name}-{seed}"
 
 
+def stage_1(root: str, weights: str, pairs: str, name: str, seed: int) -> str:
+    """The command of a stage-1 run."""
+    teacher = f"{weights}/teacher.safetensors"
+    start = f"train_ode.py --teacher {teacher} --weights {teacher} --data {pairs}"
+    what = CAUSAL1.get(name) or f"{start} {STAGE1[name]}"
+    return f"{what} --out {folder(root, name, seed)} --seed {seed} {BUDGET[0]}"
+
+
+def stage_2(root: str, weights: str, name: str, seed: int) -> str:
+    """The command of a stage-2 run."""
+    first, flags = (STAGE2 | CAUSAL)[name]
+    teacher, student = f"{weights}/teacher.safetensors", folder(root, first, seed)
+    return (
+        f"train_dmd.py --student {student / 'student.safetensors'} --teacher {teacher} "
+        f"--critic {teacher} --vae {weights}/vae.safetensors --out {folder(root, name, seed)} "
+        f"--seed {seed} {BUDGET[1]} {flags}"
+    )
+
+
 def commands(
     root: str, weights: str, pairs: str, seeds: list[int]
 ) -> list[tuple[Path, Path | None, str]]:
     """(file a run ends with, file it needs first, command) of every run, stage 1 first."""
-    todo = []
+    todo: list[tuple[Path, Path | None, str]] = []
     for seed in seeds:
-        for name, flags in STAGE1.items():
-            out, teacher = folder(root, name, seed), f"{weights}/teacher.safetensors"
-            start = "" if "--weights" in flags else f"--teacher {teacher} --weights {teacher} "
-            data = "" if "--data" in flags else f"--data {pairs} "
-            todo.append(
-                (
-                    out / "student.safetensors",
-                    None,
-                    f"train_ode.py {start}{data}--out {out} --seed {seed} {BUDGET[0]} {flags}",
-                )
-            )
+        for name in STAGE1 | CAUSAL1:
+            end = folder(root, name, seed) / "student.safetensors"
+            todo.append((end, None, stage_1(root, weights, pairs, name, seed)))
         for name, (first, flags) in (STAGE2 | CAUSAL).items():
-            out, student = (
-                folder(root, name, seed),
-                folder(root, first, seed) / "student.safetensors",
-            )
-            end = out / (
-                "backward.safetensors" if "shared_student false" in flags else "student.safetensors"
-            )
-            teacher = f"{weights}/teacher.safetensors"
-            todo.append(
-                (
-                    end,
-                    student,
-                    f"train_dmd.py --student {student} --teacher {teacher} --critic {teacher} "
-                    f"--vae {weights}/vae.safetensors --out {out} --seed {seed} "
-                    f"{BUDGET[1]} {flags}",
-                )
-            )
+            last = "backward" if "shared_student false" in flags else "student"
+            end = folder(root, name, seed) / f"{last}.safetensors"
+            need = folder(root, first, seed) / "student.safetensors"
+            todo.append((end, need, stage_2(root, weights, name, seed)))
     return todo
 
 
@@ -104,7 +102,7 @@ class Config:
 
     out: str = "out/tables"  # a folder a run
     weights: str = "toy/weights"  # teacher and VAE
-    pairs: str = "out/pairs"  # made by train_ode.py --generate
+    pairs: str = "out/pairs"  # made by train_ode.py --generate --plans paper
     seeds: tuple[int, ...] = (0, 1, 2)
     students: tuple[str, ...] = ()  # only these (and what they start from); default: Table 5's
     jobs: int = 2  # runs at a time, one thread each

@@ -5,9 +5,10 @@
     folders   a job done again in its folder with other settings: it is refused, or what is there
               afterwards is, byte for byte, what the new settings make in a new folder
 
-Input may be accepted or refused in one sentence (UserError, OSError, FloatingPointError; for flags
-also --help's exit). Anything else is a finding: another exception, more than 10 seconds (120 for a run), more than
-2 GiB. Every input follows from (seed, number), so a finding can be made again.
+Input may be accepted or refused in one sentence (UserError, OSError, FloatingPointError; for
+flags also --help's exit). Anything else is a finding: another exception, more than 10 seconds
+(120 for a run), more than 2 GiB. Every input follows from (seed, number), so a finding can be
+made again.
 
     python -m tools.fuzz --inputs 10000          # a few minutes; --only NUMBER repeats one file
 """
@@ -199,8 +200,8 @@ def files(folder: Path) -> list[tuple[Path, Callable[[Path], object]]]:
         )
     )
     good("flags.txt", flags).write_text(
-        "--prompt a red disc --order backward --seconds 2.5 --size 32 32 --latent 21 4 4 --steps 10 "
-        "--lr 1e-3"
+        "--prompt a red disc --order backward --seconds 2.5 --size 32 32 --latent 21 4 4 "
+        "--steps 10 --lr 1e-3"
     )
     return made
 

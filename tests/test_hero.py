@@ -6,9 +6,9 @@ import pytest
 from pages import ROOT
 
 import anchors
-from anchors import COLOURS
 from lib.common import UserError
 from tools import hero
+from tools.plan import COLOURS
 
 YELLOW, GREEN = COLOURS["a"], COLOURS["T"]
 

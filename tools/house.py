@@ -28,6 +28,7 @@ METHOD = (  # the eight files of the method, in reading order
     "evaluate.py",
     "vae.py",
 )
+BESIDE = ("plans.py", "generate.py", "clips.py")  # the other files at top level
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -102,10 +103,12 @@ def with_line_counts(text: str) -> str:
     return re.sub(r"^(\|(?: \d+ \|)? `([\w/]+\.py)` \| )\d+ \|", row, text, flags=re.M)
 
 
-def with_total(text: str) -> str:
-    """README with the lines of the eight in its sentence about them."""
-    total = f"{sum(lines(file) for file in METHOD):,}"
-    return re.sub(r"(The first eight are )\S+( lines)", rf"\g<1>{total}\g<2>", text)
+def with_totals(text: str) -> str:
+    """README with the lines of the eight, and of all eleven, in its sentence about them."""
+    eight = sum(lines(file) for file in METHOD)
+    eleven = eight + sum(lines(file) for file in BESIDE)
+    text = re.sub(r"(The first eight are )\S+( lines)", rf"\g<1>{eight:,}\g<2>", text)
+    return re.sub(r"(all eleven )[\d,]+", rf"\g<1>{eleven:,}", text)
 
 
 def file_table() -> str:
@@ -134,13 +137,13 @@ class Config:
 def main(config: Config) -> None:
     for name, value in house().items():
         print(f"{value:8.2f}  {name}" if isinstance(value, float) else f"{value:8,}  {name}")
-    for file in (*METHOD, "generate.py"):
+    for file in (*METHOD, *BESIDE):
         length, function = longest_function(file)
         print(f"{lines(file):8,}  {file}, its longest function: {function}, {length}")
     if config.write:
         readme, files = ROOT / "README.md", ROOT / "docs" / "files.md"
         with atomic(readme) as tmp:
-            tmp.write_text(with_total(with_line_counts(readme.read_text(encoding="utf-8"))))
+            tmp.write_text(with_totals(with_line_counts(readme.read_text(encoding="utf-8"))))
         with atomic(files) as tmp:
             tmp.write_text(with_file_table(files.read_text(encoding="utf-8")))
         print(f"wrote {readme.name} and docs/{files.name}")

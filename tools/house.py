@@ -75,7 +75,7 @@ def first_sentence(file: str) -> str:
     """What a file says of itself: the first sentence of its docstring."""
     text = ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8"))) or ""
     paragraph = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[.]) ", paragraph)[0].rstrip(".")
+    return re.split(r"(?<=[.])(?<!Fig[.]) ", paragraph)[0].rstrip(".")
 
 
 def house() -> dict[str, float]:
@@ -95,7 +95,7 @@ def house() -> dict[str, float]:
 
 # ---------------------------------------------------------------- what the documents say
 def with_line_counts(text: str) -> str:
-    """The document, its rows "| `file.py` | number |" with the lines of that file as the number."""
+    """The document, its rows "| `NAME.py` | number |" with the lines of that file as the number."""
 
     def row(match: re.Match) -> str:
         return f"{match[1]}{lines(match[2])} |" if (ROOT / match[2]).is_file() else match[0]
@@ -122,8 +122,10 @@ def file_table() -> str:
 
 
 def with_file_table(text: str) -> str:
-    """docs/files.md with the table of files as it is now."""
+    """docs/files.md with the table of files, and the lines of all, as they are now."""
     table = re.compile(r"^\| file \| lines \|.*?(?=\n\n)", re.M | re.S)
+    whole = f"{house()['lines of all, without tests and zoo']:,}"
+    text = re.sub(r"(without tests and zoo: )[\d,]+", rf"\g<1>{whole}", text)
     return table.sub(lambda _: file_table(), text)
 
 

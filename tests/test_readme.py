@@ -79,7 +79,7 @@ def run(command: str, folder: Path) -> None:
     script = importlib.import_module(module)
     config = common.from_cli(script.Config, flags)
     for name, value in (FEWER | IN_PLACE.get(module, {})).items():
-        if hasattr(config, name) and not isinstance(getattr(config, name), tuple):
+        if type(getattr(config, name, None)) is type(value):  # --clips is a number, or a folder
             setattr(config, name, value)
     script.main(config)
     if "--out" in words:

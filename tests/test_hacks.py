@@ -1,7 +1,8 @@
 """Every hack of docs/hacks.md applies to the project as it is, and runs; README counts its lines.
 
 A patch is a ```diff block: `--- file` begins the part for a file, `@@` the next place in it. Lines
-without a mark say where, lines with - must be there too. There are no line numbers to go stale."""
+without a mark say where, lines with - must be there too. There are no line numbers to go stale. A
+file that is not there is made."""
 
 import os
 import re
@@ -18,6 +19,8 @@ from imageio import v3 as iio
 from pages import PAGES, README, ROOT, anchors_of, blocks, commands, prose
 
 FEWER = {  # flags of every command that has them, so that it ends soon
+    "pairs": 4,
+    "shard": 2,
     "steps": 2,
     "batch": 2,
     "sheet_every": 0,
@@ -70,6 +73,9 @@ def patched(source: str, hunk: list[str]) -> str:
     """The source with one place of a patch applied. raises: AssertionError if it is not there."""
     before = "".join(line[1:] + "\n" for line in hunk if line[0] in " -")
     after = "".join(line[1:] + "\n" for line in hunk if line[0] in " +")
+    if not source:
+        assert not before, "a new file has nothing to be found in it"
+        return after
     assert before.strip(), "the patch does not say where"
     assert source.count(before) == 1, f"found {source.count(before)} times:\n{before}"
     return source.replace(before, after)
@@ -78,8 +84,15 @@ def patched(source: str, hunk: list[str]) -> str:
 def test_a_patch_is_applied():
     """The place is found by its lines, nothing else changes; a place that is gone is an error."""
     assert patched("a\nb\nc\n", [" a", "-b", "+B", "+x"]) == "a\nB\nx\nc\n"
-    with pytest.raises(AssertionError, match="found 0 times"):
-        patched("a\nc\n", [" a", "-b", "+B"])
+    assert patched("", ["+a", "+b"]) == "a\nb\n"
+    for source, hunk, says in (
+        ("a\nc\n", [" a", "-b", "+B"], "found 0 times"),
+        ("a\na\n", [" a", "+B"], "found 2 times"),
+        ("a\n", ["+B"], "does not say where"),
+        ("", [" a", "+B"], "new file"),
+    ):
+        with pytest.raises(AssertionError, match=says):
+            patched(source, hunk)
 
 
 def test_there_are_five_and_readme_counts_them():
@@ -152,8 +165,11 @@ def test_a_hack_applies_and_runs(hack, copy):
     """The patch fits the project as it is; its commands and its Python run, and leave files."""
     for file, hunk in hack.hunks:
         path = copy / file
-        path.write_text(patched(path.read_text(), hunk))
+        path.write_text(patched(path.read_text() if path.exists() else "", hunk))
     for command in commands(hack.text):
+        if command.startswith("cp "):
+            shutil.copy(*(copy / name for name in command.split()[1:]))
+            continue
         words = smaller(command, copy)
         ran(words[1:], copy)
         if "--out" in words:

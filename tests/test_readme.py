@@ -30,9 +30,9 @@ FEWER = {
     "sheet_every": 0,
     "vae": "toy/weights/vae.safetensors",
 }
-IN_PLACE = {"train_dmd": {"vae": ""}, "zoo.causal_forcing": {"vae": ""}}
+IN_PLACE = {"train_dmd": {"vae": ""}, "zoo.ar_teacher": {"vae": ""}}
 NOT_HERE = (  # words of commands that need what this folder lacks
-    *("Wan2.1", "--preset", "--size 64", "out/dmd ", "toy.tables", "--table"),
+    *("Wan2.1", "--preset", "--size 64", "out/dmd ", "toy.tables", "toy.students"),
     *("prompts.safetensors", "student.pt", "pip install"),
 )
 MADE_ELSEWHERE = ("long.mp4", "backward.mp4")  # clips that the story looks for beside itself
@@ -79,7 +79,7 @@ def run(command: str, folder: Path) -> None:
     script = importlib.import_module(module)
     config = common.from_cli(script.Config, flags)
     for name, value in (FEWER | IN_PLACE.get(module, {})).items():
-        if hasattr(config, name) and not isinstance(getattr(config, name), tuple):
+        if type(getattr(config, name, None)) is type(value):  # --clips is a number, or a folder
             setattr(config, name, value)
     script.main(config)
     if "--out" in words:

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 import anchors
-from anchors import Plan, Step
+from anchors import Plan
 from generate import load_models
 from lib import text
 from lib.common import UserError, atomic, run
-from lib.media import to_uint8, write_text
+from lib.media import to_uint8
+from lib.picture import write_text
 from sampler import generate, noise_seeded
 from tools.plan import COLOURS
 
@@ -47,11 +48,11 @@ class Config:
 @torch.no_grad()
 def video_of(config: Config, plan: Plan) -> list[Picture]:
     """One frame for each latent of the plan's video, the last that the latent stands for."""
-    dit, vae = load_models(config.weights, torch.float32, torch.device("cpu"))
-    c = dit.config
-    told = text.embed([config.prompt], c.text_dim, c.text_len)
-    shape = (c.in_dim, 32 // vae.config.space, 32 // vae.config.space)
-    latents = generate(dit, plan, [told], noise_seeded([(config.seed, 0, 0)], shape))
+    dit, vae = load_models(config.weights)
+    c, side = dit.config, 32 // vae.config.space
+    words = dit.text_kv(text.embed([config.prompt], c.text_dim, c.text_len))
+    noise = noise_seeded([(config.seed, 0, 0)], (c.in_dim, side, side))
+    latents = generate(dit, plan, [words], noise)  # (1, T, C, h, w)
     video = vae.decode(latents)[0]  # (3, F, H, W)
     shown = torch.arange(plan.length) * vae.config.time  # latent i ends with frame 4i
     return list(to_uint8(video[:, shown]))
@@ -70,14 +71,6 @@ def box(image: Picture, row: int, column: int, side: int, colour: tuple[int, ...
 
 
 # ---------------------------------------------------------------- the plan, left
-def marks(step: Step, anchors_there: bool) -> dict[int, str]:
-    """Latent -> its mark in a step's row; anchors are there only while the step is denoised."""
-    marked = {latent: "r" for latent, _ in step.reads}
-    if anchors_there:
-        marked |= {latent: "a" for latent in step.anchors}
-    return marked | {latent: "T" for latent in step.targets}
-
-
 def plan_panel(plan: Plan, current: int, anchors_there: bool) -> Picture:
     """The plan up to the step `current`, whose anchors are there or gone."""
     height, width = (len(plan.steps) + 1) * CELL, (plan.length + 1) * CELL
@@ -88,9 +81,11 @@ def plan_panel(plan: Plan, current: int, anchors_there: bool) -> Picture:
         write_text(image, 6, left, digits, scale=2)
     for n, step in enumerate(plan.steps):
         write_text(image, (n + 1) * CELL + 6, 4, str(n + 1), scale=2)
-        marked = marks(step, anchors_there and n == current) if n <= current else {}
+        mark = anchors.marks(step) if n <= current else {}
+        if not anchors_there or n != current:
+            mark = {latent: letter for latent, letter in mark.items() if letter != "a"}
         for latent in range(plan.length):
-            colour = COLOURS[marked[latent]] if latent in marked else 242
+            colour = COLOURS[mark[latent]] if latent in mark else 242
             box(image, (n + 1) * CELL, (latent + 1) * CELL, CELL, colour)
     return image
 

@@ -28,6 +28,7 @@ METHOD = (  # the eight files of the method, in reading order
     "evaluate.py",
     "vae.py",
 )
+BESIDE = ("plans.py", "generate.py", "clips.py")  # the other files at top level
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -74,7 +75,7 @@ def first_sentence(file: str) -> str:
     """What a file says of itself: the first sentence of its docstring."""
     text = ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8"))) or ""
     paragraph = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[.]) ", paragraph)[0].rstrip(".")
+    return re.split(r"(?<=[.])(?<!Fig[.]) ", paragraph)[0].rstrip(".")
 
 
 def house() -> dict[str, float]:
@@ -94,7 +95,7 @@ def house() -> dict[str, float]:
 
 # ---------------------------------------------------------------- what the documents say
 def with_line_counts(text: str) -> str:
-    """The document, its rows "| `file.py` | number |" with the lines of that file as the number."""
+    """The document, its rows "| `NAME.py` | number |" with the lines of that file as the number."""
 
     def row(match: re.Match) -> str:
         return f"{match[1]}{lines(match[2])} |" if (ROOT / match[2]).is_file() else match[0]
@@ -102,10 +103,12 @@ def with_line_counts(text: str) -> str:
     return re.sub(r"^(\|(?: \d+ \|)? `([\w/]+\.py)` \| )\d+ \|", row, text, flags=re.M)
 
 
-def with_total(text: str) -> str:
-    """README with the lines of the eight in its sentence about them."""
-    total = f"{sum(lines(file) for file in METHOD):,}"
-    return re.sub(r"(The first eight are )\S+( lines)", rf"\g<1>{total}\g<2>", text)
+def with_totals(text: str) -> str:
+    """README with the lines of the eight, and of all eleven, in its sentence about them."""
+    eight = sum(lines(file) for file in METHOD)
+    eleven = eight + sum(lines(file) for file in BESIDE)
+    text = re.sub(r"(The first eight are )\S+( lines)", rf"\g<1>{eight:,}\g<2>", text)
+    return re.sub(r"(all eleven )[\d,]+", rf"\g<1>{eleven:,}", text)
 
 
 def file_table() -> str:
@@ -119,8 +122,10 @@ def file_table() -> str:
 
 
 def with_file_table(text: str) -> str:
-    """docs/files.md with the table of files as it is now."""
+    """docs/files.md with the table of files, and the lines of all, as they are now."""
     table = re.compile(r"^\| file \| lines \|.*?(?=\n\n)", re.M | re.S)
+    whole = f"{house()['lines of all, without tests and zoo']:,}"
+    text = re.sub(r"(without tests and zoo: )[\d,]+", rf"\g<1>{whole}", text)
     return table.sub(lambda _: file_table(), text)
 
 
@@ -134,13 +139,13 @@ class Config:
 def main(config: Config) -> None:
     for name, value in house().items():
         print(f"{value:8.2f}  {name}" if isinstance(value, float) else f"{value:8,}  {name}")
-    for file in (*METHOD, "generate.py"):
+    for file in (*METHOD, *BESIDE):
         length, function = longest_function(file)
         print(f"{lines(file):8,}  {file}, its longest function: {function}, {length}")
     if config.write:
         readme, files = ROOT / "README.md", ROOT / "docs" / "files.md"
         with atomic(readme) as tmp:
-            tmp.write_text(with_total(with_line_counts(readme.read_text(encoding="utf-8"))))
+            tmp.write_text(with_totals(with_line_counts(readme.read_text(encoding="utf-8"))))
         with atomic(files) as tmp:
             tmp.write_text(with_file_table(files.read_text(encoding="utf-8")))
         print(f"wrote {readme.name} and docs/{files.name}")

@@ -260,6 +260,7 @@ def _blocks(length: int, block: int) -> list[range]:
 
 
 def check_anchors(anchors: int, block: int) -> None:
+    """raises: UserError for a number of anchors that the block cannot have"""
     if block < 1 or not 0 <= anchors <= block:
         raise UserError(f"{anchors} anchors do not fit the block {block}; use 0 to {block}")
 

@@ -326,6 +326,7 @@ def critic_step(
 
 
 def add(sums: dict[str, float], name: str, value: float) -> None:
+    """Add to a sum that may not be there yet."""
     sums[name] = sums.get(name, 0.0) + value
 
 
@@ -364,6 +365,7 @@ def memory_of_weights(
 
 
 def announce_memory(config: Config, processes: int) -> None:
+    """Print what the weights alone take of each GPU."""
     students, critics = 2 - config.shared_student, 2 - config.shared_critic
     sizes = [
         n * sum(x.numel() for x in read_dit(path)[1].values())

@@ -276,6 +276,7 @@ Layers = list[Callable[[Tensor, State | None], Tensor]]
 
 
 def through(layers: Layers, x: Tensor, state: State | None) -> Tensor:
+    """Layers one after the other: x [B, C, T, h, w], the state updated on the way."""
     for layer in layers:
         x = layer(x, state)
     return x

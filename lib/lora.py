@@ -67,6 +67,7 @@ def settings(path: Path) -> Low:
 
 
 def is_lora(key: str) -> bool:
+    """Whether a key of a file is one of a LoRA, in any of the spellings."""
     return any(re.search(pattern + "$", key) for pattern, _ in PARTS)
 
 
@@ -150,6 +151,7 @@ def difference(name: str, parts: dict[str, Tensor], low: Low, shape: torch.Size)
 
 
 def fitting(name: str, delta: Tensor, shape: torch.Size) -> Tensor:
+    """The change in the shape of its weight. raises: UserError if it is of another size"""
     if delta.numel() != shape.numel() or delta.shape[0] != shape[0]:
         raise UserError(
             f"the LoRA changes {name} by {tuple(delta.shape)} but the weight is {tuple(shape)};"

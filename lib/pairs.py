@@ -137,6 +137,7 @@ def missing_shards(where: Where) -> list[range]:
 
 
 def shard_files(folder: Path) -> list[Path]:
+    """The shards that a folder holds, in the order of their pairs."""
     return sorted(p for p in folder.glob("pairs-*.safetensors") if not p.name.startswith("."))
 
 

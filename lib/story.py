@@ -29,6 +29,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Story:
+    """Scenes in time, and which is made first."""
+
     scenes: tuple[Scene, ...]
     seconds: float = 0.0  # length of the video, 0: up to the end of the last scene
     order: tuple[int, ...] = ()  # which scene is made first, second ...; (): in time

@@ -89,6 +89,7 @@ def remember(pieces: Iterable[Tensor], kept: dict[int, Tensor | None]) -> Iterat
 
 @contextmanager
 def sigterm_is_ctrl_c() -> Iterator[None]:
+    """Within the block SIGTERM interrupts as Ctrl-C does."""
     old = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

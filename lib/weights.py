@@ -84,6 +84,7 @@ def read_tensors(path: str | Path) -> tuple[dict, dict | None]:
 
 
 def only_checkpoint(folder: Path) -> Path:
+    """The one checkpoint in a folder. raises: UserError where there are none, or several"""
     found = listed(folder, "*.index.json")
     for suffixes in ((".safetensors",), PICKLES):
         found = found or [p for p in listed(folder, "*") if p.suffix in suffixes]
@@ -559,6 +560,7 @@ def read_dit(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
 
 
 def place(field: str) -> int:
+    """Where a field of a config stands among those that we know; unknown ones come last."""
     return FIELDS.index(field) if field in FIELDS else len(FIELDS)
 
 
@@ -588,6 +590,7 @@ def understood(config: dict, path: object) -> dict:
 
 
 def from_diffusers(config: dict, path: object) -> dict:
+    """Diffusers' config in Wan's words. raises: UserError for what it cannot mean"""
     heads, width = config["num_attention_heads"], config.get("attention_head_dim", 128)
     if type(heads) is not int or type(width) is not int:
         given = f"{heads!r} heads of {width!r} channels"
@@ -634,6 +637,7 @@ def write_dit(
 
 
 def write_diffusers(tensors: dict[str, Tensor], values: dict, folder: Path) -> None:
+    """A folder as diffusers has it: the weights under its names, and config.json."""
     file = folder / "diffusion_pytorch_model.safetensors"
     if folder.suffix in SUFFIXES or (folder.exists() and not folder.is_dir()):
         raise UserError(f"{folder} must be a folder, for the format diffusers")

@@ -163,6 +163,7 @@ def trained_on(monkeypatch, flags: dict, out: Path) -> set[int]:
     plans = mix_of(config)[0][1]
     noises = [pair_noise(config, 2, n, plans)[: config.latent[0]] for n in range(config.pairs)]
     noises = [pair_noise(config, 2, n, config.latent[0]) for n in range(config.pairs)]
+
     def looked_at(dit, lay, states, levels, sigmas, prompt, *rest):
         first = torch.tensor([lay.latent.index(i) for i in range(config.latent[0])])
         for start, words in zip(states[:, 0, first], prompt, strict=True):

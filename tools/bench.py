@@ -269,6 +269,7 @@ def markdown(rows: dict[str, dict[str, float]]) -> str:
 
 
 def listed(numbers: dict[str, float]) -> str:
+    """Numbers by name, in one line."""
     return ", ".join(f"{k} {v:.3g}" for k, v in numbers.items())
 
 
@@ -284,6 +285,7 @@ def processor() -> str:
 
 
 def name_of(device: torch.device) -> str:
+    """A device's name: the GPU's, or the processor's."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 

@@ -128,6 +128,7 @@ def clip_vae_flops(latents: int) -> float:
 
 @cache
 def parameters(name: str) -> int:
+    """How many parameters a preset of the transformer has."""
     with torch.device("meta"):
         return sum(p.numel() for p in DiT(PRESETS[name]).parameters())
 
@@ -294,6 +295,7 @@ def clip_seconds(c: DiTConfig, n: int, plan: Plan) -> float:
 
 # ---------------------------------------------------------------- the tables
 def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

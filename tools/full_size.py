@@ -36,6 +36,7 @@ class Config:
 
 
 def memory() -> str:
+    """The most memory that this process had resident until now, in words."""
     return f"at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB resident"
 
 
@@ -70,6 +71,7 @@ def write(folder: Path) -> None:
 
 
 def load(folder: Path) -> None:
+    """Load the transformer in bfloat16; print time and memory."""
     size, began = (
         (folder / "diffusion_pytorch_model.safetensors").stat().st_size,
         time.perf_counter(),
@@ -87,6 +89,7 @@ def load(folder: Path) -> None:
 
 @torch.no_grad()
 def decode(latents: int) -> None:
+    """Decode so many latents at 480x832 as a stream; print time and memory."""
     vae, state, frames, began = VAE().eval(), None, 0, time.perf_counter()
     for i in trange(latents, desc="decode", unit="latent"):
         video, state = vae.decode_chunk(

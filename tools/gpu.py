@@ -213,6 +213,7 @@ def keep(room: Room, name: str, result: dict) -> None:
 
 
 def line_of(name: str, row: dict) -> str:
+    """A part's result in one line."""
     return f"{name:<13} {row['status']:<8} {row['seconds']:6.1f} s   {row['line']}"
 
 

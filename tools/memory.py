@@ -215,6 +215,7 @@ def gathered(c: DiTConfig, itemsize: int) -> float:
 
 
 def size_of(c: DiTConfig) -> int:
+    """How many parameters a transformer of this config has."""
     with torch.device("meta"):
         return sum(p.numel() for p in DiT(c).parameters())
 

@@ -29,6 +29,7 @@ MOST_SLOTS = 64  # a mask of more slots, or with moved keys, tells nothing
 
 
 def name(latent: int) -> str:
+    """A latent's label; dummies begin with d."""
     return f"d{~latent}" if latent < 0 else str(latent)
 
 

@@ -28,6 +28,7 @@ Weights = Callable[[int], Tensor]  # latents in the gap -> the head's share of e
 
 
 def half(count: int) -> Tensor:
+    """Both sides count alike, for all latents: [count]."""
     return torch.full((count,), 0.5)
 
 

@@ -74,6 +74,9 @@ def remade(
 
 
 def history_of(config: Config) -> ar_teacher.History:
+    """What stands in for the clean history of clips x0 [B, slots, C, h, w] from --begin on: the
+    model's own."""
+
     def history(step, samples, d, dit, plan, lay: Layout, x0, prompt):
         if step < config.begin:
             return x0

@@ -68,6 +68,7 @@ class Config:
 
 
 def find_method(name: str) -> Method:
+    """raises: UserError naming those that there are"""
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}; use {', '.join(METHODS)}")
     return METHODS[name]

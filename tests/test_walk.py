@@ -25,7 +25,7 @@ ASKED = {  # file -> what an iteration asks it for: facts, no idea is visited th
     "plans.py": ("draw", "rows_of"),  # which plans are drawn, and how much noise they need
     "train_ode.py": ("recipe_of",),  # how the student is run
 }
-DEPTH = 8
+DEPTH = 14
 
 
 def project_file(frame: FrameType) -> str:

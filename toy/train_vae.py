@@ -155,6 +155,12 @@ def main(config: Config) -> None:
             "need one number a stage each"
         )
     vae, optimiser = networks(config, device)
+    space, time = vae.config.space, vae.config.time
+    if config.size % space or any((frames - 1) % time for frames in config.frames):
+        raise UserError(
+            f"--size {config.size} must be a multiple of {space}, "
+            f"and each of --frames {config.frames} 1 + {time}k"
+        )
     planned = config.schedule_steps or config.steps
     trained = {"vae": (vae, optimiser)}
     for step, row in training_steps(config, "vae", trained, device, prefix="vae."):

@@ -30,7 +30,7 @@ from generate import decode_in_order
 from kvcache import KVCache
 from lib.common import UserError, atomic, dtype_of, run, start
 from lib.cpu import linear
-from sampler import noise_seeded, rollout, student_sigmas
+from sampler import Recipe, clean_pass, few_steps, noise_seeded, rollout
 from tools.count import pass_flops
 from tools.memory import network, stage_1, stage_2, trainable
 from vae import PRESETS as VAES
@@ -177,7 +177,9 @@ def blocks_of(
     cache = KVCache(dit.config, 1, plan.capacity, h, w, dtype, clock.device)
     zero = torch.zeros(1, dit.config.in_dim, h, w, device=clock.device)
     given = {i: zero for step in plan.steps for i in step.given}
-    return rollout(dit, plan, [dit.text_kv(text)], noise, student_sigmas(), cache, given)
+    texts = [dit.text_kv(text)]
+    denoise = few_steps(dit, texts, noise, Recipe().sigmas)
+    return rollout(plan, denoise, clean_pass(dit, plan, texts, cache), cache, given)
 
 
 def generate_once(

@@ -23,7 +23,7 @@ from torch import Tensor
 import anchors
 from anchors import Plan, both_directions, layout
 from dit import DiT, DiTConfig, Visible, attend
-from sampler import generate, noise_seeded, student_sigmas
+from sampler import generate, noise_seeded
 from tools.bench import (
     Clock,
     autoencoder,
@@ -261,7 +261,7 @@ def precision(room: Room) -> Found:
 def clip(room: Room, dit: DiT, plan: Plan) -> Tensor:
     """The latents [1, T, C, h, w] of a plan."""
     noise = noise_seeded([(0, 0, 0)], (room.c.in_dim, *room.cells), room.device)
-    return generate(dit, plan, [dit.text_kv(room.text())], noise, student_sigmas())
+    return generate(dit, plan, [dit.text_kv(room.text())], noise)
 
 
 def compiled(room: Room) -> Found:

@@ -25,9 +25,10 @@ import train_dmd
 from anchors import Plan, both_directions, layout
 from dit import PRESETS, DiT, DiTConfig
 from lib.common import UserError, dtype_of, run
+from plans import rows_of
 from sampler import generate, noise_from, student_sigmas
 from tools.count import put, table
-from train_ode import ode_loss
+from train_ode import ode_loss, recipe_of
 
 GIB = 2**30
 STAGE_1 = 16  # bytes a parameter: float32 master, gradient, Adam's two moments
@@ -140,14 +141,16 @@ def stage_2(
     """The student's update of B samples, all denoising steps, in one direction; and the critic's in
     its two halves."""
     c, (T, h, w) = g.config, config.latent
-    sigmas, rows = student_sigmas(shift=config.shift), T + config.block  # dummies have noise, too
+    levels = len(config.denoising)
     text = torch.randn(B, c.text_len, c.text_dim, device=device)
-    noise = torch.randn(len(sigmas), B, rows, c.in_dim, h, w, device=device)
+    noise = torch.randn(levels, B, rows_of([plan]), c.in_dim, h, w, device=device)
     score, u = torch.randn(B, T, c.in_dim, h, w, device=device), torch.rand(B, device=device)
+    at = train_dmd.Score(u, score, text, text, config.guidance, config.shift)
 
     def generated() -> Tensor:
-        last = len(sigmas) - 1
-        return generate(g, plan, [text], noise_from(noise[0], noise[1:], T), sigmas, exit_at=last)
+        start = noise_from(noise[0], noise[1:], T)
+        recipe = recipe_of(config)
+        return generate(g, plan, [text], start, recipe=recipe, exit_at=lambda n: levels - 1)
 
     @torch.no_grad()
     def rollout() -> Tensor:
@@ -155,14 +158,13 @@ def stage_2(
 
     def student() -> None:
         x = generated()
-        gradient = train_dmd.dmd_gradient(
-            f_real, f_fake, x.detach(), u, score, text, text, config.guidance, config.shift
-        )
+        x_real, x_fake = train_dmd.scores(f_real, f_fake, x.detach(), at)
+        gradient = train_dmd.dmd_gradient(x.detach(), x_real, x_fake)
         train_dmd.dmd_loss(x, gradient).mean().backward()
 
     def critic() -> None:
         x = torch.randn_like(score)
-        train_dmd.critic_loss(f_fake, x, u, score, text, config.shift).mean().backward()
+        train_dmd.critic_loss(f_fake, x, at).mean().backward()
 
     return {"student": student, "rollout": rollout, "critic": critic}
 

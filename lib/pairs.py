@@ -252,13 +252,13 @@ def read_pairs(
     groups: dict[int, list[Pair]] = {}
     for name in sorted(names):
         tensors, made = read_tensors(folder / name)
-        if not made or type(made.get("first")) is not int or type(made.get("group")) is not int:
+        if not made or any(type(made.get(k)) is not int for k in ("first", "count", "group")):
             raise UserError(f"{name} is not a shard of pairs; delete it and run --generate again")
         if wrong := difference(made, settings):
             raise UserError(
                 f"{name} was made otherwise: {wrong}; give the same flags, or another --data"
             )
-        numbers = range(made["first"], made["first"] + made.get("count", 0))
+        numbers = range(made["first"], made["first"] + made["count"])
         spoken = hashlib.sha256("\n".join(map(words, numbers)).encode()).hexdigest()[:16]
         if spoken != made.get("words"):
             raise UserError(

@@ -134,6 +134,7 @@ def test_an_optimiser_takes_the_rate_of_its_run(tmp_path):
         sum(p.sum() for p in model.parameters()).backward()
         optimiser.step()
         states.save_state(tmp_path / "state.pt", 1, {"lr": lr}, trained)
+        optimiser.zero_grad(set_to_none=True)
     assert optimiser.param_groups[0]["lr"] == 1e-3
     assert all(s["step"] == 2 for s in optimiser.state.values())
 

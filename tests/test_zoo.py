@@ -624,7 +624,9 @@ def test_a_clip_by_name_and_what_is_refused(tmp_path):
     """The runner writes a clip of the plan's length; a wrong name lists the right ones."""
     run.main(run.Config("tree", out=str(tmp_path / "a.mkv"), latents=6, device="cpu"))
     assert read_frames(tmp_path / "a.mkv").shape[2] == 21
-    with pytest.raises(UserError, match="unknown method 'three'; use forward, backward, rolling"):
+    with pytest.raises(
+        UserError, match="unknown method 'three'; use forward, backward, long-forward"
+    ):
         run.main(run.Config("three"))
     with pytest.raises(UserError, match="switch takes 2 prompts, not 3"):
         run.main(run.Config("switch", ("a", "b", "c"), out=str(tmp_path / "b.mkv"), device="cpu"))

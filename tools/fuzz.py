@@ -93,7 +93,9 @@ def folder_of_pairs(path: Path) -> object:
         teacher=str(path.parents[1] / "teacher.safetensors"),
         latent=(6, 4, 4),
     )
-    return [x.float().sum() for shard in read_pairs(config)[0] for x in shard.values()]
+    words = Prompts("toy", 64, 12).words
+    lengths = read_pairs(config, words, train_ode.trajectory_shapes(config, 2))
+    return [x.float().sum() for some in lengths.values() for x in some[0].shard.values()]
 
 
 def folder_of_latents(path: Path) -> object:

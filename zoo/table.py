@@ -88,14 +88,14 @@ class Bench:
 
     def captions(self, seed: int, scenes: int = 1) -> list[str]:
         """Prompt p of clip n is caption n + p of these."""
-        last = numbers_of(self.world, self.config.clips, seed)[-1]
+        last = numbers_of(self.config.clips, seed)[-1]
         numbers = range(last + 1 - self.config.clips, last + scenes)
         return [self.world.caption(number) for number in numbers]
 
     @cache  # noqa: B019  (one bench a run)
     def true(self, seed: int, length: int) -> tuple[Values, Values]:
         """True clips of the captions: as they are, and through the VAE."""
-        numbers = numbers_of(self.world, self.config.clips, seed)
+        numbers = numbers_of(self.config.clips, seed)
         size = frame_size(self.config.size, self.dit, self.vae)[0]
         captions = self.captions(seed)
         return measure_true(self.vae, size, long(length), captions, self.world, numbers)

@@ -193,6 +193,7 @@ def write_video(path: str | Path, pieces: Iterable[Tensor], comment: str = "") -
 class Config(clips.Clips):
     """Make a video in any order of time, or around your own clips."""
 
+    RANGES = {"seed": ()}  # a number, or "random"
     prompts: str = ""  # a file with a prompt a line: a clip each, in a folder named as --out
     out: str = "out/clip.mp4"  # .mp4, .gif, .mkv (lossless), .png (one frame)
     order: str = ""  # forward, backward, or any other in anchors.ORDERS; default: forward

@@ -77,7 +77,7 @@ def decoded(vae: VAE, z: Tensor) -> None:
     """Decode a clip [B, T, C, h, w] as a stream, keeping none of it."""
     state = None
     for part in z.split(vae.at_once(*z.shape[3:]), dim=1):
-        _, state = vae.decode_chunk(part, state, use_up=True)
+        _, state = vae.decode_chunk(part, state, inplace=True)
 
 
 def table_7(

@@ -154,7 +154,8 @@ def scores(teacher: DiT, critic: DiT, x: Tensor, at: Score) -> tuple[Tensor, Ten
 
 
 def dmd_gradient(x: Tensor, x_real: Tensor, x_fake: Tensor) -> Tensor:
-    """The direction in which x is less like the teacher's videos, per sample (Eq. 2).
+    """The direction in which x is less like the teacher's videos, per sample (Eq. 2): [B, T, C, h,
+    w].
 
     Another way to match distributions is another function of these three."""
     return (x_fake - x_real) / (x - x_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)

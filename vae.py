@@ -132,7 +132,7 @@ class RMSNorm(nn.Module):
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), in place where no gradient wants x."""
+    """x * sigmoid(x) for x [B, C, T, h, w], in place where no gradient wants x."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -283,7 +283,7 @@ def through(layers: Layers, x: Tensor, state: State | None) -> Tensor:
 
 
 def frame_by_frame(layers: Layers, x: Tensor, state: State | None) -> Tensor:
-    """Like `through`; but in a stream LARGE frames go one at a time, to save memory.
+    """Like `through`, x [B, C, T, h, w]; in a stream LARGE frames go one at a time: less memory.
 
     For the layers that run at the frame rate of the pixels, where a chunk is largest."""
     if state is None or x.shape[3] * x.shape[4] <= LARGE:

@@ -151,7 +151,8 @@ def difference(name: str, parts: dict[str, Tensor], low: Low, shape: torch.Size)
 
 
 def fitting(name: str, delta: Tensor, shape: torch.Size) -> Tensor:
-    """The change in the shape of its weight. raises: UserError if it is of another size"""
+    """The change in the shape of its weight [out, in, ...]. raises: UserError if it is of another
+    size"""
     if delta.numel() != shape.numel() or delta.shape[0] != shape[0]:
         raise UserError(
             f"the LoRA changes {name} by {tuple(delta.shape)} but the weight is {tuple(shape)};"

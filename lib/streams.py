@@ -141,8 +141,8 @@ def put_back(
 
 
 def jump(four: list[Tensor]) -> float:
-    """How a cut in the middle of four frames shows: the change there over the mean of those
-    beside."""
+    """How a cut in the middle of four frames [3, H, W] shows: the change there over the mean of
+    those beside."""
     before, across, after = [
         (b - a).abs().mean().item() for a, b in zip(four[:-1], four[1:], strict=True)
     ]

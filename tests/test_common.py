@@ -125,8 +125,8 @@ def test_mistaken_flag_is_named_with_its_value(line, words):
 
 def test_home_is_expanded_where_a_shell_leaves_it(monkeypatch):
     """`--clip=~/a.mp4` is a file at home; a `~` elsewhere is the user's."""
-    monkeypatch.setenv("HOME", "/home/me")
-    assert cli("--clip=~/a.mp4 --note=a~/b").clip == "/home/me/a.mp4"
+    monkeypatch.setenv("HOME", "/somewhere/mine")
+    assert cli("--clip=~/a.mp4 --note=a~/b").clip == "/somewhere/mine/a.mp4"
     assert cli("--clip=x --note=a~/b").note == "a~/b"
 
 

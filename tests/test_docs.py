@@ -78,7 +78,7 @@ def config_flags(modules: list[str] = MODULES) -> set[str]:
     """Every flag of these scripts, spelt with underscores and with dashes."""
     found = set()
     for module in modules:
-        if re.search(r"^class Config\b", source(module), re.M):
+        if re.search(r"^@dataclass\nclass Config\b", source(module), re.M) and module != "lib.cli":
             config = importlib.import_module(module).Config
             found |= {f"--{name}" for name in config.__dataclass_fields__}
     return found | {flag[:2] + flag[2:].replace("_", "-") for flag in found}

@@ -153,6 +153,9 @@ def exercise(tmp_path: Path, monkeypatch) -> None:
     ):
         with pytest.raises(UserError):
             main(wrong)
+    assert gpu.sizes_of("full")["height"] == 480
+    with pytest.raises(Wrong):
+        gpu_checks.demand(False, "no")
     room = room_of(config)
     for error in (Skipped("no"), Wrong("no"), RuntimeError("first\nsecond")):
         monkeypatch.setitem(gpu.PARTS, "machine", (raising(error), 60))

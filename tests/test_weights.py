@@ -99,7 +99,8 @@ def test_every_layout_keeps_what_the_names_do_not_say(tmp_path, monkeypatch, cap
         anchors.forward(6),
         noise_seeded([(0, 0, 0)], (4, 4, 4)),
     )
-    save_dit(ours, tmp_path / "student.safetensors", recipe=RECIPE)
+    ours.recipe = RECIPE
+    save_dit(ours, tmp_path / "student.safetensors")
 
     def clip(dit):
         return generate(dit, plan, [dit.text_kv(randn(1, 1, 5, 32))], noise)

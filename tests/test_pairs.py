@@ -160,8 +160,6 @@ def trained_on(monkeypatch, flags: dict, out: Path) -> set[int]:
     whose noise it starts from. Returns the pairs seen."""
     source, seen, real = Prompts(flags.get("prompts", "toy"), 64, 12), set(), train_ode.ode_loss
     config = Config(**flags)
-    plans = mix_of(config)[0][1]
-    noises = [pair_noise(config, 2, n, plans)[: config.latent[0]] for n in range(config.pairs)]
     noises = [pair_noise(config, 2, n, config.latent[0]) for n in range(config.pairs)]
 
     def looked_at(dit, lay, states, levels, sigmas, prompt, *rest):

@@ -381,11 +381,6 @@ def test_pairs_are_found_whatever_the_shard_flag(files, tmp_path):
 
 
 # ---------------------------------------------------------------- training
-def test_pairs_are_found_whatever_the_shard_flag(files, tmp_path):
-    """How many pairs a file holds is a fact of the data: --shard while training changes nothing."""
-    assert apart(train(files, tmp_path / "a"), train(files, tmp_path / "b", shard=64)) == 0
-
-
 def test_one_pair_is_learned(files, tmp_path):
     """Memorising one pair, the loss falls tenfold within 150 iterations, in both directions."""
     data = tmp_path / "pairs"

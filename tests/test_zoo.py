@@ -648,3 +648,13 @@ def test_the_table_counts_and_goes_on(tmp_path, capsys):
     assert "7.000 ± 0.500" in capsys.readouterr().out
     with pytest.raises(UserError, match="use another --out"):
         table.main(table.Config(methods=("forward",), **{**flags, "clips": 3}))
+
+
+def test_a_star_needs_every_seed():
+    """`*` stands where a row differs by more than two errors, to the same side, on every seed."""
+    low, high, near = [1.0, 0.01], [1.1, 0.01], [1.02, 0.01]
+    assert table.cell([high, high], [low, low]) == "1.100 ± 0.007 *"
+    assert table.cell([high, near], [low, low]) == "1.060 ± 0.007"
+    assert table.cell([high, low], [low, high]) == "1.050 ± 0.007"
+    assert table.cell([low], []) == "1.000 ± 0.010"
+    assert table.cell([3, 3], [4, 4]) == "3" and table.cell(["forward"], []) == "forward"

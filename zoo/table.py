@@ -6,8 +6,9 @@ measures are those of evaluate.py, at the boundaries of the method's plan: the f
 paper Eq. 4) and the largest of it over the four changes inside the next latent, as a cut may show
 later than at once; how latents survive decoding and encoding; motion; `seam`, the change of colour
 at a boundary in grey levels of 255; what no word says and a clip should keep (`lost`: 0 all kept, 1
-another clip); whether the words are right, of the last prompt where there are two. +- is a standard
-error over clips. Look at a second seed before you praise a row: it has other captions and noise.
+another clip); whether the words are right, of the last prompt where there are two. ± is a standard
+error over clips. A seed has captions, clips and noise of its own; `*` stands where a row differs
+from the one it is compared with by two standard errors on every seed: praise nothing on one.
 
 A row that is there is not made again: the same command goes on where it was stopped.
 
@@ -17,6 +18,7 @@ A row that is there is not made again: the same command goes on where it was sto
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -167,21 +169,34 @@ def read_rows(path: Path, settings: dict) -> dict[str, dict]:
     return rows
 
 
-def cell(value: str | float | list[float]) -> str:
-    """A name, a number, or a mean with its error where it has one."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        return f"{value:g}"
-    mean, error = value
-    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+def cell(values: list, others: list) -> str:
+    """One measure of a row, a value for each seed: a name, a count, or mean ± standard error.
+
+    others: what the row it is compared with has. `*`: they differ by two errors on every seed"""
+    if not isinstance(values[0], list):
+        return values[0] if isinstance(values[0], str) else f"{values[0]:g}"
+    mean = sum(mean for mean, _ in values) / len(values)
+    error = math.hypot(*(error for _, error in values)) / len(values)
+    if math.isnan(error):
+        return f"{mean:.3f}"
+    pairs = list(zip(values, others))
+    far = all(abs(a - b) > 2 * math.hypot(ea, eb) for (a, ea), (b, eb) in pairs)
+    sure = far and len({a > b for (a, _), (b, _) in pairs}) == 1
+    return f"{mean:.3f} ± {error:.3f}{' *' if sure else ''}"
 
 
-def shown(rows: dict[str, dict]) -> str:
-    """The table for people: cost and seams, what is lost, words."""
+def shown(rows: dict[str, dict], names: Sequence[str], seeds: Sequence[int]) -> str:
+    """The table for people: cost and seams, what is lost, words; over all seeds."""
     kept = [name for row in rows.values() for name in row if name.startswith(("lost", "caption"))]
-    columns = list(dict.fromkeys([*COST, *SHOWN, *kept]))
-    cells = {name: {k: cell(v) for k, v in row.items()} for name, row in rows.items()}
+    columns, cells = list(dict.fromkeys([*COST, *SHOWN, *kept])), {}
+    for name in names:
+        found = [rows[f"{name}, seed {seed}"] for seed in seeds]
+        against = [rows.get(f"{found[0].get('against')}, seed {seed}", {}) for seed in seeds]
+        cells[name] = {
+            k: cell([row[k] for row in found], [row[k] for row in against if k in row])
+            for k in columns
+            if k in found[0]
+        }
     return report.markdown(cells, columns)
 
 
@@ -204,7 +219,7 @@ def main(config: Config) -> None:
             rows[row] = row_of(bench, name, seed, bar)
             with atomic(config.out) as tmp:
                 tmp.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
-    print(shown({row: rows[row] for row in wanted}))
+    print(shown(rows, names, config.seeds))
 
 
 if __name__ == "__main__":

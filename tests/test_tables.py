@@ -202,7 +202,7 @@ def test_lengths_print_every_row(weights, tmp_path, monkeypatch, capsys):
     """A row a set of captions, length, direction and given; frame 0 of a given head is the
     user's."""
     (weights / "teacher.safetensors").write_bytes((weights / "student.safetensors").read_bytes())
-    flags = ["--weights", str(weights), "--clips", "2", "--lengths", "6", "24"]
+    flags = ["--weights", str(weights), "--known", "--clips", "2", "--lengths", "6", "24"]
     monkeypatch.setattr("sys.argv", ["lengths", *flags, "--out", str(tmp_path / "t.json")])
     lengths.run(lengths.main, lengths.Config)
     printed = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]]

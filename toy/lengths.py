@@ -4,8 +4,8 @@ A student trained at one length can fail at all others, and no measure of a whol
 latent 0 comes out as a video latent, in other colours, for a few frames. So frame 0 is read
 alone, and captions in the 5 s made first and in the 5 s made last. A length counts the latents that
 are made; a given clip adds 12. Beyond 21 a window of two blocks and both sinks stay in view, as in
-generate.py. Held-out captions, which no training stream has, stand beside new clips of known ones.
-To compare with: true clips through the VAE, and the teacher.
+generate.py. Captions are held out: no training stream has them; --known adds new clips of known
+ones. To compare with: true clips through the VAE, and the teacher.
 
     python -m toy.lengths --clips 64
 """
@@ -55,7 +55,8 @@ class Config:
     """Measure a student at every length, in both orders, alone and beside a given clip."""
 
     weights: str = "toy/weights"  # a folder with student and VAE, and perhaps the teacher
-    clips: int = 64  # captions, each of those held out and of the known ones
+    clips: int = 64  # captions
+    known: bool = False  # also new clips of captions that training has seen
     lengths: tuple[int, ...] = (6, 9, 12, 15, 18, 21, 24, 42, 123)  # latents to make
     teacher: str = ""  # default: teacher.safetensors in the folder, if it is there
     guidance: float = 2.0  # of the teacher
@@ -178,9 +179,10 @@ def main(config: Config) -> None:
         teacher = replace(student, dit=dit, guidance=config.guidance)
     rows = {}
     print(report.markdown({}, COLUMNS), flush=True)
-    total = 2 * (1 + bool(teacher) + 4 * len(config.lengths))
+    streams = {"held out": False} | ({"known": True} if config.known else {})
+    total = len(streams) * (1 + bool(teacher) + 4 * len(config.lengths))
     with tqdm(total=total, desc="rows", unit="row") as bar:
-        for said, known in (("held out", False), ("known", True)):
+        for said, known in streams.items():
             numbers = numbers_of(config.clips, config.seed, known)
             for name, row in table(student, teacher, numbers, config.lengths):
                 rows[f"{name}, {said}"] = row

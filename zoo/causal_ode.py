@@ -123,7 +123,9 @@ def make_pairs(config: Config, mix: Mix, rank: int, world: int, device: torch.de
             made[f"plan{d}"] = plan_states(teacher, plan, text, noise, clean, keep, config)
         return made
 
-    where = pairs_where(config, source.words, lambda u: draw(mix, u), MADE_BY + PLANS)
+    where = pairs_where(
+        config, source.words, lambda u: draw(mix, u), MADE_BY + PLANS, clips.made_of.__getitem__
+    )
     write_missing(
         where, make, causal_shapes(config, mix, c.in_dim), config.micro, rank, world, device
     )

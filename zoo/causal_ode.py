@@ -48,6 +48,7 @@ class Config(train_ode.Config):
 
     PRESETS = presets.CAUSAL_ODE
     RANGES = {"preset": tuple(PRESETS)}
+    UNREAD = ("clips",)  # training reads the pairs
     preset: str = "toy"  # toy, toy64, wan or wan-framewise: the published numbers
     teacher: str = "out/ar/teacher.safetensors"  # makes the pairs (zoo/ar_teacher.py)
     weights: str = "out/ar/teacher.safetensors"  # what the student starts from

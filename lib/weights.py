@@ -104,16 +104,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
         with safe_open(str(path), "pt") as f:
             metadata, names = f.metadata() or {}, list(f.keys())
         tensors = {name: safe_open(str(path), "pt").get_tensor(name) for name in names}
-        config = json.loads(metadata["config"]) if "config" in metadata else None
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({error}); copy or download it again, or"
             " name it .pt if torch.save wrote it"
         ) from None
-    if config is not None and not isinstance(config, dict):
-        kind = type(config).__name__
-        raise UserError(f"{path}: the metadata's config is a JSON {kind}, not an object")
-    return tensors, config
+    config = metadata.get("config")
+    return tensors, None if config is None else json_object(config, f"{path}: the config")
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
@@ -158,12 +155,17 @@ def verify(path: Path) -> None:
 
 def read_json(path: Path) -> dict:
     """A JSON object. raises: UserError"""
+    return json_object(path.read_bytes(), path)
+
+
+def json_object(text: str | bytes, source: object) -> dict:
+    """raises: UserError if a text is no JSON, or something else in JSON"""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
+        value = json.loads(text)
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise UserError(f"{source} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+        raise UserError(f"{source} holds a JSON {type(value).__name__}, not an object")
     return value
 
 
@@ -235,47 +237,37 @@ MOST = {"num_layers": 512, "patch_size": 64, "dim_mult": 64, "num_res_blocks": 1
 
 
 def check_sizes(config: object, what: str) -> None:
-    """A network's sizes are whole numbers from 1, or up to eight of them, and not absurd.
+    """Each field of a network's config is of its type; sizes are from 1, and not absurd.
 
     raises: UserError naming the first that is not, before anything is built from it"""
     for name, kind in typing.get_type_hints(type(config)).items():
-        if kind in (int, tuple[int, ...]):
-            value, most = getattr(config, name), MOST.get(name, 2**18)
-            sizes = value if isinstance(value, tuple) else (value,)
-            good = all(type(x) is int and 1 <= x <= most for x in sizes)
-            if not good or not 1 <= len(sizes) <= 8:
-                raise UserError(
-                    f"the {what} config's {name} is {str(value)[:60]}; it must be from 1 to {most}"
-                )
+        value, most = getattr(config, name), MOST.get(name, 2**18)
+        is_tuple = typing.get_origin(kind) is tuple
+        one = typing.get_args(kind)[0] if is_tuple else kind
+        some, types = value if is_tuple else (value,), (int, float) if one is float else (one,)
+        good = isinstance(some, tuple) and all(type(x) in types for x in some)
+        if one is int:
+            good = good and 1 <= len(some) <= 8 and all(1 <= x <= most for x in some)
+        if not good:
+            must = f"from 1 to {most}" if one is int else f"of type {kind.__name__}"
+            raise UserError(f"the {what} config's {name} is {str(value)[:60]}; it must be {must}")
 
 
 def config_from(cls: type, values: dict, source: object):
     """Make the config dataclass `cls` from JSON values; names that start with _ are ignored.
 
-    raises: UserError naming an unknown field or a value of the wrong type"""
-    kinds, given = typing.get_type_hints(cls), {}
-    for k, v in values.items():
-        if k.startswith("_"):
-            continue
-        if k not in kinds:
-            raise UserError(
-                f"{source}: the config has an unknown field {k!r};"
-                f" {cls.__name__} has {', '.join(kinds)}"
-            )
-        given[k] = tuple(v) if isinstance(v, list) else v
-        if not is_of(kinds[k], given[k]):
-            raise UserError(
-                f"{source}: the config field {k} is {v!r}, which is not of type {kinds[k].__name__}"
-            )
-    return cls(**given)
-
-
-def is_of(kind: type, value: object) -> bool:
-    """Whether a value of a config is of its field's type: int, float, bool, or a tuple of one."""
-    if typing.get_origin(kind) is tuple:
-        inside = typing.get_args(kind)[0]
-        return isinstance(value, tuple) and all(is_of(inside, x) for x in value)
-    return type(value) in ((float, int) if kind is float else (kind,))
+    raises: UserError naming an unknown field or a bad value"""
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k[:1] != "_"}
+    names = typing.get_type_hints(cls)
+    if strange := sorted(given.keys() - names.keys()):
+        raise UserError(
+            f"{source}: the config has an unknown field {strange[0]!r};"
+            f" {cls.__name__} has {', '.join(names)}"
+        )
+    try:
+        return cls(**given)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 # ---------------------------------------------------------------- folders
@@ -300,7 +292,9 @@ FILES = {  # what: its names in a folder, the first that is there; where it come
         "it comes with Wan2.1-T2V-1.3B, as the folder google/umt5-xxl",
     ),
 }
-OTHER = re.compile(r"(?i)state(-\d+)?\.pt$|vae|umt5|clip")  # what is no transformer in any folder
+OTHER = re.compile(
+    r"(?i)state(-\d+)?\.pt$|vae|umt5|text_enc"
+)  # what is no transformer in any folder
 
 
 def _is_folder(path: str | Path) -> bool:

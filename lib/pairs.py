@@ -26,6 +26,7 @@ from lib.common import Stream, UserError, atomic, fingerprint, generator, stop_s
 from lib.training import mean_over_processes
 from lib.weights import listed, read_dit, read_json, read_tensors, write_safetensors
 
+AGAIN = "delete it and run --generate again"
 GOLDEN = 0.6180339887498949  # multiples of it mod 1 fill [0, 1) evenly, however many there are
 
 
@@ -160,28 +161,25 @@ def write_missing(
     todo = missing_shards(where)
     mean_over_processes({"looked": 1.0}, device)  # nobody writes before all have looked
     if rank == 0:
-        numbers = sum(
-            len(r) * sum(math.prod(shape) for shape in shapes(where.group(r)).values())
-            for r in where.ranges()
-        )
+        of_group = {r: shapes(where.group(r)).values() for r in where.ranges()}
+        numbers = sum(len(r) * sum(map(math.prod, some)) for r, some in of_group.items())
         print(
-            f"{where.pairs} pairs in {len(where.ranges())} shards, {len(todo)} to make; "
+            f"{where.pairs} pairs in {len(of_group)} shards, {len(todo)} to make; "
             f"{2 * numbers / 1e9:.2g} GB in all",
             flush=True,
         )
     mine = todo[rank::world]
-    done = True
-    with (
-        torch.no_grad(),
-        stop_signals() as stop,
-        tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair") as bar,
-    ):
-        for numbers in mine:
-            done = done and write_shard(where, numbers, make, micro or 16, stop, bar)
-    # One process that was stopped is enough to leave the index as it is.
+    bar = tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair")
+    with torch.no_grad(), stop_signals() as stop, bar:
+        done = all(write_shard(where, numbers, make, micro or 16, stop, bar) for numbers in mine)
+    # one process that was stopped is enough to leave the index as it is
     done = mean_over_processes({"done": float(done)}, device)["done"] == 1
     if rank == 0 and done:
-        write_index(where)
+        digests = {p.name: hashlib.sha256(p.read_bytes()) for p in shard_files(where.folder)}
+        shards = {name: digest.hexdigest() for name, digest in digests.items()}
+        with atomic(where.folder / "index.json") as tmp:
+            tmp.write_text(json.dumps({"pairs": where.pairs, "shards": shards}, indent=1))
+        print(f"wrote {len(shards)} shards and {where.folder / 'index.json'}")
     elif rank == 0:
         print(f"stopped; {where.folder} keeps its whole shards, run the same command to go on")
 
@@ -199,25 +197,13 @@ def write_shard(
         parts.append({k: v.half().cpu() for k, v in made.items()})
         bar.update(len(some))
     tensors = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-    for name, x in tensors.items():
-        if not x.isfinite().all():
-            raise FloatingPointError(
-                f"the teacher's {name} of pairs {numbers.start} to {numbers.stop - 1} are not "
-                "finite; nothing was written for them"
-            )
+    if lost := [k for k, x in tensors.items() if not x.isfinite().all()]:
+        raise FloatingPointError(
+            f"the teacher's {lost[0]} of pairs {numbers.start} to {numbers.stop - 1} are not "
+            "finite; nothing was written for them"
+        )
     write_safetensors(where.path(numbers), tensors, where.record(numbers))
     return True
-
-
-def write_index(where: Where) -> None:
-    """index.json: the hash of each shard."""
-    shards = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in shard_files(where.folder)
-    }
-    with atomic(where.folder / "index.json") as tmp:
-        tmp.write_text(json.dumps({"pairs": where.pairs, "shards": shards}, indent=1))
-    print(f"wrote {len(shards)} shards and {where.folder / 'index.json'}")
 
 
 # ---------------------------------------------------------------- reading
@@ -249,14 +235,14 @@ def read_pairs(
         )
     files = read_json(index).get("shards")
     if not files or not isinstance(files, dict) or not all(Path(n).name == n for n in files):
-        raise UserError(f"{index} names no shards; delete it and run --generate again")
+        raise UserError(f"{index} names no shards; {AGAIN}")
     if unlisted := {p.name for p in shard_files(index.parent)} - files.keys():
         raise UserError(f"{index} does not name {sorted(unlisted)[0]}; run --generate again")
     groups: dict[int, list[Pair]] = {}
     for name in sorted(files):
         tensors, made = read_tensors(index.parent / name)
         if not made or any(type(made.get(k)) is not int for k in ("first", "count", "group")):
-            raise UserError(f"{name} is not a shard of pairs; delete it and run --generate again")
+            raise UserError(f"{name} is not a shard of pairs; {AGAIN}")
         if wrong := difference(made, settings):
             raise UserError(
                 f"{name} was made otherwise: {wrong}; give the same flags, or another --data"
@@ -269,10 +255,7 @@ def read_pairs(
             )
         want = {k: (len(numbers), *shape) for k, shape in shapes(made["group"]).items()}
         if {k: tuple(x.shape) for k, x in tensors.items()} != want:
-            raise UserError(
-                f"{name} does not hold what its plans leave behind, {want}; delete it and run "
-                "--generate again"
-            )
+            raise UserError(f"{name} does not hold what its plans leave behind, {want}; {AGAIN}")
         rows = [Pair(n, tensors, row, name) for row, n in enumerate(numbers)]
         groups.setdefault(made["group"], []).extend(rows)
     return groups
@@ -284,18 +267,14 @@ def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[in
     for name, digest in tqdm(index.items(), desc="check", unit="shard"):
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             raise UserError(
-                f"{name} is not the file that the index names (its hash differs); delete it and "
-                "run --generate again"
+                f"{name} is not the file that the index names (its hash differs); {AGAIN}"
             )
     for group, some in pairs.items():
         for pair in some:
             lost = [k for k, x in pair.shard.items() if not x[pair.row].isfinite().all()]
             wrong = f"its {lost[0]} are not finite" if lost else check(group, pair)
             if wrong:
-                raise UserError(
-                    f"pair {pair.number} in {pair.file}: {wrong}; delete that file and run "
-                    "--generate again"
-                )
+                raise UserError(f"pair {pair.number} in {pair.file}: {wrong}; {AGAIN}")
 
 
 def slot_states(pair: Pair, lay: object, d: int) -> Tensor:

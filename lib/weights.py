@@ -36,6 +36,13 @@ from lib.foreign import refuse_file, refuse_names, refuse_pair
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
+IN_FOLDER = (  # what may be the one checkpoint in a folder; a variant (.fp16) only if it is alone
+    "*.index.json",
+    "*.index.*.json",
+    "diffusion_pytorch_model.safetensors model.safetensors",
+    "*.safetensors",
+    " ".join("*" + suffix for suffix in PICKLES),
+)
 
 
 # ---------------------------------------------------------------- files
@@ -66,7 +73,7 @@ def read_tensors(path: str | Path) -> tuple[dict, dict | None]:
         config.json beside the file, else None
     raises: UserError naming the file when it is missing, truncated, no checkpoint, an unsafe
         pickle, or not the one that a SHA256SUMS beside it means"""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         path = only_checkpoint(path)
     if not path.is_file():
@@ -74,7 +81,7 @@ def read_tensors(path: str | Path) -> tuple[dict, dict | None]:
     verify(path)
     beside = path.parent / "config.json"
     config = read_json(beside) if beside.is_file() else None
-    if path.name.endswith(".index.json"):
+    if re.search(r"\.index(\.\w+)?\.json$", path.name):
         return read_shards(path), config
     refuse_file(path)
     with open(path, "rb") as f:
@@ -87,9 +94,9 @@ def read_tensors(path: str | Path) -> tuple[dict, dict | None]:
 
 def only_checkpoint(folder: Path) -> Path:
     """The one checkpoint in a folder. raises: UserError where there are none, or several"""
-    found = listed(folder, "*.index.json")
-    for suffixes in ((".safetensors",), PICKLES):
-        found = found or [p for p in listed(folder, "*") if p.suffix in suffixes]
+    found = []
+    for patterns in IN_FOLDER:
+        found = found or [p for pattern in patterns.split() for p in listed(folder, pattern)]
     if len(found) != 1:
         names = ", ".join(p.name for p in found) or "none"
         raise UserError(
@@ -117,7 +124,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     """All tensors of the files that an index names. raises: UserError naming those not there"""
     names = read_json(index).get("weight_map")
     shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
-    absent = [name for name in shards if not (index.parent / name).is_file()]
+    absent = [x for x in shards if x.endswith(".json") or not (index.parent / x).is_file()]
     if absent or not shards:
         raise UserError(
             f"{index.name} names shards that are missing in {index.parent}:"
@@ -130,15 +137,18 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def verify(path: Path) -> None:
-    """Compare a file with the SHA256SUMS beside it, and say so if that does not name it.
+    """Compare a file with the hashes beside it (SHA256SUMS), and say so if they do not name it.
 
     raises: UserError if it is not the file meant there"""
-    sums = path.parent / "SHA256SUMS"
-    if not sums.is_file():
+    names = ("SHA256SUMS", "SHA256SUMS.txt", "sha256sums.txt", f"{path.name}.sha256")
+    sums = next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+    if sums is None:
         return
     text = sums.read_text(encoding="utf-8-sig", errors="replace")
-    pairs = re.findall(r"(?m)^\\?(\w{64})[ \t]+\*?(.+)$", text)  # as sha256sum writes it
-    pairs += [pair[::-1] for pair in re.findall(r"(?m)^SHA256 \((.+)\) = (\w{64})", text)]  # BSD
+    if len(text.split()) == 1:
+        text = f"{text.strip()}  {path.name}"
+    pairs = re.findall(r'(?mi)^\s*\\?(?:sha256:)?([\da-f]{64})[ \t]+[*"]*([^"\r\n]+)', text)
+    pairs += [pair[::-1] for pair in re.findall(r"(?m)^SHA256 ?\((.+)\) ?= (\w{64})", text)]  # BSD
     digests = {name.strip().replace("\\", "/"): digest.lower() for digest, name in pairs}
     here = {name: digest for name, digest in digests.items() if Path(name).name == path.name}
     meant = here.get(path.name) or here.get(f"./{path.name}") or next(iter(here.values()), None)
@@ -275,7 +285,7 @@ FILES = {  # what: its names in a folder, the first that is there; where it come
     "transformer": (
         "student.safetensors diffusion_pytorch_model.safetensors.index.json"
         " diffusion_pytorch_model.safetensors transformer"
-        " diffusion_pytorch_model*.index.json diffusion_pytorch_model*.safetensors"  # .fp16, .bf16
+        " diffusion_pytorch_model*.index*.json diffusion_pytorch_model*.safetensors"  # .fp16, .bf16
         " diffusion_pytorch_model*.bin *.pt *.safetensors *.gguf",
         "Wan's comes with Wan2.1-T2V-1.3B or -14B; a student may be the folder's only .pt file",
     ),
@@ -297,16 +307,16 @@ OTHER = re.compile(
 )  # what is no transformer in any folder
 
 
-def _is_folder(path: str | Path) -> bool:
+def _is_folder(path: Path) -> bool:
     """Whether a folder is there, or would be if it existed."""
-    return not Path(path).is_file() and Path(path).suffix not in SUFFIXES
+    return not path.is_file() and path.suffix not in SUFFIXES
 
 
 def find(folder: str | Path, what: str) -> Path:
     """Where a folder keeps its transformer, VAE, text encoder or tokenizer.
 
     raises: UserError with the names that were looked for and where the file comes from"""
-    folder, (patterns, origin) = Path(folder), FILES[what]
+    folder, (patterns, origin) = Path(folder).expanduser(), FILES[what]
     names = " or ".join(name for name in patterns.split() if "*" not in name)
     if not folder.is_dir():
         raise UserError(
@@ -493,7 +503,8 @@ def read_dit(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
 
     returns: the values of its DiTConfig, and under "recipe" how it was trained if it says so;
         memory-mapped tensors under Wan's names; the path that was read.  raises: UserError"""
-    path = find(path, "transformer") if _is_folder(path) else Path(path)
+    path = Path(path).expanduser()
+    path = find(path, "transformer") if _is_folder(path) else path
     refuse_pair(path)
     tree, config = read_tensors(path)
     tensors = network_in(tree, "transformer", path)
@@ -651,7 +662,7 @@ def read_vae(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
 
     returns: the values of its VAEConfig (none: Wan2.1's), tensors under Wan's names, and the path
         that was read.  raises: UserError"""
-    path = Path(path)
+    path = Path(path).expanduser()
     if _is_folder(path):
         beside = path / "config.json"
         if not (beside.is_file() and "base_dim" in read_json(beside)):

@@ -189,7 +189,7 @@ def contents(config: dict, unread: tuple[str, ...] = ()) -> dict[str, str]:
     """What the files that a run reads hold, by flag: a path may stay and what lies there change."""
     config, found = {k: v for k, v in config.items() if k not in unread}, {}
     for flag in ("teacher", "critic", "student", "weights"):
-        if config.get(flag):
+        if config.get(flag) and Path(config[flag]).expanduser().exists():
             found[flag] = fingerprint(read_dit(config[flag])[1])
     prompts, data = str(config.get("prompts")), Path(config.get("data") or "") / "index.json"
     if Path(prompts).is_file():

@@ -197,6 +197,8 @@ def test_a_student_that_was_trained_otherwise_is_named(weights, tmp_path):
         if says:
             with pytest.raises(UserError, match=says):
                 students.runs_to_go(students.Config(**flags))
+            with pytest.raises(UserError, match=says):
+                tables.rows_there(config_of(10, weights, tmp_path, seeds=(0,)))
         else:
             assert [x[1] for x in students.runs_to_go(students.Config(**flags))] == [need]
     (weights / "teacher.safetensors").unlink()

@@ -75,7 +75,7 @@ def read_shard(path: Path) -> tuple[Tensor, dict]:
 class Clips:
     """The latents in a folder, memory-mapped: clips[n] is [T, C, h, w] float32, of prompt n.
 
-    latent: their number, height and width.  fingerprint: what these clips are and their VAE
+    latent: their number, height and width.  made_of: what each clip is, and the VAE, as words
     raises: UserError if they are not of this size, not of one VAE, not of these prompts, not all"""
 
     def __init__(
@@ -87,7 +87,7 @@ class Clips:
                 f"{folder} holds no latents; make them with python -m tools.encode --out {folder}"
             )
         self.where: list[tuple[Tensor, int]] = []
-        self.vae, clips = "", []
+        self.vae, self.made_of = "", []
         want = (latent[0], channels, *latent[1:])
         for path in paths:
             x, made = read_shard(path)
@@ -101,7 +101,7 @@ class Clips:
                 raise UserError(f"{path} was made by another VAE than {paths[0].name}; delete it")
             self._check_prompts(path, made, source)
             self.where += [(x, i) for i in range(len(x))]
-            clips += [{**c, "time": 0} for c in made["clips"]]
+            self.made_of += [json.dumps([self.vae, {**c, "time": 0}]) for c in made["clips"]]
         listed = Path(folder) / "prompts.txt"
         count = listed.read_text(encoding="utf-8").count("\n") if listed.is_file() else "no"
         if count != len(self):
@@ -109,8 +109,6 @@ class Clips:
                 f"{folder} holds {len(self)} clips but {count} lines of prompts.txt: its encoding "
                 "was not finished; run the same encode.py again"
             )
-        content = json.dumps([self.vae, clips]).encode()
-        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
     def _check_prompts(self, path: Path, made: dict, source: Prompts) -> None:
         """raises: UserError naming the first clip of a shard that is not that of its prompt"""

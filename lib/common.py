@@ -293,6 +293,16 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+# what many training scripts put beside their tensors: settings, and numpy's numbers and arrays
+NUMPY = [
+    (getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
+    for name in ("scalar", "_reconstruct")
+    for core in ("core", "_core")  # before numpy 2, and since
+]
+KINDS = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
+PLAIN = [argparse.Namespace, np.ndarray, np.dtype, *KINDS, *NUMPY]
+
+
 def read_pickle(path: str | os.PathLike) -> dict:
     """Read a .pt or .pth file that holds a dictionary, without running what it may contain.
 
@@ -301,9 +311,8 @@ def read_pickle(path: str | os.PathLike) -> dict:
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    plain = [argparse.Namespace]  # a bag of settings, which many training scripts put in
     try:
-        with torch.serialization.safe_globals(plain):
+        with torch.serialization.safe_globals(PLAIN):
             mapped = zipfile.is_zipfile(path)
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged or hostile pickle may raise anything; it does not run

@@ -10,22 +10,14 @@ from pathlib import Path
 from lib.common import UserError
 
 T2V = "only text-to-video is supported here: use Wan2.1-T2V-1.3B or -14B"
+PLAIN = "use the bf16 or fp16 file of the same model"
+AGAIN = "download it again, from the link of the file itself (some want a login)"
+LFS = "a Git LFS pointer, not the file that it stands for"
 BY_FIRST_BYTES = (
-    (
-        rb"GGUF",
-        "a GGUF file, whose weights are quantised",
-        "use the .safetensors file that it was made from",
-    ),
-    (
-        rb"version https://git-lfs",
-        "a Git LFS pointer, not the file that it stands for",
-        "run `git lfs pull` where it lies, or download the file itself",
-    ),
-    (
-        rb"(?i)\s*<(!doctype|html|head|\?xml)",
-        "a web page and not a checkpoint",
-        "download it again, from the link of the file itself (some want a login)",
-    ),
+    (rb"GGUF", "a GGUF file, whose weights are quantised", PLAIN),
+    (rb"version https://git-lfs", LFS, "run `git lfs pull` where it lies, or download the file"),
+    (rb"(\xef\xbb\xbf)?\s*<", "a web page and not a checkpoint", AGAIN),
+    (rb"[\t\r\n -~]+\Z", "a text and not a checkpoint", AGAIN),
     (rb"\Z", "an empty file", "copy or download it again"),
 )
 BY_NAMES = (  # what of the tensors' names is searched for, anywhere in them
@@ -36,19 +28,19 @@ BY_NAMES = (  # what of the tensors' names is searched for, anywhere in them
         " --weights BASE --merge_lora FILE --out NEW.safetensors",
     ),
     (
-        r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale|input_scale|comfy_quant)$",
+        r"(^|\.)scaled_fp8$|[._](scale_(weight|input)|(weight|input|fp8)_scales?(_\w+)?)$|comfy_quant",
         "fp8 weights with a scale for each layer",
-        "use the bf16 or fp16 file of the same model",
+        PLAIN,
     ),
     (
-        r"\.(qweight|qzeros|absmax|quant_map|quant_state\S*|SCB)$",
+        r"\.(q?weight_packed|qweight|qzeros|w?scales|absmax|quant_map|quant_state\S*|SCB|_data)$",
         "quantised weights",
-        "use the bf16 or fp16 file of the same model",
+        PLAIN,
     ),
     (r"(^|\.)vace_", "VACE, which edits videos", T2V),
     (r"k_img|img_emb|image_embedder|add_k_proj", "an image-to-video transformer (I2V)", T2V),
     (
-        r"control_adapter|(^|\.)ref_conv|audio_|face_adapter|motion_encoder|pose_patch",
+        r"control_adapter|(^|\.)ref_conv|audio_|face_|motion_encoder|pose_patch|cam_encoder",
         "a transformer that is steered by a picture, a pose, a camera or a sound",
         T2V,
     ),
@@ -66,14 +58,16 @@ BY_NAMES = (  # what of the tensors' names is searched for, anywhere in them
     ),
     (r"^(encoder|decoder)\.\d+\.", "a tiny autoencoder (TAEHV)", "use Wan2.1_VAE.pth"),
 )
-BY_FOLDER = (
-    (
-        "high_noise_model",
-        "Wan2.2's 14B, one network for high noise and one for low",
-        "use Wan2.1-T2V-14B",
-    ),
-    ("*.gguf", *BY_FIRST_BYTES[0][1:]),
-)
+
+
+def refuse_pair(path: Path) -> None:
+    """raises: UserError if a folder, or a file's name, shows that it is of Wan2.2's pair"""
+    names = ("high_noise_model", "low_noise_model", "transformer_2")
+    if re.search(r"(?i)wan.?2.2.*noise", path.name) or any((path / x).exists() for x in names):
+        raise UserError(
+            f"{path} is of Wan2.2's 14B, one network for high noise and one for low;"
+            " use Wan2.1-T2V-14B"
+        )
 
 
 def refuse_file(path: Path) -> None:
@@ -97,11 +91,3 @@ def refuse_names(path: object, names: Iterable[str], wanted: str) -> None:
         if not advice:
             what, advice = f"a {what} and not a {wanted}", f"name a {wanted}, or a folder with both"
         raise UserError(f"{path} is {what} (it has {example}); {advice}")
-
-
-def said_of_folder(folder: Path) -> str:
-    """What a folder without a checkpoint of ours holds instead: the end of a sentence, or ""."""
-    for pattern, what, advice in BY_FOLDER:
-        for path in sorted(folder.glob(pattern)):
-            return f"; {path.name} is {what}: {advice}"
-    return ""

@@ -20,14 +20,21 @@ from torch import Tensor
 from lib.common import UserError
 
 PARTS = (  # end of a key -> what it is
-    (r"[._]lora[._](A|down)(\.\w+)?\.weight", "down"),
-    (r"[._]lora[._](B|up)(\.\w+)?\.weight", "up"),
-    (r"\.(lora_)?alpha", "alpha"),
-    (r"\.diff", "weight"),
-    (r"\.diff_b", "bias"),
-    (r"\.diff_m", "modulation"),
+    (r"[._]lora[._](A|down)(\.[^.]+)?\.weight$", "down"),
+    (r"[._]lora[._](B|up)(\.[^.]+)?\.weight$", "up"),
+    (r"\.(lora_)?alpha$", "alpha"),
+    (r"\.diff$", "weight"),
+    (r"\.diff_b$", "bias"),
+    (r"\.diff_m$", "modulation"),
 )
-PREFIX = r"((lora|unet|lycoris|base|model|diffusion|transformer|dit|pipe|net|module)_)*"
+PREFIX = r"^((lora|unet|lycoris|base|model|diffusion|transformer|dit|wan|net)_)*"  # of kohya's keys
+STRANGERS = (  # what a key that changes no weight may mean, the first that fits
+    (r"dora_scale|magnitude", "DoRA, which is not merged here"),
+    (r"hada_|lokr_|oft_|lora_mid", "LoHa, LoKr, OFT or Tucker, which are not merged here"),
+    (r"lora_te|text_(encoder|model)|SelfAttention|blocks\.\d+\.attn\.", "made for a text encoder"),
+    (r"k_img|v_img|img_emb|vace_", "made for an image-to-video model or VACE"),
+    ("", "made for another model (of more layers, another family), or of a kind not merged here"),
+)
 
 
 class Low(NamedTuple):
@@ -58,17 +65,17 @@ def settings(path: Path) -> Low:
     for name in ("use_dora", "alpha_pattern"):
         if said.get(name):
             raise UserError(f"{path}: a LoRA with {name} {said[name]} is not merged here")
-    alpha = said.get("lora_alpha")
-    if alpha is None:
-        print(
-            f"note: {path} has no alpha beside its weights: 1 is the factor of B A without its own"
-        )
-    return Low(alpha, bool(said.get("use_rslora")))
+    if said.get("lora_alpha") is None:
+        print(f"note: {path} has no alpha for all: 1 is the factor of a B A without its own")
+    return Low(said.get("lora_alpha"), bool(said.get("use_rslora")))
 
 
-def is_lora(key: str) -> bool:
-    """Whether a key of a file is one of a LoRA, in any of the spellings."""
-    return any(re.search(pattern + "$", key) for pattern, _ in PARTS)
+def split(key: str) -> tuple[str, str | None]:
+    """blocks.0.ffn.0.lora_A.weight -> blocks.0.ffn.0, "down"; None for what is no LoRA's."""
+    for pattern, part in PARTS:
+        if found := re.search(pattern, key):
+            return key[: found.start()], part
+    return key, None
 
 
 def merge(
@@ -96,66 +103,51 @@ def merge(
 
 def by_weight(names: dict[str, str], lora: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Which parts (down, up, alpha, or a whole difference) the LoRA has for which weight."""
-    flat = {flattened(spelling): name for spelling, name in names.items()}
+    # as kohya writes names: a dot, or several underscores, become one underscore
+    flat = {re.sub(r"[._]+", "_", spelling): name for spelling, name in names.items()}
+    first = "|".join({re.escape(name.split(".")[0]) for name in names})
     changes: dict[str, dict[str, Tensor]] = {}
     strangers = []
     for key, x in lora.items():
         stem, part = split(key)
+        stem = re.sub(rf"^([^.]+\.)*?(?=({first})\.)", "", stem)  # any prefix with dots
+        stem = re.sub(PREFIX, "", re.sub(r"[._]+", "_", stem))
         kind = part if part in ("bias", "modulation") else "weight"
-        stem = re.sub("^" + PREFIX, "", flattened(stem))
         name = flat.get(f"{stem}_{kind}") or flat.get(stem)  # a modulation has no .weight
         if part is None or name is None:
             strangers.append(key)
+        elif part in changes.setdefault(name, {}):
+            raise UserError(f"the LoRA has two {part} for {name}: two adapters; save one of them")
         else:
-            changes.setdefault(name, {})[part] = x
+            changes[name][part] = x
     if strangers or not changes:
         shown = (", ".join(strangers[:4]) or "none at all") + (", ..." if strangers[4:] else "")
+        why = next(why for pattern, why in STRANGERS if re.search(pattern, " ".join(strangers)))
         raise UserError(
-            f"{len(strangers)} of the LoRA's {len(lora)} keys match no weight: {shown};"
-            " it is for another model (I2V, another family), or of a kind that is not merged here"
+            f"{len(strangers)} of the LoRA's {len(lora)} keys match no weight: {shown}; it is {why}"
         )
     return changes
 
 
-def split(key: str) -> tuple[str, str | None]:
-    """blocks.0.ffn.0.lora_A.weight -> blocks.0.ffn.0, "down"."""
-    for pattern, part in PARTS:
-        found = re.search(pattern + "$", key)
-        if found:
-            return key[: found.start()], part
-    return key, None
-
-
-def flattened(name: str) -> str:
-    """As kohya writes names: a dot, or several underscores, become one underscore."""
-    return re.sub(r"[._]+", "_", name)
-
-
 def difference(name: str, parts: dict[str, Tensor], low: Low, shape: torch.Size) -> Tensor:
-    """The change of a weight, in its shape; parts: down [r, in, ...] and up [out, r], or whole."""
-    delta = torch.zeros(shape)
-    for part in ("weight", "bias", "modulation"):
-        if part in parts:
-            delta = delta + fitting(name, parts[part].float(), shape)
-    if not parts.keys() & {"down", "up", "alpha"}:
-        return delta
-    if not {"down", "up"} <= parts.keys():
-        raise UserError(f"the LoRA has only {', '.join(parts)} for {name}; both halves are needed")
-    down, up = parts["down"].float().flatten(1), parts["up"].float().flatten(1)
-    rank = len(down)
-    if up.shape[1] != rank:
-        raise UserError(f"the LoRA's halves for {name} have ranks {rank} and {up.shape[1]}")
-    alpha = parts["alpha"].item() if "alpha" in parts else low.alpha
-    factor = 1.0 if alpha is None else alpha / (rank**0.5 if low.by_root else rank)
-    return delta + factor * fitting(name, up @ down, shape)
+    """The change of a weight, in its shape; parts: down [r, in, ...] and up [out, r], or whole.
 
-
-def fitting(name: str, delta: Tensor, shape: torch.Size) -> Tensor:
-    """The change in the shape of its weight [out, in, ...]. raises: UserError if it is of another
-    size"""
-    if delta.numel() != shape.numel() or delta.shape[0] != shape[0]:
-        raise UserError(
-            f"the LoRA changes {name} by {tuple(delta.shape)} but the weight is {tuple(shape)};"
-            " it is for a model of another size"
-        )
-    return delta.view(shape)
+    raises: UserError if a half is missing, or it is of another size"""
+    deltas = [parts[part].float() for part in ("weight", "bias", "modulation") if part in parts]
+    if parts.keys() & {"down", "up", "alpha"}:
+        if not {"down", "up"} <= parts.keys():
+            raise UserError(f"the LoRA has only {', '.join(parts)} for {name}; both halves are due")
+        down, up = parts["down"].float().flatten(1), parts["up"].float().flatten(1)
+        rank = len(down)
+        if up.shape[1] != rank:
+            raise UserError(f"the LoRA's halves for {name} have ranks {rank} and {up.shape[1]}")
+        alpha = parts["alpha"].item() if "alpha" in parts else low.alpha
+        factor = 1.0 if alpha is None else alpha / (rank**0.5 if low.by_root else rank)
+        deltas.append(factor * up @ down)
+    for delta in deltas:
+        if delta.numel() != shape.numel() or delta.shape[0] != shape[0]:
+            raise UserError(
+                f"the LoRA changes {name} by {tuple(delta.shape)} but the weight is {tuple(shape)};"
+                " it is for a model of another size"
+            )
+    return sum(delta.view(shape) for delta in deltas)

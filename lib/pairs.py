@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from lib.common import Stream, UserError, atomic, fingerprint, generator, stop_signals
 from lib.training import mean_over_processes
-from lib.weights import read_dit, read_json, read_tensors, write_safetensors
+from lib.weights import listed, read_dit, read_json, read_tensors, write_safetensors
 
+AGAIN = "delete it and run --generate again"
 GOLDEN = 0.6180339887498949  # multiples of it mod 1 fill [0, 1) evenly, however many there are
 
 
@@ -42,16 +43,22 @@ def kept_states(levels: Sequence[float], steps: int = 48) -> list[int]:
     return [*map(round, places), steps]
 
 
+# ---------------------------------------------------------------- what pairs are
+MADE_BY = ("prompts", "guidance", "negative", "shift", "seed", "latent", "denoising")
+PLANS = ("plans", "block", "anchors", "head", "share_noise")  # what causal pairs depend on, too
+
+
 @dataclass(frozen=True)
 class Where:
-    """A folder of pairs, and what its shards must be; settings: how they are made."""
+    """A folder of pairs, and what its shards must be."""
 
     folder: Path
     pairs: int
     shard: int
-    settings: dict
+    settings: dict  # how they are made
     group_of: Callable[[float], int]  # a number in [0, 1) -> what a shard's pairs have in common
     words: Callable[[int], str]  # pair -> its prompt
+    clips: Callable[[int], str] | None = None  # pair -> the real clip in it, if there is one
 
     def ranges(self) -> list[range]:
         return [range(s, min(s + self.shard, self.pairs)) for s in range(0, self.pairs, self.shard)]
@@ -64,23 +71,23 @@ class Where:
 
     def record(self, numbers: range) -> dict:
         """What a shard says about itself."""
-        words = "\n".join(self.words(n) for n in numbers)
-        return self.settings | {
-            "first": numbers.start,
-            "count": len(numbers),
-            "group": self.group(numbers),
-            "words": hashlib.sha256(words.encode()).hexdigest()[:16],
-        }
+        counted = {"first": numbers.start, "count": len(numbers), "group": self.group(numbers)}
+        clips = {"clips": hashed(self.clips, numbers)} if self.clips else {}
+        return self.settings | counted | {"words": hashed(self.words, numbers)} | clips
 
 
-MADE_BY = ("prompts", "guidance", "negative", "shift", "seed", "latent", "denoising")
-PLANS = ("plans", "block", "anchors", "head", "share_noise")  # what causal pairs depend on, too
+def hashed(words: Callable[[int], str], numbers: range) -> str:
+    """What tells the words of some pairs from others."""
+    return hashlib.sha256("\n".join(map(words, numbers)).encode()).hexdigest()[:16]
 
 
 def settings_of(config, names: Sequence[str]) -> dict:
     """How pairs are made: what a shard records and a later run is compared with."""
-    teacher = fingerprint(read_dit(config.teacher)[1])
-    return {k: asdict(config)[k] for k in names} | {"teacher": teacher}
+    made = {k: asdict(config)[k] for k in names}
+    made["teacher"] = fingerprint(read_dit(config.teacher)[1])
+    if config.prompts.endswith(".safetensors"):  # embeddings: of which encoder
+        made["encoder"] = (read_tensors(config.prompts)[1] or {}).get("encoder")
+    return made
 
 
 def pairs_where(
@@ -88,12 +95,14 @@ def pairs_where(
     words: Callable[[int], str],
     group_of: Callable[[float], int],
     names: Sequence[str] = MADE_BY,
+    clips: Callable[[int], str] | None = None,
 ) -> Where:
-    """Where a run's pairs lie. config: of train_ode.py;  words: pair -> prompt"""
+    """Where a run's pairs lie. config: of train_ode.py;  words, clips: pair -> prompt, clip"""
     if min(config.pairs, config.shard) < 1:
         raise UserError(f"--pairs {config.pairs} and --shard {config.shard} must be at least 1")
-    folder, settings = Path(config.data), settings_of(config, names)
-    return Where(folder, config.pairs, config.shard, settings, group_of, words)
+    settings = settings_of(config, names)
+    folder = Path(config.data)
+    return Where(folder, config.pairs, config.shard, settings, group_of, words, clips)
 
 
 def pair_noise(config, channels: int, number: int, rows: int) -> Tensor:
@@ -102,11 +111,16 @@ def pair_noise(config, channels: int, number: int, rows: int) -> Tensor:
     return torch.randn(rows, channels, *config.latent[1:], generator=g)
 
 
-def difference(made: dict | None, asked: dict, keys: Sequence[str] | None = None) -> str:
+def difference(made: dict, asked: dict) -> str:
     """What differs between how something was made and what is asked for now; "" if nothing does."""
-    made, asked = json.loads(json.dumps(made or {})), json.loads(json.dumps(asked))
-    differ = [k for k in keys or asked if made.get(k) != asked[k]]
+    asked = json.loads(json.dumps(asked))  # tuples become lists, as in `made`
+    differ = [k for k in asked if made.get(k) != asked[k]]
     return ", ".join(f"{k} is {made.get(k)!r}, not {asked[k]!r}" for k in differ)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards that a folder holds, in the order of their pairs."""
+    return listed(folder, "pairs-*.safetensors")
 
 
 # ---------------------------------------------------------------- making
@@ -115,30 +129,21 @@ Make = Callable[[int, range], dict[str, Tensor]]  # (group, pairs) -> tensors
 
 def missing_shards(where: Where) -> list[range]:
     """The shards that are not there, or not whole. raises: UserError for one of another run"""
-    listed, todo = {where.path(numbers) for numbers in where.ranges()}, []
+    todo = {where.path(numbers): numbers for numbers in where.ranges()}
     for path in shard_files(where.folder):
-        if path not in listed:
+        if path not in todo:
             raise UserError(
                 f"{path} is not one of {where.pairs} pairs in shards of {where.shard}: give the "
                 "--pairs and --shard it was made with (--pairs may grow), or another --data"
             )
-    for numbers in where.ranges():
-        path = where.path(numbers)
-        if not path.exists():
-            todo.append(numbers)
-            continue
-        made, asked = read_tensors(path)[1] or {}, where.record(numbers)
-        if wrong := difference(made, asked, list(where.settings)):
+        made = read_tensors(path)[1] or {}
+        if wrong := difference(made, where.settings):
             raise UserError(f"{path} was made otherwise: {wrong}; delete it, or use another --data")
-        if wrong := difference(made, asked):
+        if wrong := difference(made, where.record(todo[path])):
             print(f"{path.name} is made again: {wrong}", flush=True)
-            todo.append(numbers)
-    return todo
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """The shards that a folder holds, in the order of their pairs."""
-    return sorted(p for p in folder.glob("pairs-*.safetensors") if not p.name.startswith("."))
+        else:
+            del todo[path]
+    return list(todo.values())
 
 
 def write_missing(
@@ -156,28 +161,25 @@ def write_missing(
     todo = missing_shards(where)
     mean_over_processes({"looked": 1.0}, device)  # nobody writes before all have looked
     if rank == 0:
-        numbers = sum(
-            len(r) * sum(math.prod(shape) for shape in shapes(where.group(r)).values())
-            for r in where.ranges()
-        )
+        of_group = {r: shapes(where.group(r)).values() for r in where.ranges()}
+        numbers = sum(len(r) * sum(map(math.prod, some)) for r, some in of_group.items())
         print(
-            f"{where.pairs} pairs in {len(where.ranges())} shards, {len(todo)} to make; "
+            f"{where.pairs} pairs in {len(of_group)} shards, {len(todo)} to make; "
             f"{2 * numbers / 1e9:.2g} GB in all",
             flush=True,
         )
     mine = todo[rank::world]
-    done = True
-    with (
-        torch.no_grad(),
-        stop_signals() as stop,
-        tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair") as bar,
-    ):
-        for numbers in mine:
-            done = done and write_shard(where, numbers, make, micro or 16, stop, bar)
-    # One process that was stopped is enough to leave the index as it is.
+    bar = tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair")
+    with torch.no_grad(), stop_signals() as stop, bar:
+        done = all(write_shard(where, numbers, make, micro or 16, stop, bar) for numbers in mine)
+    # one process that was stopped is enough to leave the index as it is
     done = mean_over_processes({"done": float(done)}, device)["done"] == 1
     if rank == 0 and done:
-        write_index(where)
+        digests = {p.name: hashlib.sha256(p.read_bytes()) for p in shard_files(where.folder)}
+        shards = {name: digest.hexdigest() for name, digest in digests.items()}
+        with atomic(where.folder / "index.json") as tmp:
+            tmp.write_text(json.dumps({"pairs": where.pairs, "shards": shards}, indent=1))
+        print(f"wrote {len(shards)} shards and {where.folder / 'index.json'}")
     elif rank == 0:
         print(f"stopped; {where.folder} keeps its whole shards, run the same command to go on")
 
@@ -195,25 +197,13 @@ def write_shard(
         parts.append({k: v.half().cpu() for k, v in made.items()})
         bar.update(len(some))
     tensors = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-    for name, x in tensors.items():
-        if not x.isfinite().all():
-            raise FloatingPointError(
-                f"the teacher's {name} of pairs {numbers.start} to {numbers.stop - 1} are not "
-                "finite; nothing was written for them"
-            )
+    if lost := [k for k, x in tensors.items() if not x.isfinite().all()]:
+        raise FloatingPointError(
+            f"the teacher's {lost[0]} of pairs {numbers.start} to {numbers.stop - 1} are not "
+            "finite; nothing was written for them"
+        )
     write_safetensors(where.path(numbers), tensors, where.record(numbers))
     return True
-
-
-def write_index(where: Where) -> None:
-    """index.json: the hash of each shard."""
-    shards = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in shard_files(where.folder)
-    }
-    with atomic(where.folder / "index.json") as tmp:
-        tmp.write_text(json.dumps({"pairs": where.pairs, "shards": shards}, indent=1))
-    print(f"wrote {len(shards)} shards and {where.folder / 'index.json'}")
 
 
 # ---------------------------------------------------------------- reading
@@ -237,40 +227,35 @@ def read_pairs(
 
     words: pair -> its prompt;  shapes: group -> tensor -> its shape for one pair
     raises: UserError where a shard is missing, damaged, or not what is asked for"""
-    folder = Path(config.data)
+    index = Path(config.data) / "index.json"
     settings = settings_of(config, [name for name in names if name != "seed"])  # of training: any
-    index = folder / "index.json"
     if not index.is_file():
         raise UserError(
-            f"{index} does not exist: make pairs first, with --generate --data {folder}"
+            f"{index} does not exist: make pairs first, with --generate --data {config.data}"
         )
-    names = read_json(index).get("shards")
-    if not names or not isinstance(names, dict) or not all(Path(n).name == n for n in names):
-        raise UserError(f"{index} names no shards; delete it and run --generate again")
-    if unlisted := {p.name for p in shard_files(folder)} - names.keys():
+    files = read_json(index).get("shards")
+    if not files or not isinstance(files, dict) or not all(Path(n).name == n for n in files):
+        raise UserError(f"{index} names no shards; {AGAIN}")
+    if unlisted := {p.name for p in shard_files(index.parent)} - files.keys():
         raise UserError(f"{index} does not name {sorted(unlisted)[0]}; run --generate again")
     groups: dict[int, list[Pair]] = {}
-    for name in sorted(names):
-        tensors, made = read_tensors(folder / name)
+    for name in sorted(files):
+        tensors, made = read_tensors(index.parent / name)
         if not made or any(type(made.get(k)) is not int for k in ("first", "count", "group")):
-            raise UserError(f"{name} is not a shard of pairs; delete it and run --generate again")
+            raise UserError(f"{name} is not a shard of pairs; {AGAIN}")
         if wrong := difference(made, settings):
             raise UserError(
                 f"{name} was made otherwise: {wrong}; give the same flags, or another --data"
             )
         numbers = range(made["first"], made["first"] + made["count"])
-        spoken = hashlib.sha256("\n".join(map(words, numbers)).encode()).hexdigest()[:16]
-        if spoken != made.get("words"):
+        if hashed(words, numbers) != made.get("words"):
             raise UserError(
                 f"{name} was made for other prompts than --prompts has at {numbers.start} to "
                 f"{numbers.stop - 1}; give the same ones"
             )
         want = {k: (len(numbers), *shape) for k, shape in shapes(made["group"]).items()}
         if {k: tuple(x.shape) for k, x in tensors.items()} != want:
-            raise UserError(
-                f"{name} does not hold what its plans leave behind, {want}; delete it and run "
-                "--generate again"
-            )
+            raise UserError(f"{name} does not hold what its plans leave behind, {want}; {AGAIN}")
         rows = [Pair(n, tensors, row, name) for row, n in enumerate(numbers)]
         groups.setdefault(made["group"], []).extend(rows)
     return groups
@@ -282,18 +267,14 @@ def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[in
     for name, digest in tqdm(index.items(), desc="check", unit="shard"):
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             raise UserError(
-                f"{name} is not the file that the index names (its hash differs); delete it and "
-                "run --generate again"
+                f"{name} is not the file that the index names (its hash differs); {AGAIN}"
             )
     for group, some in pairs.items():
         for pair in some:
             lost = [k for k, x in pair.shard.items() if not x[pair.row].isfinite().all()]
             wrong = f"its {lost[0]} are not finite" if lost else check(group, pair)
             if wrong:
-                raise UserError(
-                    f"pair {pair.number} in {pair.file}: {wrong}; delete that file and run "
-                    "--generate again"
-                )
+                raise UserError(f"pair {pair.number} in {pair.file}: {wrong}; {AGAIN}")
 
 
 def slot_states(pair: Pair, lay: object, d: int) -> Tensor:

@@ -4,16 +4,19 @@
     step = load_state(path, config, {"student": (dit, optimiser)}, ema=average)
 
 A state is written whole or not at all, in float32, and by any number of processes. It is refused
-by a run of other settings, but for those that the script's Config names in FREE: these are said.
+by a run of other settings, or whose files hold something else now (`contents`), but for those that
+the script's Config names in FREE: these are said.
 `--keep 200` of a training keeps a state every 200 steps. A student can be taken from any of them:
 
     python -m lib.states --student out/dmd/state-000200.pt --out student.safetensors
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,8 +31,18 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import distribute_tensor
 
-from lib.common import UserError, atomic, check_out, is_first, read_pickle, run, say
-from lib.weights import write_safetensors
+from lib.common import (
+    UserError,
+    atomic,
+    check_out,
+    fingerprint,
+    is_first,
+    read_pickle,
+    run,
+    say,
+)
+from lib.text import lines_of
+from lib.weights import listed, read_dit, read_tensors, write_safetensors
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # name -> network and its optimiser
@@ -172,8 +185,28 @@ def schedule(config: dict) -> int:
     return config.get("schedule_steps") or config["steps"]
 
 
+def contents(config: dict, unread: tuple[str, ...] = ()) -> dict[str, str]:
+    """What the files that a run reads hold, by flag: a path may stay and what lies there change."""
+    config, found = {k: v for k, v in config.items() if k not in unread}, {}
+    for flag in ("teacher", "critic", "student", "weights"):
+        if config.get(flag) and Path(config[flag]).expanduser().exists():
+            found[flag] = fingerprint(read_dit(config[flag])[1])
+    prompts, data = str(config.get("prompts")), Path(config.get("data") or "") / "index.json"
+    if Path(prompts).is_file():
+        made = read_tensors(prompts)[1] if prompts.endswith(".safetensors") else {}
+        words = [*lines_of(prompts), str((made or {}).get("encoder"))]
+        found["prompts"] = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+    if data.is_file():
+        found["data"] = hashlib.sha256(data.read_bytes()).hexdigest()[:16]
+    if config.get("clips"):
+        shards = listed(Path(config["clips"]), "latents-*.safetensors")
+        found["clips"] = fingerprint({p.name: read_tensors(p)[0]["latents"] for p in shards})
+    return {f"content of --{flag}": value for flag, value in found.items()}
+
+
 def _compare(path: str | os.PathLike, then: dict, now: dict, free: tuple[str, ...]) -> None:
     """Say which settings change from here on. raises: UserError naming those that must not"""
+    now = {k: v for k, v in now.items() if k in then or not k.startswith("content of")}
     differ = {k: v for k, v in now.items() if k not in FREE and then.get(k) != v}
     wrong = [f"{k}={then.get(k)!r}, now {v!r}" for k, v in differ.items() if k not in free]
     if wrong:

@@ -39,7 +39,7 @@ from lib.common import (
     stop_signals,
 )
 from lib.picture import write_curves
-from lib.states import EMA, Trained, load_state, save_state
+from lib.states import EMA, Trained, contents, load_state, save_state
 
 RANGES = {  # of the flags that trainings share; 0 is "off" for those that may be 0 and count
     "steps": (1, 10**9),
@@ -289,15 +289,17 @@ def training_steps(
     """The steps of a run that are not done yet, as (step, row); what is put into row is logged.
 
     config: a dataclass with `out`, `steps`, `save_every` (0: only at the end) and, if it likes,
-    `keep`; a tuple FREE of its class names what may change when a run goes on. The folder `out`
-    gets, with the prefix in front, log.jsonl, its curves.png, state.pt and, every `keep` steps, a
-    copy such as state-000200.pt; copied back to state.pt, a run goes on from there.
+    `keep`; a tuple FREE of its class names what may change when a run goes on, UNREAD the files
+    that training does not read. The folder `out` gets, with the prefix in front, log.jsonl, its
+    curves.png, state.pt and, every `keep` steps, a copy such as state-000200.pt; copied back to
+    state.pt, a run goes on from there.
     A run goes on from its last state, exactly, however it ended. SIGINT or SIGTERM: the step is
     finished and saved, and the script ends with code 0. Every process calls this.
     raises: UserError if the folder is in use, or the state damaged or of other settings"""
     out = check_out(config.out, folder=True)
     state, log = out / f"{prefix}state.pt", out / f"{prefix}log.jsonl"
     settings, averages = dataclasses.asdict(config), averages or {}
+    settings |= contents(settings, getattr(type(config), "UNREAD", ()))
     with locked(out / f"{prefix}lock") if is_first() else nullcontext(), stop_signals() as stop:
         if is_first():
             clear_temporaries(out)

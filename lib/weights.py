@@ -32,10 +32,17 @@ from torch import Tensor, nn
 
 from lib import lora
 from lib.common import UserError, atomic, read_pickle, run
-from lib.foreign import refuse_file, refuse_names, said_of_folder
+from lib.foreign import refuse_file, refuse_names, refuse_pair
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
+IN_FOLDER = (  # what may be the one checkpoint in a folder; a variant (.fp16) only if it is alone
+    "*.index.json",
+    "*.index.*.json",
+    "diffusion_pytorch_model.safetensors model.safetensors",
+    "*.safetensors",
+    " ".join("*" + suffix for suffix in PICKLES),
+)
 
 
 # ---------------------------------------------------------------- files
@@ -66,7 +73,7 @@ def read_tensors(path: str | Path) -> tuple[dict, dict | None]:
         config.json beside the file, else None
     raises: UserError naming the file when it is missing, truncated, no checkpoint, an unsafe
         pickle, or not the one that a SHA256SUMS beside it means"""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         path = only_checkpoint(path)
     if not path.is_file():
@@ -74,10 +81,12 @@ def read_tensors(path: str | Path) -> tuple[dict, dict | None]:
     verify(path)
     beside = path.parent / "config.json"
     config = read_json(beside) if beside.is_file() else None
-    if path.name.endswith(".index.json"):
+    if re.search(r"\.index(\.\w+)?\.json$", path.name):
         return read_shards(path), config
     refuse_file(path)
-    if not is_safetensors(path):
+    with open(path, "rb") as f:
+        head = f.read(9)
+    if path.suffix != ".safetensors" and head[8:] != b"{":  # a length of eight bytes, then JSON
         return read_pickle(path), config
     tensors, inside = read_safetensors(path)
     return tensors, config if inside is None else inside
@@ -85,25 +94,15 @@ def read_tensors(path: str | Path) -> tuple[dict, dict | None]:
 
 def only_checkpoint(folder: Path) -> Path:
     """The one checkpoint in a folder. raises: UserError where there are none, or several"""
-    found = listed(folder, "*.index.json")
-    for suffixes in ((".safetensors",), PICKLES):
-        found = found or [p for p in listed(folder, "*") if p.suffix in suffixes]
+    found = []
+    for patterns in IN_FOLDER:
+        found = found or [p for pattern in patterns.split() for p in listed(folder, pattern)]
     if len(found) != 1:
         names = ", ".join(p.name for p in found) or "none"
         raise UserError(
             f"{folder} holds {len(found)} checkpoints ({names}); name one .safetensors or .pt file"
-            + said_of_folder(folder)
         )
     return found[0]
-
-
-def is_safetensors(path: Path) -> bool:
-    """By its content, where that is clear: a length of eight bytes and then JSON."""
-    with open(path, "rb") as f:
-        head = f.read(9)
-    if head[8:] == b"{" or head[:2] == b"PK":  # PK: the archive that torch.save writes
-        return head[8:] == b"{"
-    return path.suffix == ".safetensors"
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
@@ -112,22 +111,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
         with safe_open(str(path), "pt") as f:
             metadata, names = f.metadata() or {}, list(f.keys())
         tensors = {name: safe_open(str(path), "pt").get_tensor(name) for name in names}
-        config = json.loads(metadata["config"]) if "config" in metadata else None
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise UserError(
-            f"{path} is not a whole safetensors file ({error}); copy or download it again"
+            f"{path} is not a whole safetensors file ({error}); copy or download it again, or"
+            " name it .pt if torch.save wrote it"
         ) from None
-    if config is not None and not isinstance(config, dict):
-        kind = type(config).__name__
-        raise UserError(f"{path}: the metadata's config is a JSON {kind}, not an object")
-    return tensors, config
+    config = metadata.get("config")
+    return tensors, None if config is None else json_object(config, f"{path}: the config")
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
     """All tensors of the files that an index names. raises: UserError naming those not there"""
     names = read_json(index).get("weight_map")
     shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
-    absent = [name for name in shards if not (index.parent / name).is_file()]
+    absent = [x for x in shards if x.endswith(".json") or not (index.parent / x).is_file()]
     if absent or not shards:
         raise UserError(
             f"{index.name} names shards that are missing in {index.parent}:"
@@ -140,15 +137,18 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def verify(path: Path) -> None:
-    """Compare a file with the SHA256SUMS beside it, and say so if that does not name it.
+    """Compare a file with the hashes beside it (SHA256SUMS), and say so if they do not name it.
 
     raises: UserError if it is not the file meant there"""
-    sums = path.parent / "SHA256SUMS"
-    if not sums.is_file():
+    names = ("SHA256SUMS", "SHA256SUMS.txt", "sha256sums.txt", f"{path.name}.sha256")
+    sums = next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+    if sums is None:
         return
-    text = sums.read_text(encoding="utf-8", errors="replace")
-    pairs = re.findall(r"(?m)^\\?(\w{64})[ \t]+\*?(.+)$", text)  # as sha256sum writes it
-    pairs += [pair[::-1] for pair in re.findall(r"(?m)^SHA256 \((.+)\) = (\w{64})", text)]  # BSD
+    text = sums.read_text(encoding="utf-8-sig", errors="replace")
+    if len(text.split()) == 1:
+        text = f"{text.strip()}  {path.name}"
+    pairs = re.findall(r'(?mi)^\s*\\?(?:sha256:)?([\da-f]{64})[ \t]+[*"]*([^"\r\n]+)', text)
+    pairs += [pair[::-1] for pair in re.findall(r"(?m)^SHA256 ?\((.+)\) ?= (\w{64})", text)]  # BSD
     digests = {name.strip().replace("\\", "/"): digest.lower() for digest, name in pairs}
     here = {name: digest for name, digest in digests.items() if Path(name).name == path.name}
     meant = here.get(path.name) or here.get(f"./{path.name}") or next(iter(here.values()), None)
@@ -165,12 +165,17 @@ def verify(path: Path) -> None:
 
 def read_json(path: Path) -> dict:
     """A JSON object. raises: UserError"""
+    return json_object(path.read_bytes(), path)
+
+
+def json_object(text: str | bytes, source: object) -> dict:
+    """raises: UserError if a text is no JSON, or something else in JSON"""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
+        value = json.loads(text)
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise UserError(f"{source} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+        raise UserError(f"{source} holds a JSON {type(value).__name__}, not an object")
     return value
 
 
@@ -188,21 +193,25 @@ def load_strict(
 
     new: parameters whose names begin so may be missing; they start as zeros, and it is said
     raises: UserError that names missing, unexpected and wrongly shaped keys in one sentence, or
-        the first tensor that holds NaN or infinity (found by a sum, one more pass over memory)"""
+        the first tensor that holds integers, NaN or infinity (a sum, one more pass over memory)"""
     want = model.state_dict()
     fresh = [k for k in want if k.startswith(new) and k not in tensors] if new else []
+    known = [k for k in want if k not in fresh]
     wrong = [
         f"{k} is {tuple(getattr(tensors[k], 'shape', ()))} but should be {tuple(want[k].shape)}"
-        for k in want
+        for k in known
         if k in tensors and getattr(tensors[k], "shape", None) != want[k].shape
     ]
-    known = [k for k in want if k not in fresh]
     check_names(known, tensors, f"{source} does not fit {type(model).__name__}", wrong)
     if fresh:
         print(f"note: {source} has no {', '.join(fresh)}: new, and zero at first")
     cast = {}
     for k in known:
         x = tensors.pop(k)
+        if not x.is_floating_point():
+            raise UserError(
+                f"{source}: the weights {k} are {x.dtype}, quantised; use the bf16 file"
+            )
         cast[k] = x.to(device=device, dtype=dtype or x.dtype)
     for k in fresh:
         cast[k] = torch.zeros(want[k].shape, dtype=dtype or torch.float32, device=device)
@@ -219,156 +228,127 @@ def check_names(
 ) -> None:
     """raises: UserError with names that are missing, unexpected, or of wrong shape"""
     want, have = dict.fromkeys(want), dict.fromkeys(have)
-    missing = [k for k in want if k not in have]
-    unexpected = [k for k in have if k not in want]
-    problems = [
+    problems = {
+        "missing": [k for k in want if k not in have],
+        "unexpected": [k for k in have if k not in want],
+        "wrong shape": list(wrong),
+    }
+    shown = [
         f"{label} {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-        for label, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("wrong shape", list(wrong)),
-        )
+        for label, names in problems.items()
         if names
     ]
-    if problems:
-        raise UserError(f"{what}: " + "; ".join(problems))
+    if shown:
+        raise UserError(f"{what}: " + "; ".join(shown))
 
 
-MOST = {  # of sizes in a config, which may be a stranger's; all others: 2**18 [ours]
-    "num_layers": 512,
-    "num_heads": 1024,
-    "in_dim": 1024,
-    "out_dim": 1024,
-    "patch_size": 64,
-    "z_dim": 1024,
-    "dim_mult": 64,
-    "num_res_blocks": 16,
-}
+# of sizes in a config, which may be a stranger's; all others: 2**18 [ours]
+MOST = {"num_layers": 512, "patch_size": 64, "dim_mult": 64, "num_res_blocks": 16}
 
 
 def check_sizes(config: object, what: str) -> None:
-    """A network's sizes are whole numbers from 1, or up to eight of them, and not absurd.
+    """Each field of a network's config is of its type; sizes are from 1, and not absurd.
 
     raises: UserError naming the first that is not, before anything is built from it"""
     for name, kind in typing.get_type_hints(type(config)).items():
-        if kind not in (int, tuple[int, ...]):
-            continue
         value, most = getattr(config, name), MOST.get(name, 2**18)
-        sizes = value if isinstance(value, tuple) else (value,)
-        good = all(type(x) is int and 1 <= x <= most for x in sizes)
-        if not good or not 1 <= len(sizes) <= 8:
-            raise UserError(
-                f"the {what} config's {name} is {str(value)[:60]}; it must be from 1 to {most}"
-            )
+        is_tuple = typing.get_origin(kind) is tuple
+        one = typing.get_args(kind)[0] if is_tuple else kind
+        some, types = value if is_tuple else (value,), (int, float) if one is float else (one,)
+        good = isinstance(some, tuple) and all(type(x) in types for x in some)
+        if one is int:
+            good = good and 1 <= len(some) <= 8 and all(1 <= x <= most for x in some)
+        if not good:
+            must = f"from 1 to {most}" if one is int else f"of type {kind.__name__}"
+            raise UserError(f"the {what} config's {name} is {str(value)[:60]}; it must be {must}")
 
 
 def config_from(cls: type, values: dict, source: object):
-    """Make the config dataclass `cls` from JSON values; names that start with _ are ignored,
-    lists become tuples.
+    """Make the config dataclass `cls` from JSON values; names that start with _ are ignored.
 
-    raises: UserError naming an unknown field or a value of the wrong type"""
-    kinds = typing.get_type_hints(cls)
-    given = {}
-    for k, v in values.items():
-        if k.startswith("_"):
-            continue
-        if k not in kinds:
-            raise UserError(
-                f"{source}: the config has an unknown field {k!r};"
-                f" {cls.__name__} has {', '.join(kinds)}"
-            )
-        given[k] = tuple(v) if isinstance(v, list) else v
-        if not is_of(kinds[k], given[k]):
-            raise UserError(
-                f"{source}: the config field {k} is {v!r}, which is not of type {kinds[k].__name__}"
-            )
-    return cls(**given)
-
-
-def is_of(kind: type, value: object) -> bool:
-    """Whether a value of a config is of its field's type: int, float, bool, or a tuple of one."""
-    if typing.get_origin(kind) is tuple:
-        inside = typing.get_args(kind)[0]
-        return isinstance(value, tuple) and all(is_of(inside, x) for x in value)
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    return isinstance(value, (float, int) if kind is float else kind)
+    raises: UserError naming an unknown field or a bad value"""
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k[:1] != "_"}
+    names = typing.get_type_hints(cls)
+    if strange := sorted(given.keys() - names.keys()):
+        raise UserError(
+            f"{source}: the config has an unknown field {strange[0]!r};"
+            f" {cls.__name__} has {', '.join(names)}"
+        )
+    try:
+        return cls(**given)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 # ---------------------------------------------------------------- folders
-FILES = {  # what: patterns of its names in a folder, the first found is taken; where it comes from
+FILES = {  # what: its names in a folder, the first that is there; where it comes from
     "transformer": (
-        (
-            "student.safetensors",
-            "diffusion_pytorch_model.safetensors.index.json",
-            "diffusion_pytorch_model.safetensors",
-            "transformer",
-            "diffusion_pytorch_model*.index.json",  # of a variant: .fp16, .bf16
-            "diffusion_pytorch_model*.safetensors",
-            "diffusion_pytorch_model*.bin",
-        ),
+        "student.safetensors diffusion_pytorch_model.safetensors.index.json"
+        " diffusion_pytorch_model.safetensors transformer"
+        " diffusion_pytorch_model*.index*.json diffusion_pytorch_model*.safetensors"  # .fp16, .bf16
+        " diffusion_pytorch_model*.bin *.pt *.safetensors *.gguf",
         "Wan's comes with Wan2.1-T2V-1.3B or -14B; a student may be the folder's only .pt file",
     ),
     "VAE": (
-        ("vae.safetensors", "Wan2.1_VAE.pth", "vae"),
+        "vae.safetensors Wan2.1_VAE.pth vae *[Vv][Aa][Ee]*.safetensors",
         "Wan2.1_VAE.pth comes with Wan2.1-T2V-1.3B; copy or link it there",
     ),
     "text encoder": (
-        ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"),
+        "models_t5_umt5-xxl-enc-bf16.pth text_encoder",
         "it comes with Wan2.1-T2V-1.3B; or give embeddings made where it is, by text.py",
     ),
     "tokenizer": (
-        ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json"),
+        "google/umt5-xxl/tokenizer.json tokenizer/tokenizer.json",
         "it comes with Wan2.1-T2V-1.3B, as the folder google/umt5-xxl",
     ),
 }
+OTHER = re.compile(
+    r"(?i)state(-\d+)?\.pt$|vae|umt5|text_enc"
+)  # what is no transformer in any folder
 
 
-def _is_folder(path: str | Path) -> bool:
+def _is_folder(path: Path) -> bool:
     """Whether a folder is there, or would be if it existed."""
-    return not Path(path).is_file() and Path(path).suffix not in SUFFIXES
+    return not path.is_file() and path.suffix not in SUFFIXES
 
 
 def find(folder: str | Path, what: str) -> Path:
     """Where a folder keeps its transformer, VAE, text encoder or tokenizer.
 
     raises: UserError with the names that were looked for and where the file comes from"""
-    folder, (patterns, origin) = Path(folder), FILES[what]
-    names = " or ".join(name for name in patterns if "*" not in name)
+    folder, (patterns, origin) = Path(folder).expanduser(), FILES[what]
+    names = " or ".join(name for name in patterns.split() if "*" not in name)
     if not folder.is_dir():
         raise UserError(
             f"{folder} is no folder; it should be one with a {what} ({names}): {origin}"
         )
-    for pattern in patterns:
-        found = listed(folder, pattern)
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise UserError(
-                f"{folder} holds {', '.join(p.name for p in found)}; name the one that is meant,"
-                " or put the index of these shards beside them"
-            )
     if what == "transformer":
-        students = [p for p in listed(folder, "*.pt") if not p.name.endswith("state.pt")]
-        if len(students) == 1:
-            return students[0]
-        if students:
-            shown = ", ".join(p.name for p in students)
-            raise UserError(f"{folder} holds several students ({shown}); name one of these files")
-    raise UserError(f"{folder} holds no {what} ({names}): {origin}{said_of_folder(folder)}")
+        refuse_pair(folder)
+    for pattern in patterns.split():
+        found = listed(folder, pattern)
+        if what == "transformer":
+            found = [p for p in found if not OTHER.search(p.name)]
+        if len(found) > 1:
+            raise UserError(
+                f"{folder} holds several {what}s ({', '.join(p.name for p in found)}); name the one"
+                " that is meant, or put the index of these shards beside them"
+            )
+        if found:
+            return found[0]
+    raise UserError(f"{folder} holds no {what} ({names}): {origin}")
 
 
 # ---------------------------------------------------------------- one network in a file
 WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."  # of training
-BEFORE = r"((?:[^.]+\.)*?)"  # a prefix, whatever it is, before the first name of a network
-FIRST = {
-    "transformer": re.compile(BEFORE + r"(?:patch_embedding|blocks\.0)\."),
+BEFORE = r"((?:[^.]+\.)*?)"  # a prefix, whatever it is, before a name that tells a network
+TELLING = {
+    "transformer": re.compile(BEFORE + r"blocks\.\d+\.(?:self_attn\.q|attn1\.to_q)\."),
     "VAE": re.compile(BEFORE + r"encoder\.conv(?:1|_in)\."),
 }
 EXAMPLE = {"transformer": "blocks.0.self_attn.q.weight", "VAE": "encoder.conv1.weight"}
 PREFERRED = (  # of several networks in a file those that fit, if any do, one rule after the other
     r"^(?!.*(critic|fake|real|teacher|discriminator))",
-    r"(?<![a-z])ema(?![a-z])",
+    r"(?i)(?<![a-z])ema|ema(?![a-z])|averag|shadow",
     r"generator|student",
     r"model|state_dict",
 )
@@ -386,45 +366,45 @@ def network_in(tree: dict, what: str, source: object) -> dict[str, Tensor]:
             f"{source} is not a Wan {what} (it has {len(tree)} entries, the first is"
             f" {next(iter(tree), 'absent')!r}); expected names like {EXAMPLE[what]}"
         )
-    chosen = list(found)
-    for rule in PREFERRED:
-        chosen = [k for k in chosen if re.search(rule, k)] or chosen
-    if len(chosen) > 1:
-        shown = ", ".join(repr(k) for k in chosen)
-        raise UserError(f"{source} holds several networks ({shown}); save the one that is meant")
-    tensors = found[chosen[0]]
+    tensors = found[preferred(found, source)]
     refuse_names(source, tensors, what)
-    if len(found) > 1:
-        print(f"note: of {', '.join(found)} in {source} it is {chosen[0]} that is used")
-    elif len(tensors) < len(every):
+    if len(found) == 1 and len(tensors) < len(every):
         print(
             f"note: {source} holds {len(every) - len(tensors)} tensors besides, which stay unused"
         )
     return tensors
 
 
+def preferred(found: Iterable[str], source: object) -> str:
+    """Which of several networks in a file is meant, by their names. raises: UserError"""
+    chosen = list(found)
+    for rule in PREFERRED:
+        chosen = [k for k in chosen if re.search(rule, k)] or chosen
+    if len(chosen) > 1:
+        shown = ", ".join(map(repr, chosen))
+        raise UserError(f"{source} holds several networks ({shown}); save the one that is meant")
+    if len(list(found)) > 1:
+        print(f"note: of {', '.join(found)} in {source} it is {chosen[0]} that is used")
+    return chosen[0]
+
+
 def networks_in(tree: dict, what: str) -> dict[str, dict[str, Tensor]]:
     """All transformers, or VAEs, in a file: the path and prefix of each -> its tensors."""
-    found = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for where, tensors in dicts_of_tensors(tree):
         names = {re.sub(WRAPPERS, "", k): v for k, v in tensors.items()}
-        matches = [FIRST[what].match(k) for k in names]
-        prefixes = {match[1] for match in matches if match}
-        for prefix in prefixes:
-            if any(prefix != p and prefix.startswith(p) for p in prefixes):
-                continue  # part of another one's names
-            found[where + prefix] = {
-                k.removeprefix(prefix): v for k, v in names.items() if k.startswith(prefix)
-            }
+        prefixes = {match[1] for match in map(TELLING[what].match, names) if match}
+        for k, v in names.items():
+            mine = max((p for p in prefixes if k.startswith(p)), key=len, default=None)
+            if mine is not None:
+                found.setdefault(where + mine, {})[k.removeprefix(mine)] = v
     return found
 
 
 def dicts_of_tensors(tree: dict, where: str = "") -> list[tuple[str, dict[str, Tensor]]]:
     """All dicts within dicts that hold tensors, and the path to each: "generator.", ..."""
-    found = []
     tensors = {str(k): v for k, v in tree.items() if isinstance(v, Tensor)}
-    if tensors:
-        found.append((where, tensors))
+    found = [(where, tensors)] if tensors else []
     for k, v in tree.items():
         if isinstance(v, dict):
             found += dicts_of_tensors(v, f"{where}{k}.")
@@ -453,16 +433,13 @@ for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
     INNER |= {f"{ours}.{a}": f"{theirs}.to_{a}" for a in "qkv"}
     INNER |= {f"{ours}.{a}": f"{theirs}.{a}" for a in ("norm_q", "norm_k")}
     INNER[f"{ours}.o"] = f"{theirs}.to_out.0"
+FIELDS = (  # of DiTConfig, in its order
+    *("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len"),
+    *("in_dim", "out_dim", "patch_size", "eps", "recipe"),
+)
 DIFFUSERS_DIT = {  # diffusers' field -> DiTConfig's
-    "ffn_dim": "ffn_dim",
-    "num_attention_heads": "num_heads",
-    "num_layers": "num_layers",
-    "freq_dim": "freq_dim",
-    "text_dim": "text_dim",
-    "in_channels": "in_dim",
-    "out_channels": "out_dim",
-    "patch_size": "patch_size",
-    "eps": "eps",
+    **{k: k for k in ("ffn_dim", "num_layers", "freq_dim", "text_dim", "patch_size", "eps")},
+    **{"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"},
 }
 OURS = "_unitemp"  # for what diffusers' config has no field; it ignores names that start with _
 FIXED = {  # what the transformer here is built for, where a config says so
@@ -470,14 +447,8 @@ FIXED = {  # what the transformer here is built for, where a config says so
     "qk_norm": (True, "rms_norm_across_heads"),
     "cross_attn_norm": (True,),
     "window_size": ([-1, -1], (-1, -1)),
-    "image_dim": (None,),
-    "added_kv_proj_dim": (None,),
-    "pos_embed_seq_len": (None,),
+    **dict.fromkeys(("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"), (None,)),
 }
-FIELDS = (  # of DiTConfig, in its order
-    *("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len"),
-    *("in_dim", "out_dim", "patch_size", "eps", "recipe"),
-)
 HEADS = {1536: 12, 5120: 40}  # of Wan's widths, whose text has 4096 channels and 512 tokens
 OTHERS = {  # channels in and out of models of Wan's that are not built here
     (36, 16): "an image-to-video transformer: 20 channels of it are for a picture",
@@ -501,10 +472,8 @@ def names_of_dit(layers: int) -> list[str]:
     for stem in [*OUTER, *(f"blocks.{n}.{stem}" for n in range(layers) for stem in INNER)]:
         if stem.endswith("modulation"):
             names.append(stem)
-        elif "norm_" in stem:
-            names.append(stem + ".weight")
         else:
-            names += [stem + ".weight", stem + ".bias"]
+            names += [stem + ".weight"] + [stem + ".bias"] * ("norm_" not in stem)
     return names
 
 
@@ -534,7 +503,9 @@ def read_dit(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
 
     returns: the values of its DiTConfig, and under "recipe" how it was trained if it says so;
         memory-mapped tensors under Wan's names; the path that was read.  raises: UserError"""
-    path = find(path, "transformer") if _is_folder(path) else Path(path)
+    path = Path(path).expanduser()
+    path = find(path, "transformer") if _is_folder(path) else path
+    refuse_pair(path)
     tree, config = read_tensors(path)
     tensors = network_in(tree, "transformer", path)
     if any(k.startswith("condition_embedder.") for k in tensors):
@@ -556,26 +527,20 @@ def read_dit(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
             )
         sizes |= {"num_heads": HEADS[sizes["dim"]], "text_len": 512}
     values = sizes | values
-    return {k: values[k] for k in sorted(values, key=place)}, tensors, path
-
-
-def place(field: str) -> int:
-    """Where a field of a config stands among those that we know; unknown ones come last."""
-    return FIELDS.index(field) if field in FIELDS else len(FIELDS)
+    return {k: values[k] for k in FIELDS if k in values} | values, tensors, path
 
 
 def understood(config: dict, path: object) -> dict:
     """The values of DiTConfig, and the recipe, in a config of ours, Wan's or diffusers'; else {}.
 
     raises: UserError where it means another network than the one that is built here"""
-    values = dict(config)
     for name, allowed in FIXED.items():
-        if values.get(name, allowed[0]) not in allowed:
+        if config.get(name, allowed[0]) not in allowed:
             raise UserError(
-                f"{path}: the config's {name} is {values[name]!r}; only Wan2.1's text-to-video"
+                f"{path}: the config's {name} is {config[name]!r}; only Wan2.1's text-to-video"
                 f" transformer is supported, where it is {allowed[0]!r}"
             )
-    values = {k: v for k, v in values.items() if k not in FIXED and (k == OURS or k[:1] != "_")}
+    values = {k: v for k, v in config.items() if k not in FIXED and (k == OURS or k[:1] != "_")}
     if "num_attention_heads" in values:
         values = from_diffusers(values, path)
     elif "dim" not in values:
@@ -595,16 +560,10 @@ def from_diffusers(config: dict, path: object) -> dict:
     if type(heads) is not int or type(width) is not int:
         given = f"{heads!r} heads of {width!r} channels"
         raise UserError(f"{path}: the config has {given}; both must be whole numbers")
-    values = {ours: config[theirs] for theirs, ours in DIFFUSERS_DIT.items() if theirs in config}
-    known = {*DIFFUSERS_DIT, "attention_head_dim", "rope_max_seq_len", OURS}
-    values |= {k: v for k, v in config.items() if k not in known}
+    said = {"attention_head_dim", "rope_max_seq_len", OURS}
+    values = {DIFFUSERS_DIT.get(k, k): v for k, v in config.items() if k not in said}
     ours = config.get(OURS)
     return values | {"dim": heads * width, "text_len": 512} | (ours if type(ours) is dict else {})
-
-
-def read_recipe(path: str | Path) -> dict | None:
-    """How the student in a checkpoint was trained, if that says so. raises: UserError"""
-    return read_dit(path)[0].get("recipe")
 
 
 SUFFIX_OF = {"native": ".safetensors", "self-forcing": ".pt", "diffusers": ""}
@@ -665,11 +624,11 @@ def write_diffusers(tensors: dict[str, Tensor], values: dict, folder: Path) -> N
 def merge_lora(tensors: dict[str, Tensor], path: str | Path, scale: float) -> dict[str, Tensor]:
     """The transformer's weights with a LoRA added. raises: UserError"""
     path = Path(path)
-    tree, _ = read_tensors(path)
-    found = [x for _, x in dicts_of_tensors(tree) if any(lora.is_lora(k) for k in x)]
-    if len(found) != 1:
-        raise UserError(f"{path} holds {len(found)} LoRAs; expected names like ....lora_A.weight")
-    changes = {re.sub(WRAPPERS, "", k): v for k, v in found[0].items()}
+    dicts = dicts_of_tensors(read_tensors(path)[0])
+    found = {where: x for where, x in dicts if any(lora.split(k)[1] for k in x)}
+    if not found:
+        raise UserError(f"{path} holds no LoRA; expected names like ....lora_A.weight")
+    changes = {re.sub(WRAPPERS, "", k): v for k, v in found[preferred(found, path)].items()}
     names = {k: k for k in tensors} | {rename(k, to_diffusers=True): k for k in tensors}
     merged, count = lora.merge(tensors, names, changes, scale, lora.settings(path))
     print(f"{path}: {count} of {len(tensors)} weights changed, by {scale:g} times the LoRA")
@@ -677,15 +636,25 @@ def merge_lora(tensors: dict[str, Tensor], path: str | Path, scale: float) -> di
 
 
 # ---------------------------------------------------------------- the VAE
-DIFFUSERS_VAE = {
-    "base_dim": "dim",
-    "z_dim": "z_dim",
-    "dim_mult": "dim_mult",
-    "num_res_blocks": "num_res_blocks",
-    "temperal_downsample": "temporal_downsample",
-    "latents_mean": "mean",
-    "latents_std": "std",
+DIFFUSERS_VAE = {  # diffusers' field -> VAEConfig's
+    **{"base_dim": "dim", "temperal_downsample": "temporal_downsample"},
+    **{"latents_mean": "mean", "latents_std": "std"},
+    **{k: k for k in ("z_dim", "dim_mult", "num_res_blocks")},
 }
+RESIDUAL = {"norm1": 0, "conv1": 2, "norm2": 3, "conv2": 6}  # diffusers' part -> place in Wan's
+VAE_NAMES = (  # a part of diffusers' name -> Wan's, one after the other
+    (r"^quant_conv", "conv1"),
+    (r"^post_quant_conv", "conv2"),
+    (r"conv_in\b", "conv1"),
+    (r"norm_out", "head.0"),
+    (r"conv_out", "head.2"),
+    (r"mid_block\.resnets\.0", "middle.0"),
+    (r"mid_block\.attentions\.0", "middle.1"),
+    (r"mid_block\.resnets\.1", "middle.2"),
+    (r"down_blocks", "downsamples"),
+    (r"conv_shortcut", "shortcut"),
+    *((rf"(samples\.\d+|middle\.\d+)\.{a}\b", rf"\1.residual.{n}") for a, n in RESIDUAL.items()),
+)
 
 
 def read_vae(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
@@ -693,7 +662,7 @@ def read_vae(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
 
     returns: the values of its VAEConfig (none: Wan2.1's), tensors under Wan's names, and the path
         that was read.  raises: UserError"""
-    path = Path(path)
+    path = Path(path).expanduser()
     if _is_folder(path):
         beside = path / "config.json"
         if not (beside.is_file() and "base_dim" in read_json(beside)):
@@ -701,9 +670,7 @@ def read_vae(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
     tree, config = read_tensors(path)
     tensors, values = network_in(tree, "VAE", path), config or {}
     if any(k.startswith("encoder.conv_in") for k in tensors):  # diffusers' names
-        values = {
-            ours: values[theirs] for theirs, ours in DIFFUSERS_VAE.items() if theirs in values
-        }
+        values = {DIFFUSERS_VAE[k]: v for k, v in values.items() if k in DIFFUSERS_VAE}
         blocks = values.get("num_res_blocks", 2)
         tensors = {_vae_name(k, blocks): v for k, v in tensors.items()}
     elif "dim_mult" not in values:
@@ -718,24 +685,9 @@ def _vae_name(key: str, num_res_blocks: int) -> str:
         place = num_res_blocks + 1 if m[2] == "upsamplers" else int(m[3])
         return f"upsamples.{int(m[1]) * (num_res_blocks + 2) + place}"
 
-    for old, new in (
-        (r"^quant_conv", "conv1"),
-        (r"^post_quant_conv", "conv2"),
-        (r"conv_in\b", "conv1"),
-        (r"norm_out", "head.0"),
-        (r"conv_out", "head.2"),
-        (r"mid_block\.resnets\.0", "middle.0"),
-        (r"mid_block\.attentions\.0", "middle.1"),
-        (r"mid_block\.resnets\.1", "middle.2"),
-        (r"up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)", flat),
-        (r"down_blocks", "downsamples"),
-        (r"conv_shortcut", "shortcut"),
-        *(
-            (rf"((?:downsamples|upsamples|middle)\.\d+)\.{name}\b", rf"\1.residual.{digit}")
-            for name, digit in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6))
-        ),
-    ):
-        key = re.sub(old, new, key)
+    key = re.sub(r"up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)", flat, key)
+    for theirs, ours in VAE_NAMES:
+        key = re.sub(theirs, ours, key)
     return key
 
 
@@ -767,13 +719,12 @@ def read_umt5(path: Path) -> tuple[dict, dict[str, Tensor]]:
     raises: UserError"""
     tensors = {_umt5_name(k): v for k, v in read_tensors(path)[0].items()}
     tensors.setdefault("shared.weight", tensors.get("encoder.embed_tokens.weight"))
-    tensors["encoder.embed_tokens.weight"] = tensors[
-        "shared.weight"
-    ]  # transformers has one table under two names
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]  # one table, two names
     layer = "encoder.block.0.layer."
     try:
         vocabulary, width = tensors["shared.weight"].shape
         buckets, heads = tensors[layer + "0.SelfAttention.relative_attention_bias.weight"].shape
+        blocks = [int(k.split(".")[2]) for k in tensors if k.startswith("encoder.block.")]
         return {
             "vocab_size": vocabulary,
             "d_model": width,
@@ -782,8 +733,7 @@ def read_umt5(path: Path) -> tuple[dict, dict[str, Tensor]]:
             "d_kv": tensors[layer + "0.SelfAttention.q.weight"].shape[0] // heads,
             "d_ff": tensors[layer + "1.DenseReluDense.wo.weight"].shape[1],
             "feed_forward_proj": "gated-gelu",
-            "num_layers": 1
-            + max(int(k.split(".")[2]) for k in tensors if k.startswith("encoder.block.")),
+            "num_layers": 1 + max(blocks),
         }, tensors
     except (KeyError, ValueError, AttributeError):
         raise UserError(

@@ -1,6 +1,8 @@
 """Causal Forcing in both directions: teacher forcing is exact and leaks nothing, pairs are the
 teacher's, losses are by hand."""
 
+import shutil
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ from lib.clips import Clips
 from lib.common import UserError
 from lib.pairs import kept_states, pair_noise, read_pairs, slot_states
 from lib.text import Prompts
-from lib.weights import read_tensors
+from lib.weights import read_tensors, write_safetensors
 from plans import both_directions, paper_mix, rows_of
 from sampler import noise_from, ode_sigmas, teacher_blocks
 from tools import encode as latents
@@ -462,6 +464,22 @@ def test_causal_pairs_pass_the_check_and_are_not_confused(files, causal_pairs, t
             stage1(files, tmp_path, **changes)
     with pytest.raises(UserError, match="holds 6 clips; use --pairs 6"):
         stage1(files, tmp_path, generate=True, pairs=7, data=str(tmp_path / "pairs"))
+
+
+def test_pairs_of_clips_that_were_encoded_again_are_made_again(
+    files, causal_pairs, tmp_path, capsys
+):
+    """Another VAE under the same folder: no pair keeps the old latents; then nothing is to make."""
+    shutil.copytree(files["folder"] / "pairs", tmp_path / "pairs")
+    shutil.copytree(files["clips"], tmp_path / "clips")
+    for path in (tmp_path / "clips").glob("*.safetensors"):
+        tensors, made = read_tensors(path)
+        write_safetensors(path, {"latents": -tensors["latents"]}, made | {"vae": "another"})
+    changes = {"generate": True, "data": str(tmp_path / "pairs"), "clips": str(tmp_path / "clips")}
+    stage1(files, tmp_path, **changes)
+    assert capsys.readouterr().out.count("is made again: clips is '") == 2
+    stage1(files, tmp_path, **changes)
+    assert "0 to make" in capsys.readouterr().out
 
 
 def test_causal_pairs_with_a_dummy(files, tmp_path):

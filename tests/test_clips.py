@@ -183,8 +183,8 @@ def test_a_vae_of_nan_is_named(source, tmp_path):
 
 
 def test_clips_are_known_by_what_they_are(again, tmp_path):
-    """The fingerprint follows the clips, not the folder; every prompt is compared, not only the
-    first of a shard; a folder whose encoding was not finished is refused."""
+    """What is said of them follows the clips, not the folder; every prompt is compared, not only
+    the first of a shard; a folder whose encoding was not finished is refused."""
 
     def read(folder):
         prompts = Prompts(str(folder / "prompts.txt"), 64, 12)
@@ -192,10 +192,10 @@ def test_clips_are_known_by_what_they_are(again, tmp_path):
 
     folder, copy = tmp_path / "latents", tmp_path / "copy"
     shutil.copytree(folder, copy)
-    assert read(folder).fingerprint == read(copy).fingerprint and len(read(copy)) == 3
+    assert read(folder).made_of == read(copy).made_of and len(read(copy)) == 3
     edit_prompt(tmp_path / "videos")
     encoded(again)
-    assert read(folder).fingerprint != read(copy).fingerprint
+    assert read(folder).made_of != read(copy).made_of
     (copy / "prompts.txt").write_text("\n".join([PROMPTS["a"], "other", PROMPTS["c"]]) + "\n")
     with pytest.raises(UserError, match="clip 1, in .* shows 'a cyan ring', but prompt 1"):
         read(copy)

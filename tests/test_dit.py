@@ -367,7 +367,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         ("foreign.pt", "foreign.pt is not a Wan transformer.*'model.layer.weight'"),
         ("none.pt", "none.pt does not exist"),
         ("foreign.safetensors", "not a Wan transformer.*'unet.conv.weight'"),
-        (".", "holds several students .cut.pt"),
+        (".", "holds several transformers .cut.pt"),
     ):
         with pytest.raises(UserError, match=says):
             load_dit(tmp_path / name)

@@ -21,6 +21,7 @@ from torch import nn
 import train_ode
 from anchors import forward
 from dit import load_dit, save_dit
+from lib import text
 from lib.common import UserError
 from lib.pairs import kept_states, pair_noise, read_pairs
 from lib.text import Prompts
@@ -331,6 +332,22 @@ def test_a_prompt_file_that_was_edited_is_noticed(copy, tmp_path, capsys):
     main(Config(**flags, generate=True))
     assert "pairs-000000.safetensors is made again: words is" in capsys.readouterr().out
     found(flags)
+
+
+def test_embeddings_of_another_encoder_are_refused(copy, tmp_path, capsys):
+    """The file's name and its prompts are the same; the teacher was told something else."""
+    (tmp_path / "prompts.txt").write_text("a red disc moves left over a green wave\n")
+    path = tmp_path / "prompts.safetensors"
+    embed = {"prompts": str(tmp_path / "prompts.txt"), "out": str(path), "weights": "toy"}
+    text.main(text.Config(**embed))
+    flags = copy | {"prompts": str(path), "data": str(tmp_path / "mine"), "pairs": 2}
+    main(Config(**flags, generate=True))
+    main(Config(**flags, check=True))
+    tensors, made = read_tensors(path)
+    write_safetensors(path, tensors, made | {"encoder": "another"})
+    for switch in ({"generate": True}, {"check": True}, {"out": str(tmp_path / "run")}):
+        with pytest.raises(UserError, match="was made otherwise: encoder is 'toy .*', not 'anoth"):
+            main(Config(**flags | switch))
 
 
 @pytest.mark.parametrize("changes", [{"shard": 3}, {"pairs": 4}, {"shard": 5, "pairs": 9}], ids=str)

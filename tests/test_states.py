@@ -1,5 +1,6 @@
 """The folder of a run: where it goes on and what changes is said; states are kept."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,10 +13,11 @@ import pytest
 import torch
 from tiny import ROOT, WORDED, command_line, rows, same, saved, tiny_dit
 
+from dit import save_dit
 from lib import common, states
 from lib.common import UserError
 from lib.training import EMA, locked, training_steps, trapezoid
-from lib.weights import read_tensors
+from lib.weights import read_tensors, write_safetensors
 
 
 @dataclass
@@ -31,6 +33,16 @@ class Config:
     seed: int = 0
     save_every: int = 0
     keep: int = 0
+
+
+@dataclass
+class Files(Config):
+    """And reads files."""
+
+    teacher: str = ""
+    prompts: str = ""
+    data: str = ""
+    clips: str = ""
 
 
 def train(out, stop_at=None, **changes):
@@ -96,6 +108,55 @@ def test_what_must_not_change_is_refused(first, then, says, tmp_path):
     with pytest.raises(UserError, match=says):
         train(tmp_path, **first | then)
     assert same(saved(tmp_path), before) and not (tmp_path / "lock").exists()
+
+
+def edit_teacher(folder):
+    save_dit(tiny_dit(5, **WORDED), folder / "teacher.safetensors")
+
+
+def edit_prompts(folder):
+    (folder / "prompts.txt").write_text("a red disc\na blue disc\n")
+
+
+def edit_pairs(folder):
+    (folder / "pairs" / "index.json").write_text('{"shards": 1}')
+
+
+def edit_clips(folder):
+    write_safetensors(folder / "clips" / "latents-0.safetensors", {"latents": torch.ones(3)})
+
+
+@pytest.mark.parametrize("edit", [edit_teacher, edit_prompts, edit_pairs, edit_clips])
+def test_files_that_hold_something_else_are_refused(edit, tmp_path):
+    """The flags are the same: a teacher trained again, prompts edited, pairs or clips made anew. A
+    state of before contents were kept, and files that are only touched, go on."""
+
+    def run(**changes):
+        flags = {"out": str(tmp_path / "run"), "decay": 0.0} | changes
+        paths = {"teacher": "teacher.safetensors", "prompts": "prompts.txt"}
+        paths |= {"data": "pairs", "clips": "clips"}
+        config = Files(**flags, **{k: str(tmp_path / v) for k, v in paths.items()})
+        model = tiny_dit(2, **WORDED).requires_grad_(True)
+        trained = {"dit": (model, torch.optim.AdamW(model.parameters()))}
+        for _ in training_steps(config, "test", trained, torch.device("cpu")):
+            sum(p.sum() for p in model.parameters()).backward()
+            trained["dit"][1].step()
+
+    save_dit(tiny_dit(3, **WORDED), tmp_path / "teacher.safetensors")
+    (tmp_path / "prompts.txt").write_text("a red disc\na red ring\n")
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "index.json").write_text("{}")
+    write_safetensors(tmp_path / "clips" / "latents-0.safetensors", {"latents": torch.zeros(3)})
+    run(steps=1)
+    save_dit(tiny_dit(3, **WORDED), tmp_path / "teacher.safetensors")
+    run(steps=2)
+    edit(tmp_path)
+    with pytest.raises(UserError, match=r"other settings \(content of --\w+='\w+', now '\w+'\)"):
+        run(steps=3)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    old = {k: v for k, v in json.loads(state["config"]).items() if not k.startswith("content")}
+    torch.save(state | {"config": json.dumps(old)}, tmp_path / "run" / "state.pt")
+    run(steps=3)
 
 
 def test_a_run_goes_on_longer_as_planned(tmp_path):

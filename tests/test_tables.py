@@ -4,6 +4,7 @@ should."""
 
 import importlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from tiny import WORDED, command_line, randn, tiny_dit
 
 import anchors
+import train_ode
 from dit import save_dit
 from evaluate import made, order_of
 from lib.common import UserError, from_cli
+from lib.states import contents
 from lib.world import numbers_of
 from sampler import Recipe
 from toy import causality, inbetween, lengths, students, tables, world
@@ -173,6 +176,32 @@ def test_every_student_of_a_table_is_trained_by_some_command():
         config = from_cli(importlib.import_module(module.removesuffix(".py")).Config, words)
         assert config.seed == 4 and Path(config.out) == end.parent
         assert need is None or (config.student == str(need) and need in {e for e, _, _ in commands})
+
+
+def test_a_student_that_was_trained_otherwise_is_named(weights, tmp_path):
+    """A finished run is left out if it was this one; a trial of fewer steps, or one of a teacher
+    that was trained again since, is refused."""
+    (weights / "teacher.safetensors").write_bytes((weights / "student.safetensors").read_bytes())
+    flags = {"out": str(tmp_path), "weights": str(weights), "seeds": (0,), "students": ("exp7",)}
+    (end, _, line), (_, need, _) = students.runs_to_go(students.Config(**flags))
+    end.parent.mkdir()
+    end.touch()
+    config = asdict(from_cli(train_ode.Config, line.split()[1:]))
+    for kept, says in (
+        (config, ""),
+        (config | contents(config), ""),
+        (config | {"steps": 3}, "student.safetensors was trained otherwise: steps is 3, not 300"),
+        (config | {"content of --teacher": "x"}, "otherwise: content of --teacher is 'x', not"),
+    ):
+        torch.save({"config": json.dumps(kept)}, end.parent / "state.pt")
+        if says:
+            with pytest.raises(UserError, match=says):
+                students.runs_to_go(students.Config(**flags))
+            with pytest.raises(UserError, match=says):
+                tables.rows_there(config_of(10, weights, tmp_path, seeds=(0,)))
+        else:
+            assert [x[1] for x in students.runs_to_go(students.Config(**flags))] == [need]
+    (weights / "teacher.safetensors").unlink()
 
 
 # ---------------------------------------------------------------- every length

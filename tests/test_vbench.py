@@ -60,6 +60,19 @@ def test_export_names_every_clip_and_does_not_depend_on_processes(weights, tmp_p
     assert written[0] == written[1] and len(set(written[0].values())) == 6
 
 
+def test_clips_of_another_run_are_refused(weights, tmp_path):
+    """Another order, seed, prompts behind the names: no clip is passed over as if it were right."""
+    vbench.export(config_of(weights, tmp_path, samples=1), 0, 1, CPU)
+    vbench.export(config_of(weights, tmp_path, samples=1), 0, 1, CPU)
+    for changes, says in (
+        ({"order": "backward"}, "order is 'forward', not 'backward'"),
+        ({"seed": 3}, "seed is 0, not 3"),
+        ({"extended": ""}, "told is '"),
+    ):
+        with pytest.raises(UserError, match=f"clips that were made otherwise: {says}"):
+            vbench.export(config_of(weights, tmp_path, samples=1, **changes), 0, 1, CPU)
+
+
 @pytest.mark.parametrize("order", ["backward", "backward, anchors as output"])
 def test_every_way_can_be_exported(order, weights, tmp_path):
     """The paper's tables compare these; lossless if asked for."""

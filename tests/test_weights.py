@@ -9,7 +9,9 @@ import math
 import os
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,14 +23,18 @@ from dit import PRESETS, DiT, load_dit, save_dit
 from generate import load_models
 from lib import lora, weights
 from lib.common import UserError
-from lib.foreign import refuse_names
+from lib.foreign import refuse_names, refuse_pair
 from lib.lora import Low
-from lib.weights import find, names_of_dit, read_dit, read_recipe, read_tensors, write_safetensors
+from lib.weights import find, names_of_dit, read_dit, read_tensors, write_safetensors
 from sampler import generate, noise_seeded
 from vae import VAE, VAEConfig, load_vae, save_vae
 
 WHOLE = {"dim": 128, "num_heads": 1, "text_len": 512}
 RECIPE = {"levels": [1000.0, 500.0], "shift": 5.0, "block": 3, "plans": "paper"}
+
+
+def read_recipe(path):
+    return read_dit(path)[0].get("recipe")
 
 
 # ---------------------------------------------------------------- from any layout to any other
@@ -285,6 +291,9 @@ def test_a_lora_is_not_a_student(tree, tmp_path):
 
 
 # ---------------------------------------------------------------- other people's files
+AVERAGES = ("EMA", "modelEMA", "ema_state_dict", "averaged_model", "shadow")
+
+
 @pytest.mark.parametrize(
     "nest, prefix",
     [
@@ -297,6 +306,9 @@ def test_a_lora_is_not_a_student(tree, tmp_path):
         (lambda x: {"fake_score_ema": zeros(x), "student": x}, ""),
         (lambda x: x | {"first_stage_model.encoder.conv1.weight": torch.zeros(1)}, "model."),
         (lambda x: x | {"n_averaged": torch.tensor(3)}, "module."),
+        (lambda x: x | {k.removeprefix("ema."): v for k, v in zeros(x).items()}, "ema."),
+        (lambda x: x | {"clip.patch_embedding.weight": torch.zeros(1)}, "model.diffusion_model."),
+        *((lambda x, name=name: {"model": zeros(x), name: x}, "") for name in AVERAGES),
     ],
 )
 def test_any_prefix_and_any_nesting(nest, prefix, tmp_path):
@@ -339,11 +351,14 @@ FOREIGN = {  # what is put into a whole student -> what is said
     "blocks.0.ffn.0.scale_weight": "is fp8 weights with a scale",
     "blocks.0.ffn.0.comfy_quant": "is fp8 weights with a scale",
     "blocks.0.ffn.0.weight_scale": "is fp8 weights with a scale",
+    "blocks.0.ffn.0.weight_scale_inv": "is fp8 weights with a scale",
     "blocks.0.ffn.0.qweight": "is quantised weights",
+    "blocks.0.ffn.0.weight_packed": "is quantised weights",
     "vace_blocks.0.before_proj.weight": "is VACE.*Wan2.1-T2V",
     "blocks.0.cross_attn.k_img.weight": "is an image-to-video.*Wan2.1-T2V",
     "img_emb.proj.0.weight": "is an image-to-video",
     "control_adapter.conv.weight": "is a transformer that is steered",
+    "face_encoder.conv.weight": "is a transformer that is steered",
 }
 
 
@@ -367,6 +382,9 @@ def test_wans_own_names_are_not_foreign():
         refuse_names("x", vae, "transformer")
     with pytest.raises(UserError, match="the VAE of Wan2.2"):
         refuse_names("x", ["encoder.downsamples.0.downsamples.0.residual.0.gamma", *vae], "VAE")
+    refuse_pair(Path("low_noise_student.pt"))
+    with pytest.raises(UserError, match="is of Wan2.2's 14B, one network for high noise"):
+        refuse_pair(Path("wan2.2_t2v_high_noise_14B_fp8.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -375,6 +393,8 @@ def test_wans_own_names_are_not_foreign():
         ("a.safetensors", b"GGUF" + bytes(60), "is a GGUF file"),
         ("a.pt", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer.*git lfs pull"),
         ("a.pth", b"\n<!DOCTYPE html><html>", "is a web page"),
+        ("a.pt", b"\xef\xbb\xbf<!-- a page -->", "is a web page"),
+        ("a.safetensors", b'{"error": "Repository not found"}', "is a text and not a checkpoint"),
         ("a.bin", b"", "is an empty file"),
     ],
 )
@@ -422,7 +442,9 @@ def test_other_files_of_a_folder(tmp_path):
         (tmp_path / name / "config.json").write_text(config)
         for file in files:
             (tmp_path / name / file).parent.mkdir(exist_ok=True)
-            if file.endswith(".safetensors"):
+            if file.endswith(".gguf"):
+                (tmp_path / name / file).write_bytes(b"GGUF")
+            elif file.endswith(".safetensors"):
                 save_file(
                     {k: v.half() for k, v in ours.state_dict().items()}, tmp_path / name / file
                 )
@@ -435,13 +457,19 @@ def test_other_files_of_a_folder(tmp_path):
     for path in (
         folder("variant", "diffusion_pytorch_model.fp16.safetensors"),
         folder("bin", "diffusion_pytorch_model.bin"),
-        folder("hidden", "._s.pt", "s.pt", ".s.77.tmp.pt", "state.pt"),
+        folder("hidden", "._s.pt", "s.pt", ".s.77.tmp.pt", "state.pt", "state-000200.pt"),
+        folder("comfy", "wan2.1_t2v.safetensors", "wan_2.1_vae.safetensors"),
     ):
         assert load_dit(path).config == ours.config
     for path, says in (
-        (folder("gguf", "wan.gguf"), "holds no transformer .*wan.gguf is a GGUF file"),
-        (folder("22", "high_noise_model/x", "low_noise_model/x"), "high_noise_model is Wan2.2's"),
+        (folder("gguf", "wan.gguf"), "wan.gguf is a GGUF file"),
+        (folder("22", "high_noise_model/x", "low_noise_model/x"), "22 is of Wan2.2's 14B"),
+        (folder("22b", "transformer/x", "transformer_2/x"), "22b is of Wan2.2's 14B"),
         (folder("state", "state.pt"), "holds no transformer"),
+        (
+            folder("two", "forward.safetensors", "backward.safetensors"),
+            "several transformers .backward",
+        ),
         (
             folder("shards", *(f"diffusion_pytorch_model-{n}-of-2.safetensors" for n in (1, 2))),
             "the index of these shards",
@@ -451,16 +479,32 @@ def test_other_files_of_a_folder(tmp_path):
             load_dit(path)
 
 
+def test_a_variant_is_taken_only_if_it_is_alone(tmp_path):
+    """diffusers' repositories have a .fp16 beside the whole file."""
+    for name in ("model.fp16.safetensors", "model.safetensors"):
+        (tmp_path / name).touch()
+        assert weights.only_checkpoint(tmp_path).name == name
+
+
 def test_settings_in_a_pickle_are_no_obstacle_and_code_is_named(tmp_path):
-    """argparse.Namespace, which many scripts save along, is read; another class is refused by its
-    name."""
+    """argparse.Namespace and numpy's numbers and arrays, which many scripts save along, are read;
+    another class is refused by its name."""
     ours = tiny_dit()
     tree = {"model": ours.state_dict(), "config": asdict(ours.config)}
-    torch.save(tree | {"args": argparse.Namespace(lr=1)}, tmp_path / "a.pt")
-    assert same(load_dit(tmp_path / "a.pt").state_dict(), ours.state_dict())
+    for value in (argparse.Namespace(lr=1), np.float64(1.5), np.int64(3), np.random.get_state()):
+        torch.save(tree | {"args": value}, tmp_path / "a.pt")
+        assert same(load_dit(tmp_path / "a.pt").state_dict(), ours.state_dict())
     torch.save(tree | {"when": datetime.date(2025, 1, 1)}, tmp_path / "b.pt")
     with pytest.raises(UserError, match="b.pt .*datetime.date.*save its tensors alone"):
         load_dit(tmp_path / "b.pt")
+
+
+def test_integers_are_no_weights(tmp_path):
+    """int8 without its scales has the right names and shapes, and would make noise."""
+    state = {k: v.to(torch.int8) for k, v in tiny_dit().state_dict().items()}
+    write_safetensors(tmp_path / "a.safetensors", state, asdict(tiny_dit().config))
+    with pytest.raises(UserError, match="patch_embedding.weight are torch.int8, quantised"):
+        load_dit(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -512,7 +556,11 @@ def lora_files(rank=3, alpha=6.0):
                 f"{stem}.lora_A{adapter}.weight": down,
                 f"{stem}.lora_B{adapter}.weight": half,
             }
-    files["nested"] = {"generator_lora": files["peft"], "step": 3}
+    critic = {k: torch.zeros_like(v) for k, v in files["peft"].items()}
+    files["nested"] = {"generator_lora": files["peft"], "critic_lora": critic, "step": 3}
+    files["any prefix"] = {
+        k.replace("diffusion_model", "a.b-c"): v for k, v in files["kohya, dots"].items()
+    }
     files["whole"] = {
         f"diffusion_model.{k.removesuffix('.weight')}.diff": v for k, v in change.items()
     }
@@ -579,13 +627,24 @@ def test_alpha_beside_a_lora_counts(tmp_path):
         lora.settings(file)
 
 
+ADAPTER = {
+    "blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48),
+    "blocks.0.ffn.0.lora_B.weight": torch.zeros(96, 2),
+}
+
+
 @pytest.mark.parametrize(
     "tree, says",
     [
-        ({"a.weight": torch.zeros(2)}, "holds 0 LoRAs"),
-        ({"text_model.q.lora_A.weight": torch.zeros(2)}, "1 of the LoRA's 1 keys match no weight"),
-        ({"vace_blocks.0.ffn.0.diff_b": torch.zeros(96)}, "match no weight: vace_blocks.0"),
-        ({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48)}, "only down .* both halves"),
+        ({"a.weight": torch.zeros(2)}, "holds no LoRA"),
+        ({"text_model.q.lora_A.weight": torch.zeros(2)}, "1 keys match no weight: .*text encoder"),
+        ({"vace_blocks.0.ffn.0.diff_b": torch.zeros(96)}, "no weight: vace_blocks.0.*VACE"),
+        (ADAPTER | {"blocks.0.ffn.0.dora_scale": torch.zeros(96)}, "it is DoRA"),
+        (ADAPTER | {"blocks.0.ffn.0.lora_magnitude_vector": torch.zeros(96)}, "it is DoRA"),
+        ({"blocks.0.ffn.0.lokr_w1": torch.zeros(1), **ADAPTER}, "it is LoHa, LoKr"),
+        (ADAPTER | {"blocks.9.ffn.0.diff": torch.zeros(1)}, "another model .of more layers"),
+        (ADAPTER | {f"x.{k}": v for k, v in ADAPTER.items()}, "two down for .*two adapters"),
+        ({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48)}, "only down .*; both halves are due"),
         ({"blocks.0.ffn.0.diff_b": torch.zeros(48)}, "model of another size"),
         (
             {
@@ -723,6 +782,10 @@ def test_ambiguous_or_empty_folder_is_refused(tmp_path):
         "{}  ./student.safetensors",
         "{}  out/dmd/student.safetensors",
         "SHA256 (student.safetensors) = {}",
+        "SHA256(./student.safetensors)= {}",
+        "  sha256:{}  student.safetensors",
+        "\ufeff{} student.safetensors",
+        "{}",
     ],
 )
 def test_a_file_that_is_not_the_one_meant_is_refused(line, tmp_path, capsys):
@@ -735,10 +798,12 @@ def test_a_file_that_is_not_the_one_meant_is_refused(line, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     save_dit(tiny_dit(2), other)
     assert load_dit(good) and not capsys.readouterr().out
-    assert load_dit(other)
-    assert "SHA256SUMS does not name other.safetensors" in capsys.readouterr().out
+    if "student" in line:
+        assert load_dit(other)
+        assert "SHA256SUMS does not name other.safetensors" in capsys.readouterr().out
     good.write_bytes(other.read_bytes())
-    with pytest.raises(
-        UserError, match="student.safetensors is not the file that .*SHA256SUMS names"
-    ):
-        load_dit(good)
+    sums = tmp_path / "SHA256SUMS"
+    for name in ("SHA256SUMS", "sha256sums.txt", "student.safetensors.sha256"):
+        sums = sums.rename(tmp_path / name)
+        with pytest.raises(UserError, match=f"student.safetensors is not .* that .*{name} names"):
+            load_dit(good)

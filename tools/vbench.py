@@ -2,12 +2,13 @@
 the three numbers that papers print.
 
 One prompt of VBench is one row of clips `{prompt}-{k}.mp4`. What the model is told may be another,
-longer prompt (--extended), line by line. Processes share the work; clips that are there are kept,
-so an interrupted export goes on (give another --out for another student).
+longer prompt (--extended), line by line. Processes share the work; an interrupted export goes on.
+OUT.json says how the clips in OUT were made, and clips of another student or seed are refused.
 
     python -m tools.vbench --prompts prompts.txt --out out/vbench --weights Wan2.1-T2V-1.3B
 """
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -20,8 +21,10 @@ from tqdm import tqdm
 from evaluate import plans_of, recipe_of
 from generate import frame_size, load_models
 from lib import report, text
-from lib.common import UserError, dtype_of, run, start
+from lib.common import UserError, atomic, dtype_of, fingerprint, run, start
 from lib.media import FORMATS, VideoWriter
+from lib.pairs import difference
+from lib.weights import read_json
 from sampler import generate, noise_seeded
 
 # dimension: (lowest, highest, weight), as VBench sums its scores up [VBench scripts/constant.py]
@@ -91,6 +94,18 @@ def checked(config: Config) -> tuple[list[str], list[str]]:
 
 
 @torch.no_grad()
+def check_made(folder: Path, made: dict) -> None:
+    """Keep how clips are made beside their folder. raises: UserError if it holds others"""
+    record = folder.with_name(folder.name + ".json")
+    before = read_json(record) if record.is_file() else {}
+    if any(folder.glob("*.*")) and (wrong := difference(before, made)):
+        raise UserError(
+            f"{folder} holds clips that were made otherwise: {wrong}; use another --out"
+        )
+    with atomic(record) as tmp:
+        tmp.write_text(json.dumps(made))
+
+
 def export(config: Config, rank: int, world_size: int, device: torch.device) -> None:
     """Write all clips. Process r makes clips r, r + processes, ...
 
@@ -104,6 +119,13 @@ def export(config: Config, rank: int, world_size: int, device: torch.device) -> 
     plan = plans[config.order]
     h, w = (side // vae.config.space for side in frame_size(config.size, dit, vae))
     source = text.Prompts(config.extended or config.prompts, c.text_dim, c.text_len)
+    share_noise = config.share_noise or recipe.share_noise
+    made = {"weights": fingerprint(dit.state_dict()), "vae": fingerprint(vae.state_dict())}
+    made |= {"order": config.order, "seed": config.seed, "size": [h, w], "share_noise": share_noise}
+    made |= {
+        "told": hashlib.sha256("\n".join(told).encode()).hexdigest() if config.extended else ""
+    }
+    check_made(Path(config.out), made)
     jobs = [(n, k) for n in range(len(original)) for k in range(config.samples)]
     for n, k in tqdm(jobs[rank::world_size], desc="vbench", disable=rank > 0):
         path = Path(config.out) / f"{original[n]}-{k}{config.format}"
@@ -115,7 +137,7 @@ def export(config: Config, rank: int, world_size: int, device: torch.device) -> 
             plan,
             texts,
             noise_seeded([(config.seed, n, k)], (c.in_dim, h, w), device),
-            recipe=replace(recipe, share_noise=config.share_noise or recipe.share_noise),
+            recipe=replace(recipe, share_noise=share_noise),
         )
         with VideoWriter(path) as writer:
             writer.write(vae.decode(z)[0])

@@ -7,14 +7,18 @@ measures them.
     python -m toy.students --seeds 0 1 2 --jobs 2    # one thread a job; stop and go on at will
 """
 
+import importlib
+import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lib.common import UserError, run, stop_signals
+from lib.common import UserError, from_cli, read_pickle, run, stop_signals
+from lib.pairs import difference
+from lib.states import contents
 
 STAGE1 = {  # flags of train_ode.py
     "p0": "--anchors 0",
@@ -108,6 +112,26 @@ class Config:
     jobs: int = 2  # runs at a time, one thread each
 
 
+def is_done(end: Path, line: str) -> bool:
+    """Whether a run has ended. raises: UserError if it was of other flags, teacher or pairs"""
+    state = end.parent / "state.pt"
+    if not end.exists():
+        return False
+    if not state.exists():
+        print(f"note: {end} is taken as it is; no state.pt beside it says how it was trained")
+        return True
+    module, *words = line.removeprefix("-m ").split()
+    cls = importlib.import_module(module.removesuffix(".py")).Config
+    asked, made = asdict(from_cli(cls, words)), json.loads(read_pickle(state)["config"])
+    asked |= contents(asked, getattr(cls, "UNREAD", ()))
+    # what is known by its content may lie elsewhere; the VAE draws sheets
+    moved = {k.removeprefix("content of --") for k in made if k.startswith("content of --")}
+    asked = {k: v for k, v in asked.items() if k in made.keys() - moved - {"out", "vae"}}
+    if wrong := difference(made, asked):
+        raise UserError(f"{end} was trained otherwise: {wrong}; delete it, or use another --out")
+    return True
+
+
 def runs_to_go(config: Config) -> list[tuple[Path, Path | None, str]]:
     """The runs that are asked for and not finished, as `commands` has them. raises: UserError"""
     every = STAGE2 | CAUSAL
@@ -120,7 +144,7 @@ def runs_to_go(config: Config) -> list[tuple[Path, Path | None, str]]:
     return [
         (end, need, line)
         for end, need, line in todo
-        if not end.exists() and end.parent.name.rsplit("-", 1)[0] in wanted
+        if end.parent.name.rsplit("-", 1)[0] in wanted and not is_done(end, line)
     ]
 
 

@@ -25,7 +25,7 @@ from lib.common import UserError, run, start
 from lib.statistics import Stat, Values, joined, over_runs
 from lib.world import OTHER, numbers_of
 from toy import inbetween, world
-from toy.students import CAUSAL, STAGE2, folder
+from toy.students import CAUSAL, STAGE2, commands, folder, is_done
 from vae import VAE, load_vae
 
 FORWARD = anchors.forward(21)
@@ -141,6 +141,7 @@ class Config:
     table: int  # 1 to 6, or 10 (the initialisations)
     runs: str = "out/tables"  # where the students are
     weights: str = "toy/weights"  # VAE, and what Table 4 compares
+    pairs: str = "out/pairs"  # what the students were trained on, as toy.students was told
     seeds: tuple[int, ...] = (0, 1, 2)  # training seeds
     clips: int = 48  # held-out captions, others for each seed
     share_noise: tuple[str, ...] = ()  # sample each with none, start, all; default: as trained
@@ -207,8 +208,15 @@ def student_file(config: Config, row: Row, seed: int) -> Path:
 def rows_there(config: Config) -> list[Row]:
     """The rows of --table whose students are all there; the others are named with their command.
 
-    raises: UserError with that command if no row is left"""
+    raises: UserError with that command if no row is left, or naming a student trained otherwise"""
     rows, missing = [], set()
+    runs = commands(config.runs, config.weights, config.pairs, list(config.seeds))
+    shown = {
+        folder(config.runs, row.student, s) for row in TABLES[config.table] for s in config.seeds
+    }
+    for end, _, line in runs:
+        if end.parent in shown and (end.parent / "state.pt").exists():
+            is_done(end, line)
     for row in TABLES[config.table]:
         seeds = row.seeds or config.seeds
         absent = {(row.student, s) for s in seeds if not student_file(config, row, s).exists()}

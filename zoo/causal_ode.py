@@ -48,6 +48,7 @@ class Config(train_ode.Config):
 
     PRESETS = presets.CAUSAL_ODE
     RANGES = {"preset": tuple(PRESETS)}
+    UNREAD = ("clips",)  # training reads the pairs
     preset: str = "toy"  # toy, toy64, wan or wan-framewise: the published numbers
     teacher: str = "out/ar/teacher.safetensors"  # makes the pairs (zoo/ar_teacher.py)
     weights: str = "out/ar/teacher.safetensors"  # what the student starts from
@@ -123,7 +124,9 @@ def make_pairs(config: Config, mix: Mix, rank: int, world: int, device: torch.de
             made[f"plan{d}"] = plan_states(teacher, plan, text, noise, clean, keep, config)
         return made
 
-    where = pairs_where(config, source.words, lambda u: draw(mix, u), MADE_BY + PLANS)
+    where = pairs_where(
+        config, source.words, lambda u: draw(mix, u), MADE_BY + PLANS, clips.made_of.__getitem__
+    )
     write_missing(
         where, make, causal_shapes(config, mix, c.in_dim), config.micro, rank, world, device
     )

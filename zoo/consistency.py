@@ -45,6 +45,7 @@ class Config(causal_ode.Config):
 
     PRESETS = presets.CONSISTENCY
     RANGES = {"preset": tuple(PRESETS)}
+    UNREAD = ("data",)  # there are no pairs
     preset: str = "toy"  # toy, toy64 or wan: the published numbers
     out: str = "out/cd"  # folder of student.safetensors, log.jsonl and the resume state
     ema: float = 0.99  # of the average that is agreed with, and handed on [Causal Forcing++]

@@ -164,7 +164,7 @@ def read_rows(path: Path, settings: dict) -> dict[str, dict]:
         there, rows = found["settings"], found["rows"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a table of this script; use another --out") from None
-    if there != settings:
+    if settings | there != settings:  # older rows do not say which VAE
         raise UserError(f"{path} has rows of {there}, not of {settings}; use another --out")
     return rows
 
@@ -209,6 +209,7 @@ def main(config: Config) -> None:
     bench = Bench(config, dit, vae, find_world(config.world, dit.config.text_dim))
     settings = {"clips": config.clips, "size": list(frame_size(config.size, dit, vae))}
     settings |= {"weights": fingerprint(dit.state_dict()), "world": bench.world.__name__}
+    settings["vae"] = fingerprint(vae.state_dict())
     settings["recipe"] = json.loads(json.dumps(recipe_of(dit).write()))
     rows = read_rows(Path(config.out), settings)
     wanted = {f"{name}, seed {seed}": (name, seed) for seed in config.seeds for name in names}

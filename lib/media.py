@@ -79,11 +79,16 @@ class About:
 
 def videos_in(folder: str | os.PathLike) -> list[pathlib.Path]:
     """The videos of a folder by name, without hidden files (`._clip.mp4` is none); what else lies
-    there, but for notes, is said."""
-    files = [p for p in sorted(pathlib.Path(folder).iterdir()) if p.name[0] != "."]
+    there, but for notes, is said. raises: UserError where there are none"""
+    path = pathlib.Path(folder).expanduser()
+    inside = sorted(path.iterdir()) if path.is_dir() and str(folder) else []
+    files = [p for p in inside if p.name[0] != "."]
     videos = [p for p in files if p.is_file() and p.suffix.lower() in VIDEOS]
+    if not videos:
+        what = "holds no videos (.mp4, .mkv ...)" if path.is_dir() else "is no folder of videos"
+        raise UserError(f"{str(folder)!r} {what}")
     others = [p.name for p in files if p not in videos and p.suffix not in (".txt", ".json")]
-    if videos and others:
+    if others:
         more = " ..." if len(others) > 3 else ""
         print(f"{folder}: {len(others)} left out, no video by name: {', '.join(others[:3])}{more}")
     return videos

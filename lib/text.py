@@ -10,8 +10,7 @@ Two languages, told apart by the width that the model reads:
             zero, and the transformer sees them, too [Wan].
 
 Nobody wants the encoder in memory while training, so embeddings are made once, by the command
-below, and every --prompts takes the resulting file in place of a text file. It may be stopped and
-run again: whole shards of the same prompts and encoder stay.
+below, and every --prompts takes the resulting file in place of a text file.
 
     python -m lib.text prompts.txt --out prompts.safetensors --weights Wan2.1-T2V-1.3B
 """
@@ -106,7 +105,7 @@ def toy_words(text_len: int = TOY_LEN) -> Rows:
                 f"this model reads at most {text_len}"
             )
         vectors = [toy_vector(word) + toy_vector(place) for place, word in enumerate(words)]
-        return torch.stack(vectors) if vectors else torch.zeros(0, TOY_DIM)
+        return torch.stack([torch.zeros(TOY_DIM), *vectors])[1:]  # (words, TOY_DIM)
 
     return rows
 
@@ -120,13 +119,12 @@ def note_new_words(prompts: Iterable[str]) -> None:
     """Say which words the toy world does not have: any word has a vector, but not a meaning."""
     known = {word for source in WORLDS for word in world_of(source).VOCABULARY}
     words = dict.fromkeys(word for prompt in prompts for word in split_words(prompt))
-    new = [word[:40] for word in words if word not in known]
+    new = [repr(word[:40]) for word in words if word not in known]
     if new:
-        some = ", ".join(map(repr, new[:5])) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
-        what = "word" if len(new) == 1 else "words"
+        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
         _say_once(
-            f"note: this model may never have seen the {what} {some}; the toy world has "
-            f"{' '.join(sorted(known))}"
+            f"note: this model may never have seen the word{'s' * (len(new) > 1)} "
+            f"{', '.join(new[:5])}{more}; the toy world has {' '.join(sorted(known))}"
         )
 
 
@@ -231,22 +229,16 @@ def read_embeddings(path: str | Path) -> list[tuple[str, Tensor, bool]]:
     shards = [path.parent / str(name) for name in (names if isinstance(names, list) else [])]
     for file in (path, *shards):
         tensors, made = read_tensors(file)
-        prompts = (made or {}).get("prompts")
-        rows, lengths = tensors.get("rows"), tensors.get("lengths")
-        if not _are_embeddings(rows, lengths, prompts):
+        prompts, lengths = (made or {}).get("prompts"), tensors.get("lengths")
+        try:
+            rows = tensors["rows"].split(lengths.tolist())
+            is_right = tensors["rows"].ndim == 2 and len(rows) == len(prompts)
+        except (KeyError, AttributeError, RuntimeError, TypeError):
+            is_right = False
+        if not is_right or not isinstance(prompts, list):
             raise UserError(f"{file} does not hold embeddings of prompts; make them with text.py")
-        for prompt, x in zip(prompts, rows.split(lengths.tolist())):
-            found.append((str(prompt), x, file != path))
+        found += [(str(prompt), x, file != path) for prompt, x in zip(prompts, rows)]
     return found
-
-
-def _are_embeddings(rows: Tensor | None, lengths: Tensor | None, prompts: object) -> bool:
-    """Whether rows [sum of lengths, width] and lengths [prompts] belong together."""
-    if rows is None or lengths is None or not isinstance(prompts, list):
-        return False
-    if rows.ndim != 2 or lengths.shape != (len(prompts),) or lengths.is_floating_point():
-        return False
-    return bool(lengths.min() >= 0 and lengths.sum() == len(rows))
 
 
 class Prompts:
@@ -284,15 +276,13 @@ class Prompts:
         """Embeddings of any prompts, of the same shape.
 
         raises: UserError for one that a file of embeddings does not hold"""
-        if not self.known:
-            return _embed(prompts, self.text_dim, self.text_len)
-        absent = [prompt for prompt in prompts if prompt not in self.known]
-        if absent:
+        if absent := [p for p in prompts if self.known and p not in self.known]:
             raise UserError(
                 f"{self.source} has no embedding of {absent[0][:80]!r}; make it with text.py, "
                 "a negative prompt by --negative"
             )
-        return padded([self.known[prompt] for prompt in prompts], self.text_dim, self.text_len)
+        rows = self.known.get if self.known else encoder(self.text_dim, self.text_len)
+        return padded([rows(prompt) for prompt in prompts], self.text_dim, self.text_len)
 
 
 def embed(
@@ -305,25 +295,30 @@ def embed(
     returns: float32 [len(prompts), text_len, text_dim], zero where a prompt is shorter; "" is all
         zeros in toy words, their unconditional prompt.  raises: UserError"""
     prompts = [prompt.strip() for prompt in prompts]  # as lines of a file are
+    if bad := [
+        p for p in prompts if not p.isprintable() and p != p.encode(errors="ignore").decode()
+    ]:
+        raise UserError(f"the prompt {bad[0][:80]!r} is not UTF-8; see the terminal's encoding")
     if embeddings:
         return Prompts(embeddings, text_dim, text_len).embed(prompts)
     if text_dim == TOY_DIM:
         note_new_words(prompts)
-    return _embed(prompts, text_dim, text_len, weights)
-
-
-def _embed(prompts: Sequence[str], text_dim: int, text_len: int, weights: str = "") -> Tensor:
-    if text_dim == TOY_DIM:
-        rows = toy_words(text_len)
-    elif weights:
-        rows = umt5(Path(weights).parent if Path(weights).is_file() else weights, text_len=text_len)
-    else:
-        raise UserError(
-            f"this model reads embeddings of width {text_dim}, not toy words: make them once with "
-            "python -m lib.text prompts.txt --out prompts.safetensors, and give "
-            "--prompts prompts.safetensors"
-        )
+    rows = encoder(text_dim, text_len, weights)
     return padded([rows(prompt) for prompt in prompts], text_dim, text_len)
+
+
+def encoder(text_dim: int, text_len: int, weights: str = "") -> Rows:
+    """What embeds a prompt for such a model. raises: UserError for Wan's without its weights"""
+    if text_dim == TOY_DIM:
+        return toy_words(text_len)
+    if weights:
+        folder = Path(weights).parent if Path(weights).is_file() else weights
+        return umt5(folder, text_len=text_len)
+    raise UserError(
+        f"this model reads embeddings of width {text_dim}, not toy words: make them once with "
+        "python -m lib.text prompts.txt --out prompts.safetensors, and give "
+        "--prompts prompts.safetensors"
+    )
 
 
 def padded(rows: Sequence[Tensor], text_dim: int, text_len: int) -> Tensor:
@@ -390,9 +385,10 @@ def main(config: Config) -> None:
         names.append(path.name)
         content = made | {"prompts": lines[n : n + config.shard]}
         there = path.exists() and read_tensors(path)[1]
-        if there != content:
-            todo[path] = content
-        if there and there != content:
+        if there == content:
+            continue
+        todo[path] = content
+        if there:
             say(f"{path} holds other prompts, or is of another encoder: it is made again")
     print(f"{len(lines)} prompts in {len(names)} shards, {len(todo)} to make")
     if todo:

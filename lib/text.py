@@ -19,6 +19,7 @@ import hashlib
 import html
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -105,7 +106,7 @@ def toy_words(text_len: int = TOY_LEN) -> Rows:
                 f"this model reads at most {text_len}"
             )
         vectors = [toy_vector(word) + toy_vector(place) for place, word in enumerate(words)]
-        return torch.stack([torch.zeros(TOY_DIM), *vectors])[1:]  # (words, TOY_DIM)
+        return torch.stack(vectors) if vectors else torch.zeros(0, TOY_DIM)
 
     return rows
 
@@ -295,9 +296,7 @@ def embed(
     returns: float32 [len(prompts), text_len, text_dim], zero where a prompt is shorter; "" is all
         zeros in toy words, their unconditional prompt.  raises: UserError"""
     prompts = [prompt.strip() for prompt in prompts]  # as lines of a file are
-    if bad := [
-        p for p in prompts if not p.isprintable() and p != p.encode(errors="ignore").decode()
-    ]:
+    if bad := [prompt for prompt in prompts if re.search("[\ud800-\udfff]", prompt)]:
         raise UserError(f"the prompt {bad[0][:80]!r} is not UTF-8; see the terminal's encoding")
     if embeddings:
         return Prompts(embeddings, text_dim, text_len).embed(prompts)

@@ -126,6 +126,18 @@ def test_totals_by_hand(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"order": "backward"}, {"size": (16, 16)}, {"extended": ""}]
+)
+def test_clips_of_other_settings_are_refused(changes, weights, tmp_path):
+    """What is there was made in just this way, or is not taken for it."""
+    vbench.export(config_of(weights, tmp_path, samples=1), 0, 1, CPU)
+    before = {p: p.read_bytes() for p in (tmp_path / "clips").iterdir()}
+    with pytest.raises(UserError, match="clips holds clips of another .*; use another --out"):
+        vbench.export(config_of(weights, tmp_path, **changes), 0, 1, CPU)
+    assert {p: p.read_bytes() for p in (tmp_path / "clips").iterdir()} == before
+
+
+@pytest.mark.parametrize(
     "prompts,extended,says",
     [
         ("a/b\n", "", "cannot be a file name"),
@@ -149,7 +161,7 @@ def test_prompts_that_cannot_be_exported(prompts, extended, says, weights, tmp_p
     [
         ({"order": "loop"}, "--order loop"),
         ({"size": (32, 20)}, "32 20"),
-        ({"format": ".avi"}, "--format .avi"),
+        ({"format": ".avi"}, "--format '.avi'"),
         ({}, "--prompts"),
     ],
 )

@@ -122,14 +122,15 @@ def open_frames(path: pathlib.Path, fps: int = 0) -> tuple[About, Iterator[Tenso
                 yield torch.from_numpy(frame.copy()).permute(2, 0, 1)
 
     with _one_sentence(path):
-        try:
-            about, found = readers[0](path, fps)
-        except Exception as first:
+        why = None
+        for reader in readers:
             try:
-                about, found = readers[1](path, fps)
-            except Exception as second:
-                unknown = "given uri" in str(first)  # Pillow found no picture
-                raise (second if unknown or isinstance(second, UserError) else first) from None
+                about, found = reader(path, fps)
+                break
+            except Exception as error:  # the first says why, but where it knows no such files
+                why = why if why and "given uri" not in str(why) else error
+        else:
+            raise why
     return about, frames()
 
 
@@ -229,9 +230,14 @@ def _open_video(path: pathlib.Path, fps: int) -> tuple[About, Iterator[np.ndarra
     stream = streams[0]
     about = About(_number(r"([\d.]+) fps", stream) or _number(r"([\d.]+) tbr", stream) or 1.0)
     about.has_sound = "Audio: " in says
-    about.seconds, late = _times(says, stream)
-    if late > 0.1:
-        about.note(f"its picture begins {late:.2f} s after its sound")
+    if promise := re.search(r"Duration: (\d+):(\d+):([\d.]+).*? start: ([-\d.]+)", says):
+        hours, minutes, seconds, begin = map(float, promise.groups())
+        late = max(_number(r", start ([\d.]+)", stream) - begin, 0.0)
+        about.seconds = 3600 * hours + 60 * minutes + seconds - late
+        if "matroska" in says:  # there the duration is the time of the end
+            about.seconds -= begin
+        if late > 0.1:
+            about.note(f"its picture begins {late:.2f} s after its sound")
     codec, kind = re.search(r"Video: (\w+).*?, (\w+)", stream).groups()
     hidden_alpha = "alpha_mode" in says and codec in ("vp8", "vp9")
     decoder = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec] if hidden_alpha else ""
@@ -245,21 +251,6 @@ def _open_video(path: pathlib.Path, fps: int) -> tuple[About, Iterator[np.ndarra
 def _number(pattern: str, words: str) -> float:
     found = re.search(pattern, words)
     return float(found[1]) if found else 0.0
-
-
-def _times(says: str, stream: str) -> tuple[float, float]:
-    """Seconds of picture that the file promises (0: it does not say), and by how much the picture
-    begins after the file."""
-    begin = _number(r"Duration: .*?start: ([\d.]+)", says)
-    late = max(_number(r", start ([\d.]+)", stream) - begin, 0.0)
-    found = re.search(r"Duration: (\d+):(\d+):([\d.]+)", says)
-    if not found:
-        return 0.0, late
-    hours, minutes, seconds = map(float, found.groups())
-    duration = 3600 * hours + 60 * minutes + seconds
-    if "matroska" in says:  # there the duration is the time of the end
-        duration -= begin
-    return duration - late, late
 
 
 def _filters(stream: str, fps: int, about: About) -> list[str]:

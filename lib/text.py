@@ -206,6 +206,8 @@ def lines_of(path: str | Path) -> list[str]:
     """The prompts of a text file, one a line, or of embeddings of one. raises: UserError"""
     if Path(path).suffix == ".safetensors":
         return [prompt for prompt, _, listed in read_embeddings(path) if listed]
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; name a text file, a prompt a line")
     try:
         content = Path(path).read_text(encoding="utf-8-sig").rstrip()
     except UnicodeDecodeError:

@@ -4,13 +4,11 @@
 class Config:
     '''What the script does.'''
 
-    RANGES = {"steps": (1, None)}  # lowest and highest value; a third entry: how many values
+    RANGES = {"steps": (1, None)}
     steps: int = 1000  # training iterations
 
 from_cli(Config, ["--steps", "5"])  ->  Config(steps=5)
 from_cli(Config, ["--steps", "0"])  ->  UserError: --steps 0 must be at least 1
-
-python -c "import lib.cli; help(lib.cli)"
 """
 
 import dataclasses
@@ -25,6 +23,7 @@ import typing
 
 RANGES = {  # what holds for a flag of this name in every script
     "seed": (0, 2**32 - 1),
+    "shard": (1, 10**6),
     "guidance": (0, 100),
     "shift": (0.1, 100),
     "block": (1, 1000),
@@ -63,8 +62,7 @@ def from_cli(cls: type, argv: list[str] | None = None):
             raise UserError(f"--{name} is empty; give it a value, or leave it out")
     presets = vars(cls).get("PRESETS", {})
     if "preset" in given and presets:
-        if given["preset"] not in presets:
-            raise UserError(f"unknown preset {given['preset']!r}; use {', '.join(presets)}")
+        check_range("preset", given["preset"], tuple(presets))
         given = presets[given["preset"]] | given
     required = [name for name, default in fields.items() if default is dataclasses.MISSING]
     if missing := [f"--{name}" for name in required if name not in given]:

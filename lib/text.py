@@ -343,7 +343,6 @@ class Config:
     """Embed prompts once, for training and sampling without an encoder: FILE, or --prompts FILE."""
 
     FIRST = "prompts"  # the flag that the first word belongs to
-    RANGES = {"shard": (1, 10**6)}
     prompts: str  # a UTF-8 text file, a prompt a line
     out: str = "prompts.safetensors"  # shards go beside it, as prompts-000000.safetensors ...
     weights: str = "Wan2.1-T2V-1.3B"  # a folder with text encoder and tokenizer; or toy: toy words
@@ -376,10 +375,8 @@ def main(config: Config) -> None:
     if toy:
         note_new_words(lines)
     rows = toy_words() if toy else umt5(config.weights, device=device)
-    made = {
-        "encoder": encoder_name(config.weights),
-        "ftfy": importlib.util.find_spec("ftfy") is not None,
-    }
+    has_ftfy = importlib.util.find_spec("ftfy") is not None
+    made = {"encoder": encoder_name(config.weights), "ftfy": has_ftfy}
     todo, names = {}, []
     for n in range(0, len(lines), config.shard):
         path = out.with_name(f"{out.stem}-{n:06d}.safetensors")

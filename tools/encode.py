@@ -36,8 +36,7 @@ from vae import VAE, load_vae
 class Config:
     """Encode clips into latents."""
 
-    RANGES = {"clips": (1, 1 << 30), "frames": (1, 100000), "size": (1, 16384, 2)}
-    RANGES |= {"shard": (1, 10**6)}
+    RANGES = {"clips": (1, 10**6), "frames": (1, 10**5), "size": (1, 16384, 2)}
     data: str = "toy"  # toy: the procedural world; or a folder of videos with prompts beside them
     vae: str = "toy/weights"  # a VAE file or a folder with one
     out: str = "out/latents"

@@ -70,7 +70,7 @@ PAIRS = 20  # of the A/B test
 class Config:
     """Write a page with a student's clips, plans, table and curves, and an A/B test beside it."""
 
-    RANGES = {"clips": (2, 10**6)}  # two, for a standard error
+    RANGES = {"clips": (2, 1000)}  # two, for a standard error
     out: str = "out/report"  # a folder
     weights: str = "toy/weights"  # a folder with student and VAE
     runs: str = "out/tables"  # where a student without anchors may be, exp1 of toy.students

@@ -132,7 +132,7 @@ def test_clips_of_other_settings_are_refused(changes, weights, tmp_path):
     """What is there was made in just this way, or is not taken for it."""
     vbench.export(config_of(weights, tmp_path, samples=1), 0, 1, CPU)
     before = {p: p.read_bytes() for p in (tmp_path / "clips").iterdir()}
-    with pytest.raises(UserError, match="clips holds clips of another .*; use another --out"):
+    with pytest.raises(UserError, match="clips holds clips of other weights or settings"):
         vbench.export(config_of(weights, tmp_path, **changes), 0, 1, CPU)
     assert {p: p.read_bytes() for p in (tmp_path / "clips").iterdir()} == before
 

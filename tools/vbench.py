@@ -45,7 +45,6 @@ SEMANTIC = {
     "temporal style": (0, 0.364, 1),
     "overall consistency": (0, 0.364, 1),
 }
-QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
 
 
 @dataclass
@@ -92,17 +91,16 @@ def checked(config: Config) -> tuple[list[str], list[str]]:
 
 def keep_settings(out: Path, settings: dict) -> None:
     """Write beside a folder how its clips are made. raises: UserError where it was another way"""
-    kept, settings = out.with_name(f"{out.name}.json"), json.loads(json.dumps(settings))
-    before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    if before == settings:
+    kept, words = out.with_name(f"{out.name}.json"), json.dumps(settings, indent=1)
+    if kept.is_file() and kept.read_text(errors="replace") == words:
         return
     if out.is_dir() and any(out.iterdir()):
-        other = [name for name in settings if before.get(name) != settings[name]]
         raise UserError(
-            f"{out} holds clips of another {' and '.join(other)}; use another --out, or delete them"
+            f"{out} holds clips of other weights or settings ({kept} has theirs); "
+            "use another --out, or delete them"
         )
     with atomic(kept) as tmp:
-        tmp.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        tmp.write_text(words)
 
 
 @torch.no_grad()
@@ -115,9 +113,10 @@ def export(config: Config, rank: int, world_size: int, device: torch.device) -> 
     dit, vae = load_models(config.weights, dtype_of("auto", device), device)
     recipe, c = recipe_of(dit), dit.config
     recipe = replace(recipe, share_noise=config.share_noise or recipe.share_noise)
-    if config.order not in plans_of(recipe):
-        raise UserError(f"--order {config.order} must be one of: {'; '.join(plans_of(recipe))}")
-    plan = plans_of(recipe)[config.order]
+    plans = plans_of(recipe)
+    if config.order not in plans:
+        raise UserError(f"--order {config.order} must be one of: {'; '.join(plans)}")
+    plan = plans[config.order]
     h, w = (side // vae.config.space for side in frame_size(config.size, dit, vae))
     networks = [fingerprint(network.state_dict()) for network in (dit, vae)]
     settings = {"order": config.order, "size": (h, w), "seed": config.seed, "prompts": told}
@@ -142,9 +141,8 @@ def export(config: Config, rank: int, world_size: int, device: torch.device) -> 
 def judge(folder: Path, device: torch.device) -> Path:
     """Let the package vbench score the clips of a folder; its result file, beside the folder."""
     vbench, out = importlib.import_module("vbench"), folder.with_name(f"{folder.name}-scores")
-    scorer = vbench.VBench(
-        device, str(Path(vbench.__file__).parent / "VBench_full_info.json"), str(out)
-    )
+    info = Path(vbench.__file__).parent / "VBench_full_info.json"
+    scorer = vbench.VBench(device, str(info), str(out))
     dimensions = scorer.build_full_dimension_list()
     scorer.evaluate(videos_path=str(folder), name="unitemp", dimension_list=dimensions)
     return out / "unitemp_eval_results.json"
@@ -152,15 +150,14 @@ def judge(folder: Path, device: torch.device) -> Path:
 
 def read_scores(path: Path) -> dict[str, float]:
     """Dimension -> score, 0 to 1, of VBench's file, {dimension: [score, per clip]}.
-
     raises: UserError"""
     try:
-        found = {k: float(v[0]) for k, v in json.loads(path.read_text()).items()}
+        entries = json.loads(path.read_text()).items()
+        found = {name.replace("_", " "): float(entry[0]) for name, entry in entries}
     except (OSError, ValueError, TypeError, IndexError, KeyError, AttributeError):
         raise UserError(
             f"{path} is not a result file of VBench ({{dimension: [score, clips]}})"
         ) from None
-    found = {name.replace("_", " "): score for name, score in found.items()}
     if found.get("imaging quality", 0) > 1:  # some versions give it in percent
         found["imaging quality"] /= 100
     return found
@@ -175,8 +172,7 @@ def totals(scores: dict[str, float]) -> dict[str, float]:
             scaled = [w * (scores[d] - low) / (high - low) for d, (low, high, w) in part.items()]
             found[name] = 100 * sum(scaled) / sum(w for _, _, w in part.values())
     if len(found) == 2:
-        both = QUALITY_WEIGHT * found["Quality"] + SEMANTIC_WEIGHT * found["Semantic"]
-        found["Total"] = both / (QUALITY_WEIGHT + SEMANTIC_WEIGHT)
+        found["Total"] = 0.8 * found["Quality"] + 0.2 * found["Semantic"]  # 4 to 1 [VBench]
     return found
 
 

@@ -58,7 +58,7 @@ def from_cli(cls: type, argv: list[str] | None = None):
     fields = {f.name: f.default for f in dataclasses.fields(cls)}
     for name, value in given.items():
         check_range(name, value, ranges.get(name, ()))
-        if not str(value).strip() and fields[name] not in ("", None):  # as of an unset variable
+        if not str(value).strip() and fields[name] is not None:  # perhaps an unset variable
             raise UserError(f"--{name} is empty; give it a value, or leave it out")
     presets = vars(cls).get("PRESETS", {})
     if "preset" in given and presets:

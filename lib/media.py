@@ -4,8 +4,7 @@ they are made.
 Videos are float tensors [B, 3, F, H, W] in [-1, 1] everywhere inside the project; bytes and files
 exist only here. Reading goes by content, not by name: Pillow (through imageio) for pictures and
 animations, the ffmpeg program that comes with imageio for videos. What a file says about its
-picture is followed, and said: pixels that are not square, interlaced fields, high dynamic range,
-16 bit and float values, transparency, a picture that begins late.
+picture is followed, and said.
 
     python -c "from lib.media import load_clip; print(load_clip('clip.mp4', (32, 32))[1])"
 """
@@ -138,7 +137,7 @@ def open_frames(path: pathlib.Path, fps: int = 0) -> tuple[About, Iterator[Tenso
 def _open_picture(path: pathlib.Path, fps: int) -> tuple[About, Iterator[np.ndarray]]:
     about = About(fps=fps or 1)
     with iio.imopen(path, "r", plugin="pillow") as file:
-        _read_picture(file, 0)  # some videos look like pictures until they are read
+        _read_picture(file, 0, about)  # some videos look like pictures until they are read
         metadata, count = file.metadata(index=0), file.properties(index=...).n_images
     moves = "duration" in metadata or "version" in metadata  # a .gif may have no durations
     if count > 1 and not moves:
@@ -155,28 +154,27 @@ def _picture_frames(path: pathlib.Path, count: int, fps: int, about: About) -> I
     shown = 0
     with iio.imopen(path, "r", plugin="pillow") as file:
         for i in range(count):
-            values = _read_picture(file, i)
-            is_deep = values.dtype.itemsize > 1
-            frame = _eight_bits(values, about) if is_deep else _over_black(values, about)
-            times = 1
+            frame = _read_picture(file, i, about)
+            due = i + 1  # frames until this one ends
             if count > 1:
                 delay = file.metadata(index=i).get("duration", 0) / 1000
                 if delay <= 0.01:
                     delay = 0.1
                     about.note("frames without a duration shown for 0.1 s, as browsers do")
                 about.seconds += delay
-                about.fps = (i + 1) / about.seconds
-                if fps:
-                    due = about.seconds * fps  # the last frame stays up to half a frame longer
-                    times = (max(round(due), 1) if i == count - 1 else math.ceil(due)) - shown
-            shown += times
-            yield from [frame] * times
+                about.fps = due / about.seconds
+                if fps:  # the last one stays up to half a frame longer
+                    ends = about.seconds * fps
+                    due = max(round(ends), 1) if due == count else math.ceil(ends)
+            yield from [frame] * (due - shown)
+            shown = due
 
 
-def _read_picture(file, index: int) -> np.ndarray:
-    """A picture as it is stored where it has more than 8 bits, else as RGBA, upright."""
-    is_deep = file.metadata(index=index)["mode"].startswith(("I", "F"))
-    return file.read(index=index, mode=None if is_deep else "RGBA", rotate=True)
+def _read_picture(file, index: int, about: About) -> np.ndarray:
+    """A picture as uint8 [H, W, 3], upright."""
+    if file.metadata(index=index)["mode"].startswith(("I", "F")):  # more than 8 bits
+        return _eight_bits(file.read(index=index, rotate=True), about)
+    return _over_black(file.read(index=index, mode="RGBA", rotate=True), about)
 
 
 def _eight_bits(values: np.ndarray, about: About) -> np.ndarray:

@@ -420,9 +420,7 @@ class VideoWriter:
         self.part = self.path.with_suffix(f".part{self.path.suffix}")
         self.comment = comment
         if self.path.suffix.lower() not in FORMATS:
-            raise UserError(
-                f"--out {path} must end in .mp4, .gif or .mkv (lossless), or .png for one frame"
-            )
+            raise UserError(f"--out {path} must end in .mp4, .gif or .mkv, or .png for one frame")
 
     def __enter__(self) -> "VideoWriter":
         self._atomic = atomic(self.path)
@@ -444,7 +442,7 @@ class VideoWriter:
         kind, (frames, height, width) = self.path.suffix.lower(), video.shape[1:]
         if kind == ".mp4" and (height % 2 or width % 2):
             raise UserError(
-                f"{self.path}: an .mp4 needs even sides, not {height}x{width}; use .gif or crop it"
+                f"{self.path}: an .mp4 needs even sides, not {height}x{width}; use .gif"
             )
         if kind == ".png" and self.count + frames > 1:
             raise UserError(f"{self.path}: a .png holds one frame; ask for --frames 1, or an .mp4")

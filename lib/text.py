@@ -163,15 +163,12 @@ def umt5(
     transformers, tokenizers = optional("transformers"), optional("tokenizers")
     if not importlib.util.find_spec("ftfy"):
         say(
-            "note: ftfy is not installed, so that full-width punctuation (Wan's negative prompt "
-            "has it) is embedded as it stands, unlike in Wan's own code; pip install ftfy"
+            "note: ftfy is not installed, so full-width punctuation stays, unlike in Wan's own code"
         )
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(words))
     except Exception as error:  # the package has no exception of its own
-        raise UserError(
-            f"{words} is not a tokenizer ({error}); copy or download it again"
-        ) from None
+        raise UserError(f"{words} is not a tokenizer ({error}); copy it again") from None
     tokenizer.no_padding()
     tokenizer.enable_truncation(text_len)
     sizes, tensors = read_umt5(source)
@@ -184,10 +181,7 @@ def umt5(
     def rows(prompt: str) -> Tensor:
         tokens = tokenizer.encode(clean(prompt))
         if tokens.overflowing:
-            say(
-                f"note: the prompt {prompt[:60]!r}... is longer than {text_len} tokens; "
-                "the rest is cut, as Wan does"
-            )
+            say(f"note: {prompt[:60]!r} is longer than {text_len} tokens; the rest is cut")
         return model(input_ids=torch.tensor([tokens.ids], device=device)).last_hidden_state[0]
 
     return rows
@@ -216,9 +210,7 @@ def lines_of(path: str | Path) -> list[str]:
         raise UserError(f"{path} holds no prompts; write one a line")
     lines = [line.strip() for line in content.split("\n")]
     if "" in lines:
-        raise UserError(
-            f"{path}: line {lines.index('') + 1} is empty; write a prompt there or delete the line"
-        )
+        raise UserError(f"{path}: line {lines.index('') + 1} is empty; delete the line")
     return lines
 
 
@@ -329,10 +321,7 @@ def padded(rows: Sequence[Tensor], text_dim: int, text_len: int) -> Tensor:
     out = torch.zeros(len(rows), text_len, text_dim)
     for x, row in zip(out, rows):
         if row.shape[1] != text_dim:
-            raise UserError(
-                f"the text encoder's embeddings are {row.shape[1]} wide, "
-                f"but this model reads {text_dim}"
-            )
+            raise UserError(f"embeddings are {row.shape[1]} wide, but this model reads {text_dim}")
         x[: len(row)] = row
     return out
 

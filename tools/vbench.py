@@ -81,9 +81,7 @@ def checked(config: Config) -> tuple[list[str], list[str]]:
         )
     for prompt in original:
         if "/" in prompt or "\0" in prompt or len(prompt.encode()) > 240:
-            raise UserError(
-                f"the prompt {prompt[:80]!r} cannot be a file name: VBench names clips after them"
-            )
+            raise UserError(f"the prompt {prompt[:80]!r} cannot be a file name, as VBench needs")
         if original.count(prompt) > 1:
             raise UserError(f"{config.prompts} has the prompt {prompt[:80]!r} twice: one file name")
     return original, told
@@ -156,7 +154,7 @@ def read_scores(path: Path) -> dict[str, float]:
         found = {name.replace("_", " "): float(entry[0]) for name, entry in entries}
     except (OSError, ValueError, TypeError, IndexError, KeyError, AttributeError):
         raise UserError(
-            f"{path} is not a result file of VBench ({{dimension: [score, clips]}})"
+            f"{path} is not a result file of VBench, {{dimension: [score, clips]}}"
         ) from None
     if found.get("imaging quality", 0) > 1:  # some versions give it in percent
         found["imaging quality"] /= 100

@@ -23,6 +23,7 @@ import typing
 
 RANGES = {  # what holds for a flag of this name in every script
     "seed": (0, 2**32 - 1),
+    "vae": (),  # empty: no samples are shown
     "shard": (1, 10**6),
     "guidance": (0, 100),
     "shift": (0.1, 100),
@@ -58,7 +59,8 @@ def from_cli(cls: type, argv: list[str] | None = None):
     fields = {f.name: f.default for f in dataclasses.fields(cls)}
     for name, value in given.items():
         check_range(name, value, ranges.get(name, ()))
-        if not str(value).strip() and fields[name] is not None:  # perhaps an unset variable
+        may_be_empty = fields[name] is None or ranges.get(name) == ()
+        if not str(value).strip() and not may_be_empty:  # perhaps an unset variable
             raise UserError(f"--{name} is empty; give it a value, or leave it out")
     presets = vars(cls).get("PRESETS", {})
     if "preset" in given and presets:
@@ -119,7 +121,7 @@ def check_range(name: str, value: object, limits: tuple) -> None:
     """Refuse a flag's value outside its range; a tuple's values one by one.
 
     limits: (lowest, highest), where None is no limit; (lowest, highest, how many values); or the
-        words that are allowed; or () for anything.  Whatever the range, a number must be finite.
+        words that are allowed; or () for anything, even nothing.  A number must be finite.
     raises: UserError"""
     values = value if isinstance(value, tuple) else (value,)
     shown = " ".join(map(str, values)) or "nothing"

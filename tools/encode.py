@@ -85,10 +85,12 @@ class Source:
         return {"name": f"toy {n}", "prompt": self.prompts[n]}
 
     def pixels(self, n: int) -> Tensor:
-        """Its frames [1, 3, F, H, W]."""
+        """Its frames [1, 3, F, H, W]; what was done to a video of yours is said."""
         size, frames = self.config.size, self.config.frames
         if self.files:
-            return load_clip(self.files[n], size, frames=frames)[0]
+            video, says = load_clip(self.files[n], size, frames=frames)
+            tqdm.write(says)
+            return video
         return world.render([self.prompts[n]], [n], size[0], frames)
 
 

@@ -36,8 +36,8 @@ from dit import DiT, load_dit
 from generate import frame_size, load_models
 from lib import report, text
 from lib.changes import STATIC, frame_changes, temporal_flickering
-from lib.common import UserError, dtype_of, run, start
-from lib.media import VIDEOS, read_frames
+from lib.common import UserError, check_out, dtype_of, run, start
+from lib.media import read_frames, videos_in
 from lib.statistics import Stat, Values, frechet, joined, largest, over_files, stat
 from lib.world import OTHER, World, find_world, numbers_of
 from sampler import Recipe, gather, noise_seeded, student_blocks, teacher_blocks
@@ -321,11 +321,7 @@ class Config:
 def measure_files(config: Config) -> dict[str, dict[str, Stat]]:
     """A row for a video, or for each in a folder and one for all; each is cut to whole blocks."""
     path, block = Path(config.video), config.block
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEOS and p.name[0] != ".")
-    if not files:
-        raise UserError(f"{path} holds no videos ({', '.join(VIDEOS)})")
+    files = videos_in(path) if path.is_dir() else [path]
     rows = {}
     least = 4 * math.ceil(3 / block) * block - 3
     for file in files:
@@ -390,6 +386,8 @@ def main(config: Config) -> None:
         raise UserError(f"--clips {config.clips} must be at least 2, --block {config.block} 1")
     if config.share_noise not in ("", "none", "start", "all"):
         raise UserError(f"--share_noise {config.share_noise} must be none, start or all")
+    if config.out:
+        check_out(config.out, inputs=[config.video])
     if wrong := set(config.orders) - anchors.ORDERS.keys():
         raise UserError(f"--orders {min(wrong)} is none of {', '.join(anchors.ORDERS)}")
     measured = measure_files(config) if config.video else measure_student(config, device)

@@ -4,13 +4,11 @@
 class Config:
     '''What the script does.'''
 
-    RANGES = {"steps": (1, None)}  # lowest and highest value; a third entry: how many values
+    RANGES = {"steps": (1, None)}
     steps: int = 1000  # training iterations
 
 from_cli(Config, ["--steps", "5"])  ->  Config(steps=5)
 from_cli(Config, ["--steps", "0"])  ->  UserError: --steps 0 must be at least 1
-
-python -c "import lib.cli; help(lib.cli)"
 """
 
 import dataclasses
@@ -23,7 +21,16 @@ import sys
 import types
 import typing
 
-RANGES = {"seed": (0, 2**32 - 1)}  # what holds for a flag of this name in every script
+RANGES = {  # what holds for a flag of this name in every script
+    "seed": (0, 2**32 - 1),
+    "vae": (),  # empty: no samples are shown
+    "shard": (1, 10**6),
+    "guidance": (0, 100),
+    "shift": (0.1, 100),
+    "block": (1, 1000),
+    "anchors": (0, 1000),
+    "head": (0, 1000),
+}
 
 
 class UserError(ValueError):
@@ -38,7 +45,7 @@ def from_cli(cls: type, argv: list[str] | None = None):
       PRESETS  {name: {flag: value}}: `--preset name` replaces defaults; flags that are given win
       FIRST    the flag that words before all flags belong to
       RANGES   {flag: range} that a given value must be within (`check_range`)
-    raises: UserError for an unknown, repeated, mistyped, missing or impossible flag."""
+    raises: UserError for an unknown, repeated, mistyped, missing, empty or impossible flag."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
         print(_help(cls))
@@ -49,17 +56,19 @@ def from_cli(cls: type, argv: list[str] | None = None):
     ranges = dict(RANGES)
     for c in reversed(cls.__mro__):
         ranges |= vars(c).get("RANGES", {})
+    fields = {f.name: f.default for f in dataclasses.fields(cls)}
     for name, value in given.items():
         check_range(name, value, ranges.get(name, ()))
+        may_be_empty = fields[name] is None or ranges.get(name) == ()
+        if not str(value).strip() and not may_be_empty:  # perhaps an unset variable
+            raise UserError(f"--{name} is empty; give it a value, or leave it out")
     presets = vars(cls).get("PRESETS", {})
     if "preset" in given and presets:
-        if given["preset"] not in presets:
-            raise UserError(f"unknown preset {given['preset']!r}; use {', '.join(presets)}")
+        check_range("preset", given["preset"], tuple(presets))
         given = presets[given["preset"]] | given
-    fields = dataclasses.fields(cls)
-    missing = [f for f in fields if f.default is dataclasses.MISSING and f.name not in given]
-    if missing:
-        raise UserError("missing " + ", ".join(f"--{f.name}" for f in missing))
+    required = [name for name, default in fields.items() if default is dataclasses.MISSING]
+    if missing := [f"--{name}" for name in required if name not in given]:
+        raise UserError(f"missing {', '.join(missing)}")
     return cls(**given)
 
 
@@ -94,13 +103,12 @@ def _convert(name: str, kind: type, words: list[str]):
     if len(words) != 1:
         shown = " ".join(words) or "nothing"
         raise UserError(f"--{name} takes one value, got {len(words)}: {shown}")
-    (word,) = words
+    word = words[0]
     if kind is bool:
         if word.lower() not in ("true", "false"):
             raise UserError(f"--{name} is true or false, got {word!r}")
         return word.lower() == "true"
-    if kind is str:
-        # a shell leaves `~` as it is in --out=~/clip.mp4
+    if kind is str:  # a shell leaves `~` as it is in --out=~/clip.mp4
         return os.path.expanduser(word) if word.startswith("~/") else word
     try:
         return kind(word)
@@ -113,7 +121,7 @@ def check_range(name: str, value: object, limits: tuple) -> None:
     """Refuse a flag's value outside its range; a tuple's values one by one.
 
     limits: (lowest, highest), where None is no limit; (lowest, highest, how many values); or the
-        words that are allowed; or () for anything.  Whatever the range, a number must be finite.
+        words that are allowed; or () for anything, even nothing.  A number must be finite.
     raises: UserError"""
     values = value if isinstance(value, tuple) else (value,)
     shown = " ".join(map(str, values)) or "nothing"
@@ -122,7 +130,7 @@ def check_range(name: str, value: object, limits: tuple) -> None:
     if not limits:
         return
     if isinstance(limits[0], str):
-        if any(x not in limits for x in values):
+        if not set(values) <= set(limits):
             raise UserError(f"--{name} {shown!r} must be {' or '.join(limits)}")
         return
     low, high, *count = limits

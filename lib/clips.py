@@ -18,20 +18,8 @@ from lib.common import UserError
 from lib.text import Prompts
 from lib.weights import read_tensors
 
-VIDEOS = (".mp4", ".gif", ".mov", ".webm", ".mkv", ".avi")
-
 
 # ---------------------------------------------------------------- videos
-def list_videos(folder: str) -> list[Path]:
-    """The videos of a folder, by name; hidden files are none. raises: UserError"""
-    path = Path(folder)
-    inside = sorted(path.iterdir()) if path.is_dir() else []
-    files = [p for p in inside if p.suffix.lower() in VIDEOS and not p.name.startswith(".")]
-    if not files:
-        raise UserError(f"--data {folder} is not a folder with videos ({', '.join(VIDEOS)})")
-    return files
-
-
 def prompt_beside(video: Path) -> str:
     """The prompt in the text file beside a video. raises: UserError naming a video without one"""
     path = video.with_suffix(".txt")

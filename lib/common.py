@@ -43,6 +43,8 @@ def run(main: Callable, cls: type) -> None:
     Exit codes: 2 for UserError and OSError, 1 for numbers that are not finite and for too little
     memory, 130 for Ctrl-C. Any other exception is a bug and keeps its traceback."""
     code = None
+    if hasattr(sys.stdout, "reconfigure"):  # no letter that a terminal lacks ends a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(from_cli(cls))
     except (

@@ -120,7 +120,8 @@ def write_sidecar(clip: Path, about: dict) -> None:
     """Keep what a clip was made of beside it, with the clip's own fingerprint."""
     about = about | {"clip": fingerprint(clip)}
     with atomic(sidecar(clip)) as tmp:
-        tmp.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        words = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+        tmp.write_text(words, encoding="utf-8", errors="backslashreplace")  # odd file names
 
 
 def is_made(clip: Path, about: dict) -> bool:

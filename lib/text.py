@@ -10,8 +10,7 @@ Two languages, told apart by the width that the model reads:
             zero, and the transformer sees them, too [Wan].
 
 Nobody wants the encoder in memory while training, so embeddings are made once, by the command
-below, and every --prompts takes the resulting file in place of a text file. It may be stopped and
-run again: whole shards of the same prompts and encoder stay.
+below, and every --prompts takes the resulting file in place of a text file.
 
     python -m lib.text prompts.txt --out prompts.safetensors --weights Wan2.1-T2V-1.3B
 """
@@ -20,6 +19,7 @@ import hashlib
 import html
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -120,13 +120,12 @@ def note_new_words(prompts: Iterable[str]) -> None:
     """Say which words the toy world does not have: any word has a vector, but not a meaning."""
     known = {word for source in WORLDS for word in world_of(source).VOCABULARY}
     words = dict.fromkeys(word for prompt in prompts for word in split_words(prompt))
-    new = [word[:40] for word in words if word not in known]
+    new = [repr(word[:40]) for word in words if word not in known]
     if new:
-        some = ", ".join(map(repr, new[:5])) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
-        what = "word" if len(new) == 1 else "words"
+        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
         _say_once(
-            f"note: this model may never have seen the {what} {some}; the toy world has "
-            f"{' '.join(sorted(known))}"
+            f"note: this model may never have seen the word{'s' * (len(new) > 1)} "
+            f"{', '.join(new[:5])}{more}; the toy world has {' '.join(sorted(known))}"
         )
 
 
@@ -164,15 +163,12 @@ def umt5(
     transformers, tokenizers = optional("transformers"), optional("tokenizers")
     if not importlib.util.find_spec("ftfy"):
         say(
-            "note: ftfy is not installed, so that full-width punctuation (Wan's negative prompt "
-            "has it) is embedded as it stands, unlike in Wan's own code; pip install ftfy"
+            "note: ftfy is not installed, so full-width punctuation stays, unlike in Wan's own code"
         )
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(words))
     except Exception as error:  # the package has no exception of its own
-        raise UserError(
-            f"{words} is not a tokenizer ({error}); copy or download it again"
-        ) from None
+        raise UserError(f"{words} is not a tokenizer ({error}); copy it again") from None
     tokenizer.no_padding()
     tokenizer.enable_truncation(text_len)
     sizes, tensors = read_umt5(source)
@@ -185,10 +181,7 @@ def umt5(
     def rows(prompt: str) -> Tensor:
         tokens = tokenizer.encode(clean(prompt))
         if tokens.overflowing:
-            say(
-                f"note: the prompt {prompt[:60]!r}... is longer than {text_len} tokens; "
-                "the rest is cut, as Wan does"
-            )
+            say(f"note: {prompt[:60]!r} is longer than {text_len} tokens; the rest is cut")
         return model(input_ids=torch.tensor([tokens.ids], device=device)).last_hidden_state[0]
 
     return rows
@@ -207,6 +200,8 @@ def lines_of(path: str | Path) -> list[str]:
     """The prompts of a text file, one a line, or of embeddings of one. raises: UserError"""
     if Path(path).suffix == ".safetensors":
         return [prompt for prompt, _, listed in read_embeddings(path) if listed]
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; name a text file, a prompt a line")
     try:
         content = Path(path).read_text(encoding="utf-8-sig").rstrip()
     except UnicodeDecodeError:
@@ -215,9 +210,7 @@ def lines_of(path: str | Path) -> list[str]:
         raise UserError(f"{path} holds no prompts; write one a line")
     lines = [line.strip() for line in content.split("\n")]
     if "" in lines:
-        raise UserError(
-            f"{path}: line {lines.index('') + 1} is empty; write a prompt there or delete the line"
-        )
+        raise UserError(f"{path}: line {lines.index('') + 1} is empty; delete the line")
     return lines
 
 
@@ -231,22 +224,16 @@ def read_embeddings(path: str | Path) -> list[tuple[str, Tensor, bool]]:
     shards = [path.parent / str(name) for name in (names if isinstance(names, list) else [])]
     for file in (path, *shards):
         tensors, made = read_tensors(file)
-        prompts = (made or {}).get("prompts")
-        rows, lengths = tensors.get("rows"), tensors.get("lengths")
-        if not _are_embeddings(rows, lengths, prompts):
+        prompts, lengths = (made or {}).get("prompts"), tensors.get("lengths")
+        try:
+            rows = tensors["rows"].split(lengths.tolist())
+            is_right = tensors["rows"].ndim == 2 and len(rows) == len(prompts)
+        except (KeyError, AttributeError, RuntimeError, TypeError):
+            is_right = False
+        if not is_right or not isinstance(prompts, list):
             raise UserError(f"{file} does not hold embeddings of prompts; make them with text.py")
-        for prompt, x in zip(prompts, rows.split(lengths.tolist())):
-            found.append((str(prompt), x, file != path))
+        found += [(str(prompt), x, file != path) for prompt, x in zip(prompts, rows)]
     return found
-
-
-def _are_embeddings(rows: Tensor | None, lengths: Tensor | None, prompts: object) -> bool:
-    """Whether rows [sum of lengths, width] and lengths [prompts] belong together."""
-    if rows is None or lengths is None or not isinstance(prompts, list):
-        return False
-    if rows.ndim != 2 or lengths.shape != (len(prompts),) or lengths.is_floating_point():
-        return False
-    return bool(lengths.min() >= 0 and lengths.sum() == len(rows))
 
 
 class Prompts:
@@ -284,15 +271,13 @@ class Prompts:
         """Embeddings of any prompts, of the same shape.
 
         raises: UserError for one that a file of embeddings does not hold"""
-        if not self.known:
-            return _embed(prompts, self.text_dim, self.text_len)
-        absent = [prompt for prompt in prompts if prompt not in self.known]
-        if absent:
+        if absent := [p for p in prompts if self.known and p not in self.known]:
             raise UserError(
                 f"{self.source} has no embedding of {absent[0][:80]!r}; make it with text.py, "
                 "a negative prompt by --negative"
             )
-        return padded([self.known[prompt] for prompt in prompts], self.text_dim, self.text_len)
+        rows = self.known.get if self.known else encoder(self.text_dim, self.text_len)
+        return padded([rows(prompt) for prompt in prompts], self.text_dim, self.text_len)
 
 
 def embed(
@@ -305,25 +290,28 @@ def embed(
     returns: float32 [len(prompts), text_len, text_dim], zero where a prompt is shorter; "" is all
         zeros in toy words, their unconditional prompt.  raises: UserError"""
     prompts = [prompt.strip() for prompt in prompts]  # as lines of a file are
+    if bad := [prompt for prompt in prompts if re.search("[\ud800-\udfff]", prompt)]:
+        raise UserError(f"the prompt {bad[0][:80]!r} is not UTF-8; see the terminal's encoding")
     if embeddings:
         return Prompts(embeddings, text_dim, text_len).embed(prompts)
     if text_dim == TOY_DIM:
         note_new_words(prompts)
-    return _embed(prompts, text_dim, text_len, weights)
-
-
-def _embed(prompts: Sequence[str], text_dim: int, text_len: int, weights: str = "") -> Tensor:
-    if text_dim == TOY_DIM:
-        rows = toy_words(text_len)
-    elif weights:
-        rows = umt5(Path(weights).parent if Path(weights).is_file() else weights, text_len=text_len)
-    else:
-        raise UserError(
-            f"this model reads embeddings of width {text_dim}, not toy words: make them once with "
-            "python -m lib.text prompts.txt --out prompts.safetensors, and give "
-            "--prompts prompts.safetensors"
-        )
+    rows = encoder(text_dim, text_len, weights)
     return padded([rows(prompt) for prompt in prompts], text_dim, text_len)
+
+
+def encoder(text_dim: int, text_len: int, weights: str = "") -> Rows:
+    """What embeds a prompt for such a model. raises: UserError for Wan's without its weights"""
+    if text_dim == TOY_DIM:
+        return toy_words(text_len)
+    if weights:
+        folder = Path(weights).parent if Path(weights).is_file() else weights
+        return umt5(folder, text_len=text_len)
+    raise UserError(
+        f"this model reads embeddings of width {text_dim}, not toy words: make them once with "
+        "python -m lib.text prompts.txt --out prompts.safetensors, and give "
+        "--prompts prompts.safetensors"
+    )
 
 
 def padded(rows: Sequence[Tensor], text_dim: int, text_len: int) -> Tensor:
@@ -333,10 +321,7 @@ def padded(rows: Sequence[Tensor], text_dim: int, text_len: int) -> Tensor:
     out = torch.zeros(len(rows), text_len, text_dim)
     for x, row in zip(out, rows):
         if row.shape[1] != text_dim:
-            raise UserError(
-                f"the text encoder's embeddings are {row.shape[1]} wide, "
-                f"but this model reads {text_dim}"
-            )
+            raise UserError(f"embeddings are {row.shape[1]} wide, but this model reads {text_dim}")
         x[: len(row)] = row
     return out
 
@@ -347,7 +332,6 @@ class Config:
     """Embed prompts once, for training and sampling without an encoder: FILE, or --prompts FILE."""
 
     FIRST = "prompts"  # the flag that the first word belongs to
-    RANGES = {"shard": (1, 10**6)}
     prompts: str  # a UTF-8 text file, a prompt a line
     out: str = "prompts.safetensors"  # shards go beside it, as prompts-000000.safetensors ...
     weights: str = "Wan2.1-T2V-1.3B"  # a folder with text encoder and tokenizer; or toy: toy words
@@ -380,19 +364,18 @@ def main(config: Config) -> None:
     if toy:
         note_new_words(lines)
     rows = toy_words() if toy else umt5(config.weights, device=device)
-    made = {
-        "encoder": encoder_name(config.weights),
-        "ftfy": importlib.util.find_spec("ftfy") is not None,
-    }
+    has_ftfy = importlib.util.find_spec("ftfy") is not None
+    made = {"encoder": encoder_name(config.weights), "ftfy": has_ftfy}
     todo, names = {}, []
     for n in range(0, len(lines), config.shard):
         path = out.with_name(f"{out.stem}-{n:06d}.safetensors")
         names.append(path.name)
         content = made | {"prompts": lines[n : n + config.shard]}
         there = path.exists() and read_tensors(path)[1]
-        if there != content:
-            todo[path] = content
-        if there and there != content:
+        if there == content:
+            continue
+        todo[path] = content
+        if there:
             say(f"{path} holds other prompts, or is of another encoder: it is made again")
     print(f"{len(lines)} prompts in {len(names)} shards, {len(todo)} to make")
     if todo:

@@ -98,11 +98,14 @@ def test_what_is_right_stays(again, tmp_path, capsys):
     before = first.read_bytes(), first.stat().st_mtime_ns
     (tmp_path / "videos" / "a.mp4").touch()
     encoded(again)
+    assert "fps" not in capsys.readouterr().out
     write_video(tmp_path / "videos" / "d.mp4", 9)
     (tmp_path / "videos" / "d.txt").write_text("the last")
     encoded(again)
     assert (first.read_bytes(), first.stat().st_mtime_ns) == before
-    assert "made again" not in capsys.readouterr().out and len(latents(again)[0]) == 4
+    said = capsys.readouterr().out
+    assert "d.mp4: 32x32 to 16x16 (crop), the first 9 frames" in said
+    assert "made again" not in said and len(latents(again)[0]) == 4
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,9 @@ class Config:
         2,
     )  # a broken-up field has its comment here
     seed: int = 0
+    shift: float = 5.0
+    vae: str = "vae.safetensors"
+    out: str = ""
 
 
 def cli(line, cls=Config):
@@ -73,6 +76,7 @@ def test_spellings_of_a_flag_are_the_same():
         == cli("--learning-rate=1 --clip=a")
     )
     assert cli("--clip=b=c").clip == "b=c"
+    assert cli("--clip=a --vae=").vae == ""
     assert from_cli(Config, ["--clip=a red square", "--note="]) == Config("a red square", note="")
     assert [
         cli(f"--clip a {f}").compile for f in ("--compile", "--compile true", "--compile=False")
@@ -113,6 +117,9 @@ def test_tuple_field_takes_words_up_to_the_next_flag():
         ("--clip a --size 32", ["--size takes 2 numbers, got 1: 32"]),
         ("--clip a --size", ["--size takes 2 numbers, got 0: nothing"]),
         ("--clip a --how dpp", ["--how 'dpp' must be ddp or fsdp"]),
+        ("--clip=", ["--clip is empty; give it a value"]),
+        ("--clip a --out=", ["--out is empty; give it a value"]),
+        ("--clip a --shift 0", ["--shift 0.0 must be from 0.1 to 100"]),
         ("--clip a --seed -1", ["--seed -1 must be from 0 to 4294967295"]),
         ("--clip a --seed 4294967296", ["--seed 4294967296 must be from 0 to 4294967295"]),
     ],
@@ -171,7 +178,7 @@ def test_help_lists_every_field_with_its_comment(cls, capsys):
     for f in dataclasses.fields(cls):
         end = "[required]" if f.default is dataclasses.MISSING else f"[{f.default}]"
         comment = rows[f"--{f.name}"].removeprefix(f"  --{f.name}").removesuffix(end)
-        assert comment.strip() or f.name == "seed", f.name
+        assert comment.strip() or f.name in ("seed", "shift", "vae", "out"), f.name
     if cls is Config:
         assert "of the optimizer  [0.001]" in text and "which clip to read  [required]" in text
         assert "a broken-up field has its comment here  [(3, 2)]" in text

@@ -9,9 +9,10 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lib.common import UserError
-from lib.media import VideoWriter, load_clip, media_in, read_frames, to_uint8, write_sheet
+from lib.media import VideoWriter, load_clip, read_frames, to_uint8, videos_in, write_sheet
 from lib.picture import write_curves
 
 
@@ -416,20 +417,104 @@ def test_high_dynamic_range_is_tone_mapped(transfer, name, tmp_path):
         assert f"high dynamic range ({name}) tone-mapped" in says
 
 
-def test_gifs_without_durations_are_shown_as_browsers_do(tmp_path):
-    """A delay of 0 is a tenth of a second, and said."""
-    shades = np.stack([np.full((16, 16, 3), v, np.uint8) for v in (0, 80, 160)])
-    iio.imwrite(tmp_path / "a.gif", shades, duration=0, loop=0)
-    video, says = load_clip(tmp_path / "a.gif", (16, 16))
-    assert levels(video) == [0] * 2 + [80] * 2 + [160] and "shown for 0.1 s" in says
-    assert read_frames(tmp_path / "a.gif").shape[2] == 3
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.avif"])
+@pytest.mark.parametrize(
+    "durations, shown, note",
+    [([500, 125, 250], [8, 2, 4], ""), (0, [2, 2, 1], "shown for 0.1 s"), (1000, [16] * 3, "")],
+)
+def test_animations_are_as_long_as_they_say(name, durations, shown, note, tmp_path):
+    """Each frame has its own duration, in every format; 0 is a tenth of a second, and said."""
+    shades = [np.full((16, 16, 3), v, np.uint8) for v in (0, 80, 160)]
+    first, *others = map(Image.fromarray, shades)
+    how = {"lossless": True} if name == "a.webp" else {}
+    first.save(tmp_path / name, save_all=True, append_images=others, duration=durations, **how)
+    video, says = load_clip(tmp_path / name, (16, 16))
+    expected = np.repeat([0, 80, 160], shown)
+    assert video.shape[2] == len(expected) and np.abs(levels(video) - expected).max() <= 2
+    assert note in says and ("0.1 s" in says) == bool(note)
+    assert read_frames(tmp_path / name).shape[2] == 3
 
 
-def test_hidden_files_are_no_clips(tmp_path):
-    """What a file manager or a killed run leaves beside a clip is not taken for one."""
-    for name in ("b.mkv", "a.MP4", "._a.mp4", ".b.12.tmp.mkv", "a.txt", "c.jpeg"):
+@pytest.mark.parametrize("name, kind", [("a.jpg", "MPO"), ("a.tif", "TIFF")])
+def test_pages_are_no_frames(name, kind, tmp_path):
+    """A photo with a preview or gain map behind it, a scan of pages: the first, and it is said."""
+    first = Image.fromarray(np.full((48, 64, 3), 80, np.uint8))
+    with open(tmp_path / name, "wb") as file:
+        if kind == "TIFF":
+            iio.imwrite(file, np.stack([np.asarray(first)] * 2), extension=".tif")
+        else:
+            first.save(file, kind, save_all=True, append_images=[first.resize((32, 24))])
+    video, says = load_clip(tmp_path / name, (48, 64))
+    assert video.shape[2] == 1 and "the first of its 2 pictures" in says
+    assert torch.equal(read_frames(tmp_path / name), video)
+
+
+LAVFI = ("-f", "lavfi", "-i")
+GREY = "color=0x808080:s=64x48:r=16:d=0.3"
+TO_BT2020 = (
+    "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709,"
+    "zscale=transfer=2020_10:primaries=bt2020:matrix=bt2020nc,format=yuv420p10le"
+)
+SAID = {  # file -> how it is made, and what must be said
+    "aspect.mkv": (
+        (*MOVING, "-aspect", "8:3", "-c:v", "libx264"),
+        "48x128 to 48x64 (crop), pixels of 2:1 made square",
+    ),
+    "untagged.mkv": (
+        (*LAVFI, GREY, "-vf", "setparams=color_trc=smpte2084", "-c:v", "ffv1"),
+        "high dynamic range (PQ) tone-mapped",
+    ),
+    "wide.mkv": (
+        (*LAVFI, GREY, "-vf", TO_BT2020, "-c:v", "ffv1"),
+        "wide colours (bt2020) made those of BT.709",
+    ),
+    "film.mjpeg": ((*MOVING, "-c:v", "mjpeg"), "25 to 16 fps, 20 frames"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_converted_is_said(name, tmp_path):
+    """A pixel aspect that the container has, colours of other primaries or half described, a bare
+    stream of pictures."""
+    how, says = SAID[name]
+    ffmpeg(*how, tmp_path / name)
+    assert says in load_clip(tmp_path / name, (48, 64))[1]
+
+
+def test_wide_colours_come_back(tmp_path):
+    """BT.2020 without high dynamic range is not washed out."""
+    drawn = GREY.replace("808080", "804020") + ",format=gbrp"
+    to_yuv = "scale=out_color_matrix=bt709:out_range=tv,format=yuv444p10le,"
+    ffmpeg(*LAVFI, drawn, "-vf", to_yuv + TO_BT2020, "-c:v", "ffv1", tmp_path / "a.mkv")
+    video, _ = load_clip(tmp_path / "a.mkv", (48, 64))
+    assert abs(to_uint8(video[0])[2, 20, 20].astype(int) - (128, 64, 32)).max() <= 3
+
+
+def test_what_is_no_file_or_no_whole_picture_is_refused(tmp_path, monkeypatch):
+    """A pipe, numbers beyond 16 bits, and a phone's picture in tiles, of which ffmpeg would show
+    one."""
+    os.mkfifo(tmp_path / "pipe")
+    iio.imwrite(tmp_path / "deep.tiff", np.full((8, 8), 70000, np.int32))
+    (tmp_path / "a.heic").write_bytes(b"tiles")
+    for name, says in (("pipe", "pipe is no file"), ("deep.tiff", "pixels up to 70000")):
+        with pytest.raises(UserError, match=says):
+            load_clip(tmp_path / name, (8, 8))
+    says = b"Stream group #0:0: Tile Grid: hevc\n  Stream #0:0: Video: hevc, yuv420p, 512x512\n"
+    asked = subprocess.CompletedProcess([], 1, stderr=says)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: asked)
+    with pytest.raises(UserError, match="a picture in tiles, as phones make; save it as .png"):
+        load_clip(tmp_path / "a.heic", (8, 8))
+
+
+def test_the_videos_of_a_folder(tmp_path, capsys):
+    """Hidden files, folders and what is no video by name are none; what is left out is said, but
+    for notes."""
+    names = "b.mkv a.MP4 c.mts d.gif ._a.mp4 .b.12.tmp.mkv a.txt a.mp4.json sheet.png bare"
+    for name in names.split():
         (tmp_path / name).touch()
-    assert [p.name for p in media_in(tmp_path)] == ["a.MP4", "b.mkv", "c.jpeg"]
+    (tmp_path / "folder.mp4").mkdir()
+    assert [p.name for p in videos_in(tmp_path)] == ["a.MP4", "b.mkv", "c.mts", "d.gif"]
+    assert "3 left out, no video by name: bare, folder.mp4, sheet.png" in capsys.readouterr().out
 
 
 def test_nan_is_not_written(tmp_path):

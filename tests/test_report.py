@@ -89,7 +89,7 @@ def test_clips_play_and_nothing_overflows(width, clips, browser):
             (
                 "Numbers",
                 report.table(rows)
-                + report.timeline({"forward": [1.0, 1.2, float("nan"), 0.9]}, [2], 1),
+                + report.timeline({"forward": [1.0, 1.2, float("nan"), 0.9]}, [2]),
             ),
         ],
     )
@@ -187,7 +187,6 @@ def test_student_is_shown(without, tmp_path, monkeypatch, capsys):
     if without:
         save_dit(tiny_dit(5, **WORDED), tmp_path / "exp1-0" / "student.safetensors")
     flags = {"weights": folder, "clips": 2, "out": out, "runs": tmp_path}
-    monkeypatch.setattr(page.anchors, "long", lambda *args, **_: page.anchors.forward(21))
     assert command_line(monkeypatch, capsys, page, **flags) == (0, "")
     index, ab = ((out / name).read_text() for name in ("index.html", "ab.html"))
     data = ab.split("const pairs=")[1]

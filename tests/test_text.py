@@ -484,6 +484,14 @@ def test_lines_as_editors_write_them(tmp_path):
         assert lines_of(tmp_path / "p.txt") == ["one", "two"]
 
 
+def test_what_holds_no_text_is_named(tmp_path):
+    """A prompt in another encoding than the terminal's, a folder in the place of a file."""
+    with pytest.raises(UserError, match=r"the prompt 'a \\udcff disc' is not UTF-8"):
+        embed(["a \udcff disc"], 64, 12)
+    with pytest.raises(UserError, match="is a folder; name a text file, a prompt a line"):
+        lines_of(tmp_path)
+
+
 def test_ten_thousand_characters_are_cut_with_a_note(umt5_folders, ftfy, capsys):
     """Wan cuts a prompt after 512 tokens; so do we, and say so."""
     rows = umt5(umt5_folders[0] / "native")("a cat runs " * 1000)

@@ -8,7 +8,6 @@ again to go on after a stop, or after more clips were added or some edited: what
 stays. Several processes (torchrun) share the shards.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.clips import describe, is_same, list_videos, prompt_beside, read_shard
+from lib.clips import describe, is_same, prompt_beside, read_shard
 from lib.common import (
     UserError,
     atomic,
@@ -27,7 +26,7 @@ from lib.common import (
     start,
     stop_signals,
 )
-from lib.media import load_clip
+from lib.media import load_clip, videos_in
 from lib.weights import write_safetensors
 from toy import world
 from vae import VAE, load_vae
@@ -37,12 +36,7 @@ from vae import VAE, load_vae
 class Config:
     """Encode clips into latents."""
 
-    RANGES = {
-        "clips": (1, 1 << 30),
-        "frames": (1, 100000),
-        "size": (1, 16384, 2),
-        "shard": (1, 10**6),
-    }
+    RANGES = {"clips": (1, 10**6), "frames": (1, 10**5), "size": (1, 16384, 2)}
     data: str = "toy"  # toy: the procedural world; or a folder of videos with prompts beside them
     vae: str = "toy/weights"  # a VAE file or a folder with one
     out: str = "out/latents"
@@ -54,65 +48,57 @@ class Config:
     device: str = "auto"
 
 
-@dataclass
 class Source:
-    """Numbered clips: what each is, and its pixels [1, 3, F, H, W]."""
+    """Numbered clips and their prompts, of the toy world or of a folder of videos.
 
-    name: str  # what tells it from other sources
-    prompts: list[str]
-    describe: Callable[[int, dict | None], dict]  # (number, an earlier description)
-    pixels: Callable[[int], Tensor]
+    raises: UserError naming a bad clip, unless those are skipped"""
 
+    def __init__(self, config: Config, quiet: bool = False) -> None:
+        self.config, self.files, self.prompts, self.name = config, [], [], "files"
+        if config.data == "toy":
+            if config.size[0] != config.size[1]:
+                raise UserError(f"--size {config.size[0]} {config.size[1]}: the toy's are square")
+            self.prompts = [world.caption(n) for n in range(config.clips)]
+            drawn = world.render([world.caption(n) for n in range(4)], range(4), 32, 5)
+            self.name = f"toy {fingerprint({'': drawn})}"  # another one where it draws otherwise
+            return
+        for video in videos_in(config.data):
+            try:
+                prompt = prompt_beside(video)
+                if config.skip_bad:
+                    load_clip(video, config.size, frames=config.frames)
+            except UserError as error:
+                if not config.skip_bad:
+                    raise
+                if not quiet:
+                    print(f"skipped: {error}")
+                continue
+            self.files.append(video)
+            self.prompts.append(prompt)
+        if not self.files:
+            raise UserError(f"--data {config.data}: every video was skipped")
 
-def toy_source(config: Config) -> Source:
-    """The toy world's clips; its name changes with how it draws."""
-    prompts = [world.caption(n) for n in range(config.clips)]
+    def describe(self, n: int, before: dict | None = None) -> dict:
+        """What clip n is; before: an earlier description."""
+        if self.files:
+            return describe(self.files[n], self.prompts[n], before)
+        return {"name": f"toy {n}", "prompt": self.prompts[n]}
 
-    def pixels(n: int) -> Tensor:
-        return world.render([prompts[n]], [n], config.size[0], config.frames)
-
-    drawn = world.render([world.caption(n) for n in range(4)], range(4), 32, 5)
-    return Source(
-        f"toy {fingerprint({'': drawn})}",
-        prompts,
-        lambda n, before: {"name": f"toy {n}", "prompt": prompts[n]},
-        pixels,
-    )
-
-
-def folder_source(config: Config, quiet: bool) -> Source:
-    """A folder of videos. raises: UserError naming a bad one, unless those are skipped"""
-    files, prompts = [], []
-    for video in list_videos(config.data):
-        try:
-            prompt = prompt_beside(video)
-            if config.skip_bad:
-                load_clip(video, config.size, frames=config.frames)
-        except UserError as error:
-            if not config.skip_bad:
-                raise
-            if not quiet:
-                print(f"skipped: {error}")
-            continue
-        files.append(video)
-        prompts.append(prompt)
-    if not files:
-        raise UserError(f"--data {config.data}: every video was skipped")
-    return Source(
-        "files",
-        prompts,
-        lambda n, before: describe(files[n], prompts[n], before),
-        lambda n: load_clip(files[n], config.size, frames=config.frames)[0],
-    )
+    def pixels(self, n: int) -> Tensor:
+        """Its frames [1, 3, F, H, W]; what was done to a video of yours is said."""
+        size, frames = self.config.size, self.config.frames
+        if self.files:
+            video, says = load_clip(self.files[n], size, frames=frames)
+            tqdm.write(says)
+            return video
+        return world.render([self.prompts[n]], [n], size[0], frames)
 
 
 def usable(
     path: Path, settings: dict, source: Source, numbers: range
 ) -> tuple[list[Tensor], list[dict], bool]:
     """What can stay of a shard: its first latents that are still right, their descriptions, and
-    whether that is the whole file.
-
-    raises: UserError if it was made in another way, by name; edited clips are said"""
+    whether that is all of it. raises: UserError if it was made in another way"""
     if not path.exists():
         return [], [], False
     x, made = read_shard(path)
@@ -137,8 +123,9 @@ def encode_clip(vae: VAE, source: Source, number: int, device: torch.device | st
     """Latents [1, T, C, h, w] in float16. raises: FloatingPointError naming the clip"""
     z = vae.encode(source.pixels(number).to(device)).half().cpu()
     if not z.isfinite().all():
-        name = source.describe(number, None)["name"]
-        raise FloatingPointError(f"the VAE makes of {name} what is not finite")
+        raise FloatingPointError(
+            f"the VAE makes of {source.describe(number)['name']} what is not finite"
+        )
     return z
 
 
@@ -150,8 +137,7 @@ def encode(
 
     raises: UserError before anything is written where a clip has no prompt"""
     out = check_out(config.out, folder=True)
-    toy = config.data == "toy"
-    source = toy_source(config) if toy else folder_source(config, quiet=rank > 0)
+    source = Source(config, quiet=rank > 0)
     vae, count = load_vae(config.vae, device=device), len(source.prompts)
     settings = {
         "vae": fingerprint(load_vae(config.vae, None).state_dict()),
@@ -183,7 +169,7 @@ def encode(
             for n in numbers[len(z) :]:
                 if stop():
                     break
-                clips.append(source.describe(n, None))
+                clips.append(source.describe(n))
                 z.append(encode_clip(vae, source, n, device))
                 bar.update()
             if z:

@@ -18,7 +18,6 @@ from anchors import Plan
 from dit import load_dit
 from evaluate import (
     Maker,
-    drift,
     flickering_ratio,
     measure,
     measure_all,
@@ -29,10 +28,10 @@ from evaluate import (
 )
 from generate import frame_size, load_models
 from lib import report
-from lib.common import UserError, run, start
+from lib.common import check_out, run, start
 from lib.media import VideoWriter, write_sheet
 from lib.statistics import Stat
-from lib.world import World, find_world, numbers_of
+from lib.world import find_world, numbers_of
 from tools.plan import write_picture
 from toy.students import folder
 from toy.tables import DUMMY
@@ -58,6 +57,12 @@ COLUMNS = (
     "real clips; read FR beside motion: blur has a low FR. Lost: how far what no word says "
     "wanders, 0 not at all, 1 as far as another clip's. ± is one standard error over clips."
 )
+RATIOS = "Mean over clips at each boundary between latents; grey bands lie between blocks."
+AGAINST = {
+    WITHOUT: "With anchors against without any, as in the paper's Table 9.",
+    KEPT: "Anchors dropped against anchors kept as output. The paper's Table 9 compares with a "
+    "student that has none, which is not here: `python -m toy.students --students exp1 --seeds 0`.",
+}
 PAIRS = 20  # of the A/B test
 
 
@@ -65,6 +70,7 @@ PAIRS = 20  # of the A/B test
 class Config:
     """Write a page with a student's clips, plans, table and curves, and an A/B test beside it."""
 
+    RANGES = {"clips": (2, 1000)}  # two, for a standard error
     out: str = "out/report"  # a folder
     weights: str = "toy/weights"  # a folder with student and VAE
     runs: str = "out/tables"  # where a student without anchors may be, exp1 of toy.students
@@ -92,8 +98,10 @@ def student_without(config: Config, student: Maker) -> Maker | None:
     return replace(student, dit=dit) if dit.config == student.dit.config else None
 
 
-def measured(config: Config, student: Maker, world: World, captions: Sequence[str]) -> Shown:
-    """Make and measure clips by every plan of the student, and of the one without anchors."""
+def measured(config: Config, student: Maker, captions: Sequence[str]) -> Shown:
+    """Make and measure clips by every plan of the student, and of the one without anchors; the
+    other orders are only shown."""
+    world = find_world(config.world, student.dit.config.text_dim)
     vae, plans = student.vae, plans_of(recipe_of(student.dit))
     makers = dict.fromkeys(plans, student)
     if without := student_without(config, student):
@@ -119,103 +127,65 @@ def write_clip(path: Path, video: Tensor) -> str:
     return path.name
 
 
-def cards_of(path: Path, shown: Shown, caption: str) -> list[tuple[str, str, str, str]]:
-    """Write a clip, a sheet and a picture of the plan for each name; what `report.clips` shows."""
+def clips_section(out: Path, shown: Shown, caption: str) -> str:
+    """Write a clip, a sheet and a picture of the plan for each name; what the page says of them."""
     cards = []
     for name, video in shown.videos.items():
         file = re.sub(r"\W+", "-", name)
-        write_picture(path / f"plan-{file}.png", shown.plans[name])
-        write_sheet(path / f"{file}.png", video[:6], columns=11)
-        clip = write_clip(path / f"{file}.mp4", video[0])
+        write_picture(out / f"plan-{file}.png", shown.plans[name])
+        write_sheet(out / f"{file}.png", video[:6], columns=11)
+        clip = write_clip(out / f"{file}.mp4", video[0])
         cards.append((name, clip, f"plan-{file}.png", f"{WORDS.get(name, '')} “{caption}”"))
-    return cards
+    return report.paragraph(LEGEND) + report.clips(cards)
 
 
-def ab_test(path: Path, shown: Shown) -> str:
+def ab_section(out: Path, shown: Shown) -> str:
     """Write ab.html, with against without anchors (paper Table 9); what the page says of it.
 
     Where no student was trained without them: anchors dropped against anchors kept."""
     a, b = "backward", WITHOUT if WITHOUT in shown.videos else KEPT
     if b not in shown.videos:
         return report.paragraph("There is nothing to compare with.")
-    pairs = [
-        {
-            "a": write_clip(path / f"pair-{n}-a.mp4", x),
-            "b": write_clip(path / f"pair-{n}-b.mp4", y),
-            "fr_a": summary(measure(x[None], shown.plans[a]))["FR inter"].mean,
-            "fr_b": summary(measure(y[None], shown.plans[b]))["FR inter"].mean,
-        }
-        for n, (x, y) in enumerate(zip(shown.videos[a][:PAIRS], shown.videos[b]))
-    ]
-    report.write_ab(path / "ab.html", (a, b), pairs)
-    says = "With anchors against without any, as in the paper's Table 9."
-    if b == KEPT:
-        says = (
-            "Anchors dropped against anchors kept as output. The paper's Table 9 compares with a "
-            "student that has none, which is not here: "
-            "`python -m toy.students --students exp1 --seeds 0`."
-        )
-    return "<p><a href=ab.html>Look at pairs and choose</a></p>" + report.paragraph(says)
+    pairs = []
+    for n, videos in enumerate(zip(shown.videos[a][:PAIRS], shown.videos[b])):
+        pair = {}
+        for side, name, video in zip("ab", (a, b), videos):
+            pair[side] = write_clip(out / f"pair-{n}-{side}.mp4", video)
+            ratio = summary(measure(video[None], shown.plans[name]))["FR inter"]
+            pair[f"fr_{side}"] = ratio.mean
+        pairs.append(pair)
+    report.write_ab(out / "ab.html", (a, b), pairs)
+    return "<p><a href=ab.html>Look at pairs and choose</a></p>" + report.paragraph(AGAINST[b])
 
 
 def ratios_section(shown: Shown) -> str:
     """FR at every boundary, mean over clips, of the plans that were measured."""
-    measured_plans = [name for name in shown.plans if name in shown.rows]
-    curves = {
-        name: flickering_ratio(shown.videos[name]).nanmean(0).tolist() for name in measured_plans
-    }
+    curves = {}
+    for name in [name for name in shown.plans if name in shown.rows]:
+        curves[name] = flickering_ratio(shown.videos[name]).nanmean(0).tolist()
     both = [shown.plans[name].boundaries() for name in ("forward", "backward")]
     marked = [i for i, inter in enumerate(zip(*both)) if i and all(inter)]
-    return report.timeline(curves, marked, 1) + report.paragraph(
-        "Mean over clips at each boundary between latents; grey bands lie between blocks."
-    )
-
-
-def drift_section(student: Maker, captions: Sequence[str]) -> str:
-    """Colour and motion of clips of 30 s against what was made first."""
-    curves, recipe = {}, recipe_of(student.dit)
-    for direction in ("forward", "backward"):
-        for sink in ("none", "both"):
-            plan = anchors.long(123, direction, recipe.block, recipe.anchors, sink=sink)
-            video = student.make(plan, captions[:2])[1]
-            curves[f"{direction}, sink: {sink}"] = drift(video, plan)
-    section = report.paragraph("Each 5 s, in the order in which they were made, against the first.")
-    for key, words, rule in (
-        (
-            "colour offset",
-            "Change of the mean colour since the 5 s made first, in grey levels:",
-            None,
-        ),
-        ("motion", "Motion over that of then:", 1.0),
-    ):
-        means = {name: values[key].mean(0).tolist() for name, values in curves.items()}
-        section += report.paragraph(words) + report.timeline(means, start=1, rule=rule)
-    return section
+    return report.timeline(curves, marked) + report.paragraph(RATIOS)
 
 
 @torch.no_grad()
 def main(config: Config) -> None:
-    device = start(config.device)[2]
-    if config.clips < 2:
-        raise UserError(f"--clips {config.clips} must be at least 2, for a standard error")
+    out, device = check_out(config.out, folder=True), start(config.device)[2]
     dit, vae = load_models(config.weights, torch.float32, device)
-    world = find_world(config.world, dit.config.text_dim)
     student = Maker(dit, vae, frame_size((), dit, vae), config.seed)
+    world = find_world(config.world, dit.config.text_dim)
     captions = [world.caption(n) for n in numbers_of(config.clips, config.seed)]
-    path, shown = Path(config.out), measured(config, student, world, captions)
+    shown = measured(config, student, captions)
+    numbers = report.table(shown.rows) + report.paragraph(COLUMNS)
     sections = [
-        ("Clips", report.paragraph(LEGEND) + report.clips(cards_of(path, shown, captions[0]))),
-        (
-            f"{len(captions)} held-out captions",
-            report.table(shown.rows) + report.paragraph(COLUMNS),
-        ),
+        ("Clips", clips_section(out, shown, captions[0])),
+        (f"{len(captions)} held-out captions", numbers),
         ("Flickering ratio along time", ratios_section(shown)),
-        ("Drift over 30 s", drift_section(student, captions)),
-        ("Which one flickers less?", ab_test(path, shown)),
+        ("Which one flickers less?", ab_section(out, shown)),
     ]
-    report.write_page(path / "index.html", "Any order", sections)
+    report.write_page(out / "index.html", "Any order", sections)
     print(report.markdown(shown.rows))
-    print(f"look at {path / 'index.html'}")
+    print(f"look at {out / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,16 @@
 the three numbers that papers print.
 
 One prompt of VBench is one row of clips `{prompt}-{k}.mp4`. What the model is told may be another,
-longer prompt (--extended), line by line. Processes share the work; an interrupted export goes on.
-OUT.json says how the clips in OUT were made, and clips of another student or seed are refused.
+longer prompt (--extended), line by line. Processes share the work, and an interrupted export goes
+on: how the clips are made is kept beside their folder, and others are refused.
 
     python -m tools.vbench --prompts prompts.txt --out out/vbench --weights Wan2.1-T2V-1.3B
 """
 
-import hashlib
 import importlib
 import importlib.util
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,10 +20,8 @@ from tqdm import tqdm
 from evaluate import plans_of, recipe_of
 from generate import frame_size, load_models
 from lib import report, text
-from lib.common import UserError, atomic, dtype_of, fingerprint, run, start
-from lib.media import FORMATS, VideoWriter
-from lib.pairs import difference
-from lib.weights import read_json
+from lib.common import UserError, atomic, check_out, dtype_of, fingerprint, run, start
+from lib.media import VideoWriter
 from sampler import generate, noise_seeded
 
 # dimension: (lowest, highest, weight), as VBench sums its scores up [VBench scripts/constant.py]
@@ -48,13 +45,17 @@ SEMANTIC = {
     "temporal style": (0, 0.364, 1),
     "overall consistency": (0, 0.364, 1),
 }
-QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
 
 
 @dataclass
 class Config:
     """Write clips named as the official VBench wants them, and score them if it is installed."""
 
+    RANGES = {
+        "samples": (1, 1000),
+        "format": (".mp4", ".mkv", ".gif"),
+        "share_noise": ("none", "start", "all"),
+    }
     prompts: str  # original prompts, one a line, or what text.py made of them
     out: str = "out/vbench"  # a folder for the clips
     extended: str = ""  # what the model is told instead, line by line
@@ -71,11 +72,6 @@ class Config:
 
 def checked(config: Config) -> tuple[list[str], list[str]]:
     """The original prompts and what the model is told for each. raises: UserError"""
-    if config.format not in FORMATS or config.format == ".png" or config.samples < 1:
-        raise UserError(
-            f"--format {config.format} must be .mp4, .mkv or .gif, "
-            f"and --samples {config.samples} at least 1"
-        )
     original = text.lines_of(config.prompts)
     told = text.lines_of(config.extended) if config.extended else original
     if len(told) != len(original):
@@ -83,117 +79,98 @@ def checked(config: Config) -> tuple[list[str], list[str]]:
             f"{config.extended} has {len(told)} prompts but {config.prompts} has {len(original)}; "
             "they go line by line"
         )
-    if bad := [p for p in original if "/" in p or "\0" in p or len(p.encode()) > 240]:
-        raise UserError(
-            f"the prompt {bad[0][:80]!r} cannot be a file name: VBench names clips after prompts"
-        )
-    if len(set(original)) < len(original):
-        again = next(p for p in original if original.count(p) > 1)
-        raise UserError(f"{config.prompts} has the prompt {again[:80]!r} twice: one file name")
+    for prompt in original:
+        if "/" in prompt or "\0" in prompt or len(prompt.encode()) > 240:
+            raise UserError(f"the prompt {prompt[:80]!r} cannot be a file name, as VBench needs")
+        if original.count(prompt) > 1:
+            raise UserError(f"{config.prompts} has the prompt {prompt[:80]!r} twice: one file name")
     return original, told
 
 
-@torch.no_grad()
-def check_made(folder: Path, made: dict) -> None:
-    """Keep how clips are made beside their folder. raises: UserError if it holds others"""
-    record = folder.with_name(folder.name + ".json")
-    before = read_json(record) if record.is_file() else {}
-    if any(folder.glob("*.*")) and (wrong := difference(before, made)):
+def keep_settings(out: Path, settings: dict) -> None:
+    """Write beside a folder how its clips are made. raises: UserError where it was another way"""
+    kept, words = out.with_name(f"{out.name}.json"), json.dumps(settings, indent=1)
+    if kept.is_file() and kept.read_text(errors="replace") == words:
+        return
+    if out.is_dir() and any(out.iterdir()):
         raise UserError(
-            f"{folder} holds clips that were made otherwise: {wrong}; use another --out"
+            f"{out} holds clips of other weights or settings ({kept} has theirs); "
+            "use another --out, or delete them"
         )
-    with atomic(record) as tmp:
-        tmp.write_text(json.dumps(made))
+    with atomic(kept) as tmp:
+        tmp.write_text(words)
 
 
+@torch.no_grad()
 def export(config: Config, rank: int, world_size: int, device: torch.device) -> None:
     """Write all clips. Process r makes clips r, r + processes, ...
 
     Clip (n, k) has the noise (seed, n, k) whoever makes it. raises: UserError"""
+    out = check_out(config.out, folder=True)
     original, told = checked(config)
     dit, vae = load_models(config.weights, dtype_of("auto", device), device)
     recipe, c = recipe_of(dit), dit.config
+    recipe = replace(recipe, share_noise=config.share_noise or recipe.share_noise)
     plans = plans_of(recipe)
     if config.order not in plans:
         raise UserError(f"--order {config.order} must be one of: {'; '.join(plans)}")
     plan = plans[config.order]
     h, w = (side // vae.config.space for side in frame_size(config.size, dit, vae))
+    networks = [fingerprint(network.state_dict()) for network in (dit, vae)]
+    settings = {"order": config.order, "size": (h, w), "seed": config.seed, "prompts": told}
+    keep_settings(out, {"weights": networks, "recipe": asdict(recipe)} | settings)
     source = text.Prompts(config.extended or config.prompts, c.text_dim, c.text_len)
-    share_noise = config.share_noise or recipe.share_noise
-    made = {"weights": fingerprint(dit.state_dict()), "vae": fingerprint(vae.state_dict())}
-    made |= {"order": config.order, "seed": config.seed, "size": [h, w], "share_noise": share_noise}
-    made |= {
-        "told": hashlib.sha256("\n".join(told).encode()).hexdigest() if config.extended else ""
-    }
-    check_made(Path(config.out), made)
     jobs = [(n, k) for n in range(len(original)) for k in range(config.samples)]
     for n, k in tqdm(jobs[rank::world_size], desc="vbench", disable=rank > 0):
-        path = Path(config.out) / f"{original[n]}-{k}{config.format}"
+        path = out / f"{original[n]}-{k}{config.format}"
         if path.exists():
             continue
         texts = [source.embed([told[n]]).to(device)] * plan.prompts()
-        z = generate(
-            dit,
-            plan,
-            texts,
-            noise_seeded([(config.seed, n, k)], (c.in_dim, h, w), device),
-            recipe=replace(recipe, share_noise=share_noise),
-        )
+        noise = noise_seeded([(config.seed, n, k)], (c.in_dim, h, w), device)
+        z = generate(dit, plan, texts, noise, recipe=recipe)
         with VideoWriter(path) as writer:
             writer.write(vae.decode(z)[0])
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     if rank == 0:
-        print(f"{len(jobs)} clips in {config.out}")
+        print(f"{len(jobs)} clips in {out}")
 
 
 def judge(folder: Path, device: torch.device) -> Path:
-    """Let the package vbench score the clips of a folder; its result file."""
-    vbench = importlib.import_module("vbench")
+    """Let the package vbench score the clips of a folder; its result file, beside the folder."""
+    vbench, out = importlib.import_module("vbench"), folder.with_name(f"{folder.name}-scores")
     info = Path(vbench.__file__).parent / "VBench_full_info.json"
-    scorer = vbench.VBench(device, str(info), str(folder / "scores"))
-    scorer.evaluate(
-        videos_path=str(folder),
-        name="unitemp",
-        dimension_list=scorer.build_full_dimension_list(),
-    )
-    return folder / "scores" / "unitemp_eval_results.json"
+    scorer = vbench.VBench(device, str(info), str(out))
+    dimensions = scorer.build_full_dimension_list()
+    scorer.evaluate(videos_path=str(folder), name="unitemp", dimension_list=dimensions)
+    return out / "unitemp_eval_results.json"
 
 
 def read_scores(path: Path) -> dict[str, float]:
     """Dimension -> score, 0 to 1, of VBench's file, {dimension: [score, per clip]}.
-
     raises: UserError"""
     try:
-        found = {k: float(v[0]) for k, v in json.loads(path.read_text()).items()}
+        entries = json.loads(path.read_text()).items()
+        found = {name.replace("_", " "): float(entry[0]) for name, entry in entries}
     except (OSError, ValueError, TypeError, IndexError, KeyError, AttributeError):
         raise UserError(
-            f"{path} is not a result file of VBench ({{dimension: [score, clips]}})"
+            f"{path} is not a result file of VBench, {{dimension: [score, clips]}}"
         ) from None
-    found = {name.replace("_", " "): score for name, score in found.items()}
     if found.get("imaging quality", 0) > 1:  # some versions give it in percent
         found["imaging quality"] /= 100
     return found
 
 
-def weighted(scores: dict[str, float], part: dict[str, tuple[float, float, float]]) -> float:
-    """The weighted mean of some dimensions, each scaled to its range."""
-    scaled = [
-        weight * (scores[name] - low) / (high - low) for name, (low, high, weight) in part.items()
-    ]
-    return sum(scaled) / sum(weight for _, _, weight in part.values())
-
-
 def totals(scores: dict[str, float]) -> dict[str, float]:
-    """Quality, Semantic and Total, in percent, of those of which all dimensions are there."""
-    found = {
-        name: 100 * weighted(scores, part)
-        for name, part in (("Quality", QUALITY), ("Semantic", SEMANTIC))
-        if part.keys() <= scores.keys()
-    }
+    """Quality, Semantic and Total, in percent, of those of which all dimensions are there: means,
+    weighted, of dimensions scaled to their ranges."""
+    found = {}
+    for name, part in (("Quality", QUALITY), ("Semantic", SEMANTIC)):
+        if part.keys() <= scores.keys():
+            scaled = [w * (scores[d] - low) / (high - low) for d, (low, high, w) in part.items()]
+            found[name] = 100 * sum(scaled) / sum(w for _, _, w in part.values())
     if len(found) == 2:
-        both = QUALITY_WEIGHT * found["Quality"] + SEMANTIC_WEIGHT * found["Semantic"]
-        found["Total"] = both / (QUALITY_WEIGHT + SEMANTIC_WEIGHT)
+        found["Total"] = 0.8 * found["Quality"] + 0.2 * found["Semantic"]  # 4 to 1 [VBench]
     return found
 
 

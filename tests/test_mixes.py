@@ -137,7 +137,7 @@ def test_every_plan_of_any_mix_is_valid(length, block):
 @pytest.mark.parametrize("length, block", sorted(set(SIZES) - set(WHOLE)))
 def test_lengths_that_no_blocks_fill_are_refused(length, block):
     """One sentence that says which lengths are right."""
-    with pytest.raises(UserError, match=f"{length} latents is not a multiple of the block {block}"):
+    with pytest.raises(UserError, match=f"{length} latents are not whole blocks of {block}"):
         any_mix(length, block, 0)
 
 

@@ -123,6 +123,16 @@ def test_dummy_by_hand():
     assert len(plan.boundaries()) == 5 and plan.capacity == 3
 
 
+def test_a_windowed_dummy_by_hand():
+    """With a window positions begin anew at each step; the dummy is as far from the first real
+    block as in 21 latents, where training had it."""
+    plan = anchors.backward(24, anchors=0, view=View(6), dummy=True)
+    dummy = Step((-1, -2, -3), (0, 1, 2))
+    first = Step((21, 22, 23), (18, 19, 20), reads=((-1, 0), (-2, 1), (-3, 2)))
+    assert plan.steps[:2] == (dummy, first)
+    assert plan.steps[2:] == anchors.backward(24, anchors=0, view=View(6)).steps[1:]
+
+
 def test_blocks_of_six_by_hand():
     """Fig. 8c: blocks of 6 in backward order and a head of 3, no anchors."""
     plan = anchors.backward(9, block=6, anchors=0, head=3)

@@ -45,10 +45,9 @@ def student_sigmas(
 ) -> list[float]:
     """A student's noise levels; by default 1, .9375, .83333, .625 [paper]. raises: UserError"""
     falling = list(levels) == sorted(set(levels), reverse=True)
-    if not levels or not falling or not all(0 < level <= 1000 for level in levels):
-        raise UserError(
-            f"--denoising {' '.join(map(str, levels))} must fall from at most 1000 and stay above 0"
-        )
+    if not levels or not falling or levels[0] > 1000 or levels[-1] <= 0:
+        shown = " ".join(map(str, levels))
+        raise UserError(f"--denoising {shown} must fall from at most 1000 and stay above 0")
     return [shift_sigma(level / 1000, shift) for level in levels]
 
 
@@ -164,7 +163,7 @@ def rollout(
 
 
 def user_latents(step: Step, given: dict[int, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """What the user gave of a step's latents, zero elsewhere [B, own, C, h, w], and where [own]."""
+    """What is given of a step's latents, zero elsewhere [B, own, C, h, w], and where [own]."""
     if not step.given:
         return None, None
     nothing = torch.zeros_like(given[step.given[0]])
@@ -198,8 +197,8 @@ def few_steps(
     """A student: a few steps with fresh noise between them (paper Sec. 3.2).
 
     texts: one per prompt of the plan;  sigmas: the noise levels of step n of the plan
-    exit_at: the level (0-based) after which step n stops: stage 2's random exit. Only this pass
-        runs with gradient, where the caller has gradients enabled
+    exit_at: the level, from 0, after which step n stops: stage 2's random exit. Only this pass runs
+        with gradient, where the caller has gradients enabled
     share_noise: see `anchors.Step.noise`"""
 
     def denoise(n, step, past, clean, held):
@@ -277,7 +276,7 @@ def commit(
 ) -> None:
     """Write the keys and values of latents x [B, T, C, h, w]; a None in `latents` is only seen.
 
-    sigma: the level they are shown at; x must be noised accordingly"""
+    sigma: the level that x is noised to"""
     t = torch.full(x.shape[:2], 1000 * sigma, device=x.device)
     kv = dit(x, t, text, pos, past=past, keys_only=True)
     cache.write(latents, kv)
@@ -293,8 +292,8 @@ def clean_pass(
 ) -> Remember:
     """Remember targets by one pass at t = 0, if a later step reads them.
 
-    commit_anchors: let the denoised anchors be seen in it (an open choice of the paper; their own
-        keys are never stored);  copies: 2 for a teacher with guidance, whose cache holds both"""
+    commit_anchors: let the denoised anchors be seen in it (the paper leaves that open); their own
+        keys are never stored.  copies: 2 for a teacher with guidance, whose cache holds both"""
 
     def remember(n, step, own, past):
         keep = [i for i in step.targets if plan.is_read_after(n, i)]
@@ -321,9 +320,9 @@ def student_blocks(
     commit_anchors: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """A student's rollout, as its recipe says; yields (n, x0 of the targets) as in `rollout`.
+    """A student's rollout; yields (n, x0 of the targets) as in `rollout`.
 
-    recipe: None: the one that its checkpoint remembers, or else the paper's
+    recipe: how it is run; None: as its checkpoint remembers, or else as in the paper
     dtype: of the cache, where it is not that of the weights (mixed precision under FSDP)"""
     recipe = recipe or Recipe.read(dit.recipe) or Recipe()
     cache = cache_for(dit, plan, noise, dtype=dtype)
@@ -341,9 +340,8 @@ def student_blocks(
 
 
 def generate(dit: DiT, plan: Plan, texts: Sequence[Text], noise: Noise, **options) -> Tensor:
-    """Run a whole rollout: latents [B, plan.length, C, h, w] in time, anchors and dummies dropped.
-
-    options: as for `student_blocks`"""
+    """Run a student's rollout: latents [B, plan.length, C, h, w] in time; options as for
+    `student_blocks`."""
     return gather(plan, student_blocks(dit, plan, texts, noise, **options))
 
 
@@ -378,9 +376,7 @@ def cache_for(
     dtype: torch.dtype | None = None,
     kind: Callable[..., KVCache] = KVCache,
 ) -> KVCache:
-    """An empty cache for a plan, of the batch and latent size that the noise has.
-
-    kind: another way to remember, a class of caches"""
+    """An empty cache (of another kind, if asked) for a plan, of the noise's batch and size."""
     B, _, _, h, w = noise(0, (0,)).shape
     weight = dit.patch_embedding.weight
     return kind(dit.config, copies * B, plan.capacity, h, w, dtype or weight.dtype, weight.device)

@@ -318,7 +318,8 @@ def make_plan(config: Config, recipe: Recipe) -> Plan:
         head = block
     takes = inspect.signature(ORDERS[name]).parameters
     for option in ("gap", "dummy"):
-        if getattr(config, option) and option not in takes and name != "inbetween":
+        is_known = option in takes or (option, name) == ("gap", "inbetween")
+        if getattr(config, option) and not is_known:
             raise UserError(f"--order {name} has no --{option}; leave it out")
     length = length_of(config, block, head)
     if name == "inbetween" and config.gap:

@@ -39,8 +39,9 @@ def check_places(
         raise UserError(f"--sheet {sheet} is also --out; name another file")
     if preview:
         folder = check_out(preview, "preview", folder=True).resolve()
-        if folder in [Path(path).expanduser().resolve().parent for path in [*read, clip]]:
-            raise UserError(f"--preview {preview} holds other files of this run; name a new folder")
+        for path in read:
+            if Path(path).expanduser().resolve().parent == folder:
+                raise UserError(f"--preview {preview} holds {path}; name another folder")
 
 
 def part(clip: Path) -> Path:

@@ -434,6 +434,18 @@ BAD = {
     ),
     "shared": (["--share_noise", "some"], "--share_noise 'some' must be none or start or all"),
     "two prompts": (["--prompt", PROMPT, PROMPT], "2 prompts for a plan with 1"),
+    "no weights": (["--weights", ""], "--weights '' is not a folder or file"),
+    "two lengths": (
+        ["--frames", "81", "--seconds", "2"],
+        "--frames and --seconds were asked for; leave out one of them",
+    ),
+    "three lengths": (
+        ["--order", "inbetween", "--gap", "6", "--seconds", "2"],
+        "--gap 6 says how long; leave out --frames, --seconds",
+    ),
+    "a gap in nothing": (["--gap", "6"], "--order forward has no --gap"),
+    "a dummy before nothing": (["--order", "loop", "--dummy"], "--order loop has no --dummy"),
+    "frames": (["--frames", "0"], "--frames 0 must be from 1 to 576000"),
 }
 
 
@@ -741,6 +753,24 @@ PLACES = {  # flags -> what the sentence says; "in" is the folder
     ),
     "preview": ({"preview": "a.mkv"}, "--preview a.mkv is a file; name a folder"),
     "no picture": ({"keyframes": "0:lost.png"}, "lost.png does not exist"),
+    "what a stop leaves": (
+        {"extend_after": "a.part.mkv", "out": "a.mkv"},
+        "a.part.mkv is also what is read",
+    ),
+    "preview over the clip": (
+        {"extend_after": "a.mkv", "preview": "."},
+        "--preview . holds a.mkv; name another folder",
+    ),
+    "one of many": (
+        {"prompts": "p.txt", "prompt": (), "extend_after": "m/0001-a.mkv", "out": "m.mkv"},
+        "m/0001-a.mkv is also what is read",
+    ),
+    "empty variable": ({"image": ""}, "--image has an empty name; name a file"),
+    "one empty variable": ({"between": ("", "a.mkv")}, "--between has an empty name"),
+    "frames of a clip": (
+        {"extend_after": "a.mkv", "frames": 81},
+        "--extend-after and --frames were asked for; leave out one of them",
+    ),
 }
 
 
@@ -750,6 +780,10 @@ def test_places_are_looked_at_before_any_work(flags, says, folder, monkeypatch, 
     over."""
     monkeypatch.chdir(folder)
     (folder / "f.mp4").mkdir(exist_ok=True)
+    (folder / "m").mkdir(exist_ok=True)
+    (folder / "p.txt").write_text("a\n")
+    for copy in ("a.part.mkv", "m/0001-a.mkv"):
+        (folder / copy).write_bytes((folder / "a.mkv").read_bytes())
     monkeypatch.setattr(generate, "load_models", None)  # a call would be a TypeError
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     flags = {k: v for k, v in ({"prompt": (A,)} | flags).items() if v != ()}
@@ -817,7 +851,8 @@ def bad(folder):
         "scene": {"scenes": ["a.mkv"]},
         "far": {"scenes": [scene | {"start": -1}]},
         "lost": {"scenes": [scene, {"start": 3, "clip": "lost.mkv", "prompt": A}]},
-        "dumb": {"scenes": [scene | {"prompt": ""}]},
+        "dumb": {"scenes": [scene | {"prompt": " "}]},
+        "cut short": {"scenes": [scene], "seconds": 0.5},
     }
     for name, tale in tales.items():
         (folder / f"{name}.json").write_text(json.dumps(tale))
@@ -836,7 +871,8 @@ def bad(folder):
         "lost": "lost.mkv does not exist",
         "cut": "not a story in JSON",
         "latin": "UTF-8",
-        "dumb": 'scene 0 has prompt = ""',
+        "dumb": 'scene 0 has prompt = " "',
+        "cut short": "seconds = 0.5, but the last scene needs 1",
     }
     return {
         "two": ({"loop": "a.mkv", "image": "a.png"}, "--loop and --image were asked for"),
@@ -864,6 +900,7 @@ def bad(folder):
         ),
         "no prompt": ({"extend_after": "a.mkv", "prompt": ()}, "--prompt is empty"),
         "keys": ({"keyframes": "0=a.png"}, "--keyframes '0=a.png' must be frame:picture"),
+        "far key": ({"keyframes": "1000000:a.png"}, "below frame 1000000"),
         "one latent": ({"keyframes": "5:a.png,8:b.png"}, "within the 4 frames of one latent"),
         "far": (
             {"keyframes": "0:a.png,9:b.png", "prompt": (A, B)},

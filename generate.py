@@ -230,10 +230,8 @@ def check(config: Config) -> list[str]:
         raise UserError(f"a teacher (--guidance) follows one prompt, got {len(config.prompt)}")
     words = config.prompt or (config.prompts or config.story or "",)
     if not all(prompt.strip() for prompt in words):
-        raise UserError(
-            "--prompt is empty; say what to show, for instance --prompt"
-            ' "a red square moves left over a green wave"'
-        )
+        example = '--prompt "a red square moves left over a green wave"'
+        raise UserError(f"--prompt is empty; say what to show, for instance {example}")
     read = [path for path in (*clips.files_of(config), config.prompts, config.embeddings) if path]
     outputs.check_read(read)
     outputs.check_file(config.out, "out", tuple(FORMATS))
@@ -317,8 +315,8 @@ def make_plan(config: Config, recipe: Recipe) -> Plan:
     elif name != "backward":
         head = block
     takes = inspect.signature(ORDERS[name]).parameters
-    for option in ("gap", "dummy"):
-        is_known = option in takes or (option, name) == ("gap", "inbetween")
+    for option, parameter in (("gap", "gap"), ("dummy", "dummy"), ("window", "view")):
+        is_known = parameter in takes or (option, name) == ("gap", "inbetween")
         if getattr(config, option) and not is_known:
             raise UserError(f"--order {name} has no --{option}; leave it out")
     length = length_of(config, block, head)

@@ -445,6 +445,7 @@ BAD = {
     ),
     "a gap in nothing": (["--gap", "6"], "--order forward has no --gap"),
     "a dummy before nothing": (["--order", "loop", "--dummy"], "--order loop has no --dummy"),
+    "a window on all": (["--order", "story", "--window", "3"], "--order story has no --window"),
     "frames": (["--frames", "0"], "--frames 0 must be from 1 to 576000"),
 }
 
@@ -517,6 +518,8 @@ def test_plans_of_the_command_line():
         plan(frames=93, order="backward").steps
         == anchors.long(24, "backward", as_trained=True).steps
     )
+    assert plan(seconds=10, order="backward", anchors=0).steps[0].targets == (-1, -2, -3)
+    assert plan(order="story", frames=153, gap=5).length == 39
     assert (
         plan(frames=81, window=3, sink="past").steps
         == anchors.long(21, window=3, sink="past").steps

@@ -240,13 +240,14 @@ def many_steps(
     shift: float = 5.0,
     share_noise: str = "none",
     record: Record = lambda n, k, x: None,
+    steps: int = ODE_STEPS,
 ) -> Denoise:
-    """A teacher: 48 Euler steps of its ODE with guidance.
+    """A teacher: many Euler steps of its ODE with guidance.
 
     texts: one per prompt of the plan, of the B prompts and then the B unconditional ones
     share_noise: an ODE has no noise but its start, so anchors share it only for "all"
     record: is handed every state, the noise first, the end point last"""
-    sigmas = ode_sigmas(shift=shift)
+    sigmas = ode_sigmas(steps, shift)
     share = "all" if share_noise == "all" else "none"
 
     def denoise(n, step, past, clean, held):

@@ -310,11 +310,8 @@ class Around:
         for n, scene in enumerate(story.scenes):
             at = round(scene.start * second)
             if at < end:
-                raise UserError(
-                    f"{path}: scene {n} starts at {scene.start} s but the one before it ends at"
-                    f" {end / second:g} s; scenes are listed in time and do not overlap (they are"
-                    " rounded up to whole blocks)"
-                )
+                before = f"the one before it ends at {end / second:g} s, rounded up to whole blocks"
+                raise UserError(f"{path}: scene {n} starts at {scene.start} s but {before}")
             if scene.clip:
                 end = self.given.clip(self.read(scene.clip, not at, use=scene.seconds), at)
             else:

@@ -21,7 +21,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -212,18 +212,30 @@ class Config(clips.Clips):
     compile: bool = False  # torch.compile the transformer's blocks (CUDA; minutes on first use)
 
 
-NOT_BOTH = [("guidance", "denoising"), ("frames", "seconds"), ("prompts", "prompt")]
-NOT_BOTH += [("prompts", "switch"), ("story", "prompt"), ("story", "switch"), ("story", "prompts")]
+OF_ORDERS = ("order", "guidance", "frames", "gap", "dummy")  # not of the user's own clips
+OF_CLIPS = ("use", "fit", "exact")
+NOT_BOTH = dict.fromkeys(clips.COMMANDS, OF_ORDERS) | {
+    "frames": ("seconds",),
+    "guidance": ("denoising", "first_denoising"),
+    "prompts": ("prompt", "switch"),
+    "story": (*OF_ORDERS, "prompt", "switch", "prompts"),
+}
 
 
 def check(config: Config) -> list[str]:
     """What can be said before anything is loaded; the files that are read. raises: UserError"""
-    of_orders = ("order", "guidance", "frames", "gap", "dummy")  # and of no clip
-    pairs = [(command, name) for command in clips.asked(config) for name in of_orders]
-    for pair in NOT_BOTH + pairs:
-        if all(getattr(config, name) != getattr(Config, name) for name in pair):
-            both = " and ".join(map(clips.flag, pair))
-            raise UserError(f"{both} were asked for; leave out one of them")
+    commands = clips.asked(config)
+    is_set = {f.name: getattr(config, f.name) != f.default for f in fields(config)}
+    for one, others in NOT_BOTH.items():
+        for other in others:
+            if is_set[one] and is_set[other]:
+                both = f"{clips.flag(one)} and {clips.flag(other)}"
+                raise UserError(f"{both} were asked for; leave out one of them")
+    for name in OF_CLIPS:
+        if is_set[name] and not commands:
+            raise UserError(f"--{name} is about your own clips, and none is given; leave it out")
+    if is_set["negative"] and not is_set["guidance"]:
+        raise UserError("--negative is a teacher's; add --guidance, or leave it out")
     if config.order and config.order not in ORDERS:
         raise UserError(f"unknown order {config.order!r}; use {', '.join(ORDERS)}")
     if config.guidance is not None and len(config.prompt) > 1:

@@ -355,10 +355,8 @@ def make_plan(config: Config, recipe: Recipe) -> Plan:
 def all_at_once(length: int) -> Plan:
     """A bidirectional teacher's plan: one step."""
     if length > HORIZON:
-        raise UserError(
-            f"a bidirectional teacher makes at most {HORIZON} latents at once, not {length}; an"
-            " autoregressive one needs an --order"
-        )
+        most = f"makes at most {HORIZON} latents at once, not {length}"
+        raise UserError(f"a bidirectional teacher {most}; an autoregressive one needs an --order")
     return replace(anchors.forward(length, length), name="all at once")
 
 
@@ -388,10 +386,9 @@ def watched_blocks(
 ) -> Iterator[tuple[int, Tensor]]:
     """The blocks of a plan, looked at: NaN ends them; backward ones may be previewed."""
     size = tuple(side // job.vae.config.space for side in job.size)
-    how = {name: getattr(config, name) for name in ("commit_anchors", "guidance", "negative")}
-    where = {"embeddings": config.embeddings, "weights": config.weights}
-    start = (job.seed, job.recipe, given.latents)
-    blocks = make_blocks(job.dit, plan, prompts, size, *start, **how, **where)
+    flags = ("commit_anchors", "guidance", "negative", "embeddings", "weights")
+    how = {name: getattr(config, name) for name in flags}
+    blocks = make_blocks(job.dit, plan, prompts, size, job.seed, job.recipe, given.latents, **how)
     blocks = streams.only_finite(blocks, plan)
     if config.preview:
         blocks = streams.previewed(blocks, plan, job.vae, Path(config.preview).expanduser())

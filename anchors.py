@@ -2,8 +2,7 @@
 
 A step says which latents it finishes (*targets*), which it denoises along with them and throws
 away (*anchors*), which finished latents it *reads*, and the temporal position of each. Masks,
-rollouts, metrics and pictures follow from the plan, so they cannot disagree, and a new order is a
-few lines here.
+rollouts, metrics and pictures follow from the plan, so they cannot disagree.
 
 Blockwise anchors (paper Sec. 4.1): the VAE decodes a latent from its past, and in backward order
 the past of a block does not exist yet. So the block imagines it: P anchors before its targets are
@@ -13,16 +12,16 @@ denoised together with them, under full attention, and dropped. backward(9), one
     step 1    a  a  a  T  T  T  r  r  r      The block of latent 0 has no anchors: nothing precedes
     step 2    T  T  T  r  r  r  r  r  r      it. That also tells it to make the image latent.
 
-Latents are numbered in time, 0 .. length-1. Negative numbers are latents that are never shown:
-~i (that is -1-i) is a dummy standing at latent i (the paper's baseline without anchors).
-No tensors of videos here, no model, no cache.
+Latents are numbered in time, 0 .. length-1. The number ~i (that is -1-i) is a dummy at latent i,
+which is never shown (the paper's baseline without anchors). No videos here, no model, no cache.
 
     python -c "import anchors; print(anchors.text_picture(anchors.backward(9)))"
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -39,20 +38,14 @@ Reads = tuple[tuple[int, int], ...]  # (latent, position) pairs
 
 @dataclass(frozen=True)
 class Step:
-    """Denoise `anchors + targets` jointly, seeing each other and `reads`; keep the targets.
-
-    pos: temporal positions of anchors + targets, in that order
-    reads: (latent, position) of finished latents
-    prompt: which text it follows
-    given: those of its latents that are the user's own. They are held clean (t = 0) while the
-        others are denoised; a step whose targets are all given only commits them."""
+    """Denoise `anchors + targets` jointly, seeing each other and `reads`; keep the targets."""
 
     targets: tuple[int, ...]
-    pos: tuple[int, ...]
+    pos: tuple[int, ...]  # positions of anchors + targets, in that order
     anchors: tuple[int, ...] = ()
     reads: Reads = ()
-    prompt: int = 0
-    given: tuple[int, ...] = ()
+    prompt: int = 0  # which text it follows
+    given: tuple[int, ...] = ()  # its latents that are the user's own: held clean, at t = 0
 
     @property
     def own(self) -> tuple[int, ...]:
@@ -60,14 +53,14 @@ class Step:
 
     @property
     def commits(self) -> bool:
-        """Whether nothing is left to denoise."""
+        """Whether all targets are given: nothing is left to denoise."""
         return set(self.given) >= set(self.targets)
 
     def noise(self, share: str, level: int) -> tuple[int, ...]:
-        """The number of the noise of each of its latents at a denoising level; 0 is the start.
+        """The number of the noise of each of its latents at a denoising level, from 0.
 
-        share: where an anchor has the noise that its latent will have as a target: "none" (its
-            noise is its own), "start" (the first level only) or "all"."""
+        share: at which levels an anchor has the noise that its latent will have as a target:
+            "none" (its noise is its own), "start" (the first level) or "all"."""
         if share == "all" or (share == "start" and level == 0):
             return self.own
         return tuple(i + IMAGINED for i in self.anchors) + self.targets
@@ -96,12 +89,16 @@ class Plan:
         """latent -> the last step that reads it; latents that no step reads are absent."""
         return {i: n for n, step in enumerate(self.steps) for i, _ in step.reads}
 
+    def is_read_after(self, n: int, latent: int) -> bool:
+        """Whether a later step than n reads this latent."""
+        return self.last_read.get(latent, -1) > n
+
     @cached_property
     def capacity(self) -> int:
         """The most finished latents that wait to be read at any time: the slots a cache needs."""
         most, waiting = 1, set()
         for n, step in enumerate(self.steps):
-            waiting = {i for i in waiting.union(step.targets) if self.last_read.get(i, -1) > n}
+            waiting = {i for i in waiting.union(step.targets) if self.is_read_after(n, i)}
             most = max(most, len(waiting))
         return most
 
@@ -124,29 +121,22 @@ def check_step(step: Step, finished: set[int], horizon: int, where: str) -> None
     unread = [i for i, _ in step.reads if i not in finished]
     if unread:
         raise UserError(f"{where} reads latents {unread} before they are finished")
-    again = sorted(i for i in set(step.targets) if i in finished or step.targets.count(i) > 1)
+    again = sorted(finished.intersection(step.targets))
     if again:
         raise UserError(f"{where} finishes latents {again} a second time")
     if len(set(step.own)) < len(step.own):
-        raise UserError(
-            f"{where} has latents twice among its anchors {step.anchors} and targets {step.targets}"
-        )
+        raise UserError(f"{where} has latents twice in {step.anchors} and {step.targets}")
     if set(step.given) - set(step.own) or (step.commits and step.anchors):
-        raise UserError(
-            f"{where} is given {step.given} but makes {step.targets} with anchors {step.anchors}"
-        )
+        makes = f"makes {step.targets} with anchors {step.anchors}"
+        raise UserError(f"{where} is given {step.given} but {makes}")
     places = [*step.pos, *(p for _, p in step.reads)]
     if len(step.pos) != len(step.own) or len(set(places)) < len(places):
-        raise UserError(
-            f"{where} puts {len(step.own)} latents and {len(step.reads)} reads on positions "
-            f"{sorted(places)}"
-        )
+        latents = f"{len(step.own)} latents and {len(step.reads)} reads"
+        raise UserError(f"{where} puts {latents} on positions {sorted(places)}")
     span = max(places) - min(places) + 1
     if span > horizon:
-        raise UserError(
-            f"{where} spans {span} positions, over the horizon of {horizon}: shorten the window, "
-            "gap or block"
-        )
+        advice = "shorten the window, gap or block"
+        raise UserError(f"{where} spans {span} positions, over the horizon of {horizon}: {advice}")
 
 
 # ---------------------------------------------------------------- one block of an order
@@ -154,12 +144,11 @@ def check_step(step: Step, finished: set[int], horizon: int, where: str) -> None
 class View:
     """What a block sees of the finished latents: all of them, or the nearest `window` and sinks.
 
-    past_sink, future_sink: keep the first and the second block that were made in view, one on
-        either side (paper A.2). In forward order the first block made is the past sink and the
-        second the future sink; in backward order it is the other way round.
-    as_trained: the block of latent 0, in backward order, sees what it saw in the paper's training:
-        the nearest 18 latents, the farthest of them standing at the end of the horizon. For
-        students that were trained at one length alone (`any_mix` says why)."""
+    past_sink, future_sink: the first two blocks that were made stay in view, one on either side
+        (paper A.2). Forward, the first is the past sink; backward, the first is the future sink.
+    as_trained: backward, the block of latent 0 sees what it saw in the paper's training: the
+        nearest 18 latents, the farthest of them standing at the end of the horizon. For students
+        that were trained at one length alone (`plans.any_mix` says why)."""
 
     window: int | None = None
     past_sink: bool = False
@@ -169,14 +158,14 @@ class View:
     def split(
         self, finished: Sequence[int], near_sink: Sequence[int], far_sink: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """What a block sees: (near sink + window, far sink), each from the oldest to the newest.
+        """What a block sees of `finished`, oldest first: (near sink + window, far sink).
 
         A sink counts only once it has left the window, so that no latent is seen twice."""
-        start = 0 if self.window is None else max(len(finished) - self.window, 0)
-        window = list(finished[start:])
-        near = [i for i in near_sink if i in finished and i not in window]
-        far = [i for i in far_sink if i in finished and i not in window]
-        return near + window, far
+        cut = 0 if self.window is None else max(len(finished) - self.window, 0)
+        left, window = finished[:cut], finished[cut:]
+        near = [i for i in near_sink if i in left]
+        far = [i for i in far_sink if i in left]
+        return [*near, *window], far
 
 
 EVERYTHING = View()
@@ -195,7 +184,7 @@ def forward_step(
     second: Sequence[int] = (),
     prompt: int = 0,
 ) -> Step:
-    """A block after the finished latents, oldest first; first, second: the blocks for sinks."""
+    """A block after the finished latents, oldest first; first, second: what sinks are made of."""
     near, far = view.split(
         finished, first if view.past_sink else (), second if view.future_sink else ()
     )
@@ -215,16 +204,12 @@ def backward_step(
     view: View = EVERYTHING,
     first: Sequence[int] = (),
     second: Sequence[int] = (),
-    prompt: int = 0,
 ) -> Step:
-    """A block before the finished latents, oldest (the last in time) first, with its anchors."""
+    """A block before the finished latents (oldest, that is last in time, first) with anchors."""
     if block.start == 0 and view.as_trained:
-        return _beginning(block, finished, prompt)
-    near, far = view.split(
-        finished, first if view.future_sink else (), second if view.past_sink else ()
-    )
-    if block.start == 0:
-        far = []  # nothing lies before latent 0
+        return _beginning(block, finished)
+    has_past = view.past_sink and block.start > 0  # nothing lies before latent 0
+    near, far = view.split(finished, first if view.future_sink else (), second if has_past else ())
     imagined = range(max(block.start - anchors, 0), block.start)
     if view.window is None:
         at = imagined.start  # every latent stands at its own position
@@ -236,27 +221,29 @@ def backward_step(
         pos=tuple(range(at, at + length)),
         anchors=tuple(imagined),
         reads=place(far, 0) + place(near[::-1], at + length),
-        prompt=prompt,
     )
 
 
-def _beginning(block: range, finished: Sequence[int], prompt: int) -> Step:
+def _beginning(block: range, finished: Sequence[int]) -> Step:
     """The block of latent 0 as the paper's training knows it (`View.as_trained`)."""
-    nearest = list(finished[::-1])[: HORIZON - len(block)]  # in time
+    nearest = finished[::-1][: HORIZON - len(block)]  # in time
     beside, farthest = nearest[: 2 * len(block)], nearest[2 * len(block) :]
     reads = place(beside, len(block)) + place(farthest, HORIZON - len(farthest))
-    return Step(tuple(block), tuple(range(len(block))), reads=reads, prompt=prompt)
+    return Step(tuple(block), tuple(range(len(block))), reads=reads)
 
 
-def _blocks(length: int, block: int) -> list[range]:
-    """Cut 0 .. length-1 into blocks. raises: UserError if they do not fit."""
-    if block < 1 or length < 1 or length % block:
-        below = max(length // block * block, block) if block > 0 else 0
-        raise UserError(
-            f"{length} latents is not a multiple of the block {block}; "
-            f"use {below} or {below + block}"
-        )
-    return [range(s, s + block) for s in range(0, length, block)]
+def _blocks(length: int, block: int, head: int = 0) -> list[range]:
+    """Cut 0 .. length-1 into a head (0: of a block) and blocks. raises: UserError"""
+    head = head or block
+    if block < 1 or head < 1:
+        raise UserError(f"block {block} and head {head} must be at least 1")
+    rest = length - head
+    if rest < 0 or rest % block:
+        below = length - rest % block if rest > 0 else head
+        behind = f" behind a head of {head}" if head != block else ""
+        use = f"use {below} or {below + block}"
+        raise UserError(f"{length} latents are not whole blocks of {block}{behind}; {use}")
+    return [range(head), *(range(s, s + block) for s in range(head, length, block))]
 
 
 def check_anchors(anchors: int, block: int) -> None:
@@ -287,26 +274,22 @@ def backward(
 ) -> Plan:
     """Blocks from right to left, each with `anchors` imagined latents before it (paper Fig. 8d).
 
-    head: size of the block of latent 0, which has no anchors (0: block; the paper's baseline of
-        Fig. 8c is block=6, anchors=0, head=3)
-    dummy: the paper's baseline without anchors (Fig. 8b): a dummy block at the start of the clip
-        is generated first and read by the first real block alone, to tell it that it is not the
-        beginning"""
+    head: size of the block of latent 0, which has no anchors; 0: block. The paper's baseline of
+        Fig. 8c is block=6, anchors=0, head=3.
+    dummy: the paper's baseline without anchors (Fig. 8b): a dummy at the start of the clip is made
+        first, and read by the first real block alone, to tell it that it is not the beginning."""
     check_anchors(anchors, block)
-    head = head or block
-    if (length - head) % block or length < head:
-        _blocks(length, block)
-        raise UserError(f"{length} latents are not a head of {head} and blocks of {block}")
-    order = [range(s, s + block) for s in range(length - block, head - 1, -block)] + [range(head)]
+    order = _blocks(length, block, head)[::-1]
     first, second = order[0][::-1], order[min(1, len(order) - 1)]
     steps = []
     for b in order:
         finished = range(length - 1, b.stop - 1, -1)
         steps.append(backward_step(b, finished, anchors, view, first, second))
     if dummy:
-        placed = place([~i for i in range(head)], 0)
-        steps[0] = replace(steps[0], reads=placed + steps[0].reads)
-        steps.insert(0, Step(tuple(i for i, _ in placed), tuple(range(head))))
+        unseen, end = tuple(~i for i in order[-1]), min(length, HORIZON)
+        pos = tuple(range(end - len(steps[0].own), end))  # far from it, with a window too
+        steps[0] = replace(steps[0], pos=pos, reads=place(unseen, 0))
+        steps.insert(0, Step(unseen, tuple(order[-1])))
     return Plan("backward", length, tuple(steps))
 
 
@@ -315,8 +298,8 @@ def both_directions(
 ) -> tuple[Plan, Plan]:
     """The forward and the backward plan that train a student (paper App. B.1 and B.2).
 
-    head: size of the forward blocks and of the block of latent 0 (0: block). Without anchors,
-        backward blocks of the forward size could be taken for a beginning: a dummy comes first"""
+    head: size of the forward blocks and of the block of latent 0; 0: block. Without anchors, the
+        first backward block could be taken for a beginning if it is as large: a dummy precedes."""
     head = head or block
     dummy = not anchors and head == block < length
     return forward(length, head), backward(length, block, anchors, head=head, dummy=dummy)
@@ -325,14 +308,11 @@ def both_directions(
 def inbetween(length: int = 21, block: int = 3, anchors: int = 3, given: bool = False) -> Plan:
     """Head, then tail, then all of the gap as one block that sees both (paper A.2).
 
-    given: head and tail are the user's; else they are made, the tail with anchors so that it is
-        no beginning"""
+    given: head and tail are the user's; else they are made, the tail with anchors."""
     gap = range(block, length - block)
     if block < 1 or len(gap) < 1 or not 0 <= anchors <= len(gap):
-        raise UserError(
-            f"{length} latents have no room for two ends of {block}, a gap between them and "
-            f"{anchors} anchors in it"
-        )
+        parts = f"two ends of {block}, a gap between them and {anchors} anchors in it"
+        raise UserError(f"{length} latents have no room for {parts}")
     head, tail = range(block), range(gap.stop, length)
     imagined = tuple(range(tail.start - anchors, tail.start))
     ends = place(head, 0) + place(tail, tail.start)
@@ -348,15 +328,13 @@ def inbetween(length: int = 21, block: int = 3, anchors: int = 3, given: bool = 
 def loop(length: int = 21, block: int = 3, gap: int = 0) -> Plan:
     """Forward up to a last gap, which reads its past and, in its future, the head once more.
 
-    gap: latents in it (0: 15, as far as they fit). loop(18): the head stands at positions 0-2 and
-    18-20 at once, the 15 latents between are one block."""
+    gap: latents in it; 0: 15, as far as they fit. loop(18): the gap, one block, sees the head at
+    positions 0-2 and at 18-20."""
     gap = gap or min(HORIZON - 2 * block, length - block)
     rest = length - gap
     if gap < 1 or rest < block:
-        raise UserError(
-            f"a loop of {length} latents needs room for a first block of {block} and a gap of at "
-            f"least 1, got {gap}"
-        )
+        parts = f"a first block of {block} and a gap of at least 1, got {gap}"
+        raise UserError(f"a loop of {length} latents needs room for {parts}")
     view = EVERYTHING if rest <= HORIZON else View(window=2 * block, past_sink=True)
     near = range(rest)[-max(HORIZON - gap - block, 1) :]
     at = len(near)
@@ -380,10 +358,10 @@ def long(
     """Forward or backward past the horizon, at constant memory: a window, and sinks on a side."""
     if sink not in ("past", "future", "both", "none"):
         raise UserError(f"unknown sink {sink!r}; use past, future, both or none")
-    if direction not in ("forward", "backward") or window < 0:
-        raise UserError(
-            f"direction {direction!r} must be forward or backward and window {window} at least 0"
-        )
+    if direction not in ("forward", "backward"):
+        raise UserError(f"unknown direction {direction!r}; use forward or backward")
+    if window < 0:
+        raise UserError(f"window {window} must be at least 0")
     view = View(window, sink in ("past", "both"), sink in ("future", "both"), as_trained)
     if direction == "forward":
         return forward(length, block, view)
@@ -392,7 +370,7 @@ def long(
 
 # ---------------------------------------------------------------- a plan for the user's own
 def with_given(plan: Plan, latents: Sequence[int]) -> Plan:
-    """The same plan where these latents are the user's own; what only commits imagines nothing."""
+    """The same plan where these latents are the user's; a step that only commits has no anchors."""
     given = set(latents)
     steps = []
     for step in plan.steps:
@@ -417,12 +395,7 @@ def switch(plan: Plan, starts: Sequence[int]) -> Plan:
 
 # Registered here, an order is known to generate, evaluate and the pictures: order(length, block,
 # anchors) or fewer of these, and options of its own. (plans.py adds stories.)
-ORDERS: dict[str, Callable[..., Plan]] = {
-    "forward": forward,
-    "backward": backward,
-    "inbetween": inbetween,
-    "loop": loop,
-}
+ORDERS = {"forward": forward, "backward": backward, "inbetween": inbetween, "loop": loop}
 
 
 # ---------------------------------------------------------------- a plan as one sequence (stage 1)
@@ -459,26 +432,24 @@ def layout(plan: Plan, teacher_forcing: bool = False) -> Layout:
         is they that others read, as in a rollout's cache. What is given has only clean slots.
         forward(6): ((0, 3, ((0, 3),)), (3, 6, ((3, 6),)), (6, 9, ((0, 3), (6, 9))))."""
     slots = _slots(plan, teacher_forcing)
-    home = {
-        s.latent: n for n, s in enumerate(slots) if s.is_target and s.is_clean == teacher_forcing
-    }
-    # A key is a slot at a position: each slot at its own, and again where it is read elsewhere.
-    keys = [(n, s.pos) for n, s in enumerate(slots)]
+    read_at = [s.is_target and s.is_clean == teacher_forcing for s in slots]
+    home = {s.latent: n for n, s in enumerate(slots) if read_at[n]}
+    # A column is a slot at a position: each at its own, then again where it is read elsewhere.
+    column = {(n, s.pos): n for n, s in enumerate(slots)}
     for step in plan.steps:
         for i, p in step.reads:
-            if (home[i], p) not in keys:
-                keys.append((home[i], p))
-    column = {key: j for j, key in enumerate(keys)}
+            column.setdefault((home[i], p), len(column))
 
-    spans = []
-    for first, last in _groups(slots):
-        step, clean = slots[first].step, slots[first].is_clean
-        own = [n for n, s in enumerate(slots) if (s.step, s.is_clean) == (step, clean)]
-        read = [column[home[i], p] for i, p in plan.steps[step].reads]
-        spans.append((first, last + 1, ranges(own + read)))
+    spans, start = [], 0
+    for (n, is_clean), run in groupby(slots, key=lambda s: (s.step, s.is_clean)):
+        stop = start + len(list(run))
+        own = [j for j, s in enumerate(slots) if (s.step, s.is_clean) == (n, is_clean)]
+        read = [column[home[i], p] for i, p in plan.steps[n].reads]
+        spans.append((start, stop, ranges(own + read)))
+        start = stop
     key_slot = key_pos = None
-    if len(keys) > len(slots):
-        key_slot, key_pos = (torch.tensor(column) for column in zip(*keys))
+    if len(column) > len(slots):
+        key_slot, key_pos = map(torch.tensor, zip(*column))
     return Layout(*zip(*slots), Visible(tuple(spans), key_slot, key_pos))
 
 
@@ -486,27 +457,14 @@ def _slots(plan: Plan, teacher_forcing: bool) -> list[Slot]:
     """The sequence: [clean targets that are read |] targets of all steps | anchors of all steps."""
     clean, targets, anchors = [], [], []
     for n, step in enumerate(plan.steps):
-        skip = len(step.anchors)
-        placed = list(zip(step.targets, step.pos[skip:]))
+        placed = list(zip(step.own, step.pos))
+        imagined, made = placed[: len(step.anchors)], placed[len(step.anchors) :]
         if teacher_forcing and any(i in plan.last_read for i in step.targets):
-            clean += [Slot(i, n, p, True, True) for i, p in placed]
-        if teacher_forcing and step.commits:
-            continue
-        targets += [Slot(i, n, p, True, False) for i, p in placed]
-        anchors += [Slot(i, n, p, False, False) for i, p in zip(step.anchors, step.pos)]
+            clean += [Slot(i, n, p, True, True) for i, p in made]
+        if not (teacher_forcing and step.commits):
+            targets += [Slot(i, n, p, True, False) for i, p in made]
+            anchors += [Slot(i, n, p, False, False) for i, p in imagined]
     return clean + targets + anchors
-
-
-def _groups(slots: list[Slot]) -> list[tuple[int, int]]:
-    """First and last slot of each run that belongs to one step and is clean or not alike."""
-    groups: list[tuple[int, int]] = []
-    for n, slot in enumerate(slots):
-        before = slots[n - 1]
-        if n and (before.step, before.is_clean) == (slot.step, slot.is_clean):
-            groups[-1] = (groups[-1][0], n)
-        else:
-            groups.append((n, n))
-    return groups
 
 
 def ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -533,9 +491,8 @@ def text_picture(plan: Plan) -> str:
         mark = marks(step)
         row = " ".join(f"{mark.get(i, '.'):>2}" for i in columns)
         offset = step.pos[-1] - step.targets[-1]
-        moved = [
-            f"{i}@{p}" for i, p in step.reads if i >= 0 and i not in step.own and p - i != offset
-        ]
+        shown = [(i, p) for i, p in step.reads if i >= 0 and i not in step.own]
+        moved = [f"{i}@{p}" for i, p in shown if p - i != offset]
         lines.append(f"step {n:<4} {row}" + (f"   moved: {' '.join(moved)}" if moved else ""))
     return "\n".join(lines)
 

@@ -9,8 +9,7 @@ directions are those of time:
     both with the same CLIP: it is the middle                                      < < [clip] > >
     --between A B           A, then what leads from A to B, then B, as one shot         [A] > < [B]
     --transition A B        the same between two scenes, each with its own prompt
-    --loop CLIP             the clip, and the way from its end back to its beginning  [clip] > <
-    (clip)
+    --loop CLIP             the clip, and the way back to its beginning          [clip] > < (clip)
     --image PICTURE         the video starts with it
     --keyframes 0:x.png,40:y.png     the video has these pictures at these frames
     --story FILE.json       scenes, given or made, anywhere in time; then the gaps between them
@@ -21,7 +20,7 @@ elsewhere is encoded from one frame earlier: its first frame is the past of its 
 and is not part of the result. A picture elsewhere is encoded as a standstill, and held within a
 block that is otherwise made: alone, the student would not know what to do with it.
 
-These are plans; what makes and writes them is generate.py:
+These are plans; generate.py makes and writes them:
 
     python generate.py --extend-before clip.mp4 --prompt "a red disc moves up over a blue wave"
 """
@@ -51,16 +50,21 @@ STILL = 13  # frames of standstill until a picture's video latent means what it 
 class Clips:
     """The flags that name the user's own clips, and what is done with them."""
 
+    RANGES = {
+        "fit": ("crop", "pad"),
+        "sink": ("past", "future", "both", "none"),
+        "window": (0, None),
+    }
     prompt: tuple[str, ...] = ()  # what to show; one for all, or one per scene, part or --switch
     switch: tuple[float, ...] = ()  # seconds at which the next --prompt takes over
-    extend_after: str = ""  # make what comes AFTER this clip, which is the beginning
-    extend_before: str = ""  # make what comes BEFORE this clip, which is the end
-    between: tuple[str, ...] = ()  # A B: make what leads from clip A to clip B, one shot
-    transition: tuple[str, ...] = ()  # A B: what leads from scene A to scene B, a prompt each
-    loop: str = ""  # make the way from the end of this clip back to its beginning
-    image: str = ""  # start with this picture
-    keyframes: str = ""  # frame:picture,... such as 0:x.png,40:y.png; stills: motion slows there
-    story: str = ""  # a .json: {"scenes": [{"start": 0, "clip": ..}, {"start": 4, "prompt": ..}]}
+    extend_after: str | None = None  # make what comes AFTER this clip, which is the beginning
+    extend_before: str | None = None  # make what comes BEFORE this clip, which is the end
+    between: tuple[str, ...] | None = None  # A B: make what leads from clip A to clip B, one shot
+    transition: tuple[str, ...] | None = None  # A B: from scene A to scene B, a prompt each
+    loop: str | None = None  # make the way from the end of this clip back to its beginning
+    image: str | None = None  # start with this picture
+    keyframes: str | None = None  # frame:picture,... such as 0:x.png,40:y.png; motion slows there
+    story: str | None = None  # a .json: {"scenes": [{"start": 0, "clip": ..}, {"start": 4, ..}]}
     seconds: float | None = None  # length, default 5; around clips: what is made, in each place, 3
     use: float = 5.0  # at most so many seconds of each clip: those nearest to what is made
     fit: str = "crop"  # crop or pad clips to the model's size
@@ -69,16 +73,8 @@ class Clips:
     sink: str = "both"  # beyond 21 latents: past, future, both or none stays in view
 
 
-COMMANDS = (
-    "extend_after",
-    "extend_before",
-    "between",
-    "transition",
-    "loop",
-    "image",
-    "keyframes",
-    "story",
-)
+JOIN = ("between", "transition")  # take two clips
+COMMANDS = ("extend_after", "extend_before", *JOIN, "loop", "image", "keyframes", "story")
 
 
 def flag(name: str) -> str:
@@ -89,28 +85,32 @@ def flag(name: str) -> str:
 def asked(config: Clips) -> list[str]:
     """The one of COMMANDS that was asked for, if any; to extend a clip on both sides, the two.
 
-    raises: UserError for several, for two clips to extend and for one clip to join"""
-    commands = [name for name in COMMANDS if getattr(config, name)]
+    raises: UserError for several, for two clips to extend, for one clip to join, for no name"""
+    commands = [name for name in COMMANDS if getattr(config, name) is not None]
     if len(commands) > 1 and commands != ["extend_after", "extend_before"]:
+        known = ", ".join(map(flag, COMMANDS))
         raise UserError(
-            f"{' and '.join(map(flag, commands))} were asked for; use one of"
-            f" {', '.join(map(flag, COMMANDS))}, or both --extend flags with one clip"
+            f"{' and '.join(map(flag, commands))} were asked for; use one of {known}, or both"
+            " --extend flags with one clip"
         )
     if len(commands) == 2 and config.extend_before != config.extend_after:
         raise UserError(
             f"--extend-before {config.extend_before} and --extend-after {config.extend_after} are"
             " two clips: name the same one to extend it on both sides, or join two with --between"
         )
-    for name in ("between", "transition"):
-        if len(getattr(config, name)) not in (0, 2):
-            raise UserError(f"{flag(name)} takes two clips, got {len(getattr(config, name))}")
+    for name in commands:
+        value = getattr(config, name)
+        if name in JOIN and len(value) != 2:
+            raise UserError(f"{flag(name)} takes two clips, got {len(value)}")
+        if "" in (value if name in JOIN else [value]):
+            raise UserError(f"{flag(name)} has an empty name; name a file")
     return commands
 
 
 def files_of(config: Clips) -> list[str]:
     """The clips and pictures that will be read."""
-    named = [config.extend_after, config.extend_before, *config.between, *config.transition]
-    named += [config.loop, config.image, config.story]
+    named = [config.extend_after, config.extend_before, config.loop, config.image, config.story]
+    named += [*(config.between or ()), *(config.transition or ())]
     if config.keyframes:
         named += [path for _, path in read_keyframes(config.keyframes)]
     if config.story:
@@ -136,22 +136,32 @@ def view_of(config: Clips, recipe: Recipe, length: int) -> View:
 
 
 # ---------------------------------------------------------------- prompts of a plan
-def prompted(plan: Plan, prompts: Sequence[str], seconds: Sequence[float] = ()) -> Plan:
-    """The plan with a prompt for each step: one for all, one for each that the plan knows, or
-    changing at these seconds. raises: UserError if their numbers do not fit"""
-    if not seconds:
-        if len(prompts) not in (1, plan.prompts()):
-            raise UserError(
-                f"{len(prompts)} prompts for a plan with {plan.prompts()}; give one, in quotes, or"
-                " one per scene, or say with --switch when the next one takes over"
-            )
-        return plan if len(prompts) > 1 else anchors.switch(plan, ())
+def prompted(
+    plan: Plan,
+    prompts: Sequence[str],
+    seconds: Sequence[float] = (),
+    parts: Sequence[int] | None = None,
+) -> Plan:
+    """The plan with a prompt for each step: changing at these seconds, or one for all, or one for
+    each part that begins at these latents (None: what the plan says). raises: UserError if their
+    numbers do not fit"""
+    if seconds:
+        return _switched(plan, prompts, seconds)
+    if parts is not None or len(prompts) == 1:
+        plan = anchors.switch(plan, parts if len(prompts) > 1 else ())
+    if len(prompts) != plan.prompts():
+        raise UserError(
+            f"{len(prompts)} prompts for a plan with {plan.prompts()}; give one, in quotes, or one"
+            " for each scene or part, or say with --switch when the next one takes over"
+        )
+    return plan
+
+
+def _switched(plan: Plan, prompts: Sequence[str], seconds: Sequence[float]) -> Plan:
     is_rising = list(seconds) == sorted(set(seconds)) and seconds[0] > 0
     if len(prompts) != len(seconds) + 1 or not is_rising:
-        raise UserError(
-            f"--switch {' '.join(map(str, seconds))} needs rising times above 0 and"
-            f" {len(seconds) + 1} prompts, got {len(prompts)}"
-        )
+        needs = f"rising times above 0 and {len(seconds) + 1} prompts, got {len(prompts)}"
+        raise UserError(f"--switch {' '.join(map(str, seconds))} needs {needs}")
     plan = anchors.switch(plan, [math.ceil(s * FPS / TIME) for s in seconds])
     idle = set(range(len(prompts))) - {step.prompt for step in plan.steps}
     if idle:
@@ -159,24 +169,6 @@ def prompted(plan: Plan, prompts: Sequence[str], seconds: Sequence[float] = ()) 
             f"prompt {min(idle) + 1} is never followed: no block begins at its time; move --switch"
         )
     return plan
-
-
-def in_parts(config: Clips, plan: Plan, parts: list[int]) -> Plan:
-    """One prompt for all, one for each part that begins at these latents, or --switch."""
-    prompts = config.prompt
-    if config.switch or len(prompts) == 1:
-        return prompted(plan, prompts, config.switch)
-    if len(prompts) != len(parts) + 1:
-        hint = f"or {len(parts) + 1}: one for each part, in time" if parts else ""
-        hint = hint or "or say with --switch when the next one takes over"
-        raise UserError(f"{len(prompts)} prompts; give one, {hint}")
-    return anchors.switch(plan, parts)
-
-
-def follow(plan: Plan, latents: range, prompt: int) -> Plan:
-    """The same plan where the steps of these latents follow another prompt."""
-    steps = [replace(s, prompt=prompt) if s.targets[0] in latents else s for s in plan.steps]
-    return replace(plan, steps=tuple(steps))
 
 
 # ---------------------------------------------------------------- what is given
@@ -190,8 +182,7 @@ class Given:
     frames: dict[int, Tensor] = field(default_factory=dict)
 
     def clip(self, video: Tensor, at: int) -> int:
-        """Place a clip [1, 3, 1 + 4k, H, W] with its first latent at `at`; the latent after its
-        last.
+        """Place a clip [1, 3, 1 + 4k, H, W] from latent `at` on; the latent after its last.
 
         Anywhere but at the beginning its first frame is only the past of its first latent."""
         skip, z = min(at, 1), self.vae.encode(video.to(self.device))  # (1, T, C, h, w)
@@ -201,8 +192,7 @@ class Given:
         return at + z.shape[1] - skip
 
     def picture(self, picture: Tensor, frame: int) -> int:
-        """Place a picture [1, 3, 1, H, W]; the latent that holds it, at whose last frame it shows
-        best."""
+        """Place a picture [1, 3, 1, H, W]; the latent that holds it."""
         at = math.ceil(frame / TIME)
         still = picture.to(self.device).expand(-1, -1, STILL if at else 1, -1, -1)
         self.latents[at] = self.vae.encode(still)[:, -1]
@@ -226,21 +216,24 @@ class Around:
         if config.story:
             plan, prompts = self.tell(read_story(config.story))
         else:
-            seconds = 3.0 if config.seconds is None else config.seconds
-            new = seconds_to_latents(seconds, self.recipe.block)
-            if config.extend_after or config.extend_before:
-                plan, parts = self.extend(new)
-            elif config.between or config.transition:
-                plan, parts = self.join(new)
-            elif config.loop:
-                plan, parts = self.close(new)
-            else:
-                plan, parts = self.hold(seconds), []
-            own = bool(config.transition) and len(config.prompt) == 2  # the plan's own prompts
-            plan = plan if own and not config.switch else in_parts(config, plan, parts)
+            plan, parts = self.make()
             prompts = list(config.prompt)
+            plan = prompted(plan, prompts, config.switch, parts)
         plan = replace(plan, name=" ".join(map(flag, commands)))
         return anchors.with_given(plan, list(self.given.latents)), prompts
+
+    def make(self) -> tuple[Plan, list[int] | None]:
+        """Whatever is no story; the latents at which its parts begin, if each may have a prompt."""
+        config = self.config
+        seconds = 3.0 if config.seconds is None else config.seconds
+        new = seconds_to_latents(seconds, self.recipe.block)
+        if config.extend_after or config.extend_before:
+            return self.extend(new)
+        if config.between or config.transition:
+            return self.join(new)
+        if config.loop:
+            return self.close(new)
+        return self.hold(seconds), []
 
     def read(self, path: str, is_begin: bool, last: bool = False, use: float = 0) -> Tensor:
         """A clip cut to whole blocks, and one frame more if it is not the beginning.
@@ -251,13 +244,11 @@ class Around:
         extra = 1 - TIME if is_begin else 1  # the image latent is one frame; else one is the past
         unit = TIME * block
         most = TIME * seconds_to_latents(use or self.config.use, block, "--use") + extra
-        video, says = load_clip(
-            path, self.size, FPS, self.config.fit, most, last, least=unit + extra
-        )
+        least = unit + extra
+        video, says = load_clip(path, self.size, FPS, self.config.fit, most, last, least)
         n = (video.shape[2] - extra) // unit * unit + extra
-        print(
-            f"{says}; {n} used: {'the beginning' if is_begin else 'one as the past of the others'}"
-        )
+        used = "the beginning" if is_begin else "one as the past of the others"
+        print(f"{says}; {n} used: {used}")
         return video[:, :, -n:] if last else video[:, :, :n]
 
     def picture(self, path: str, frame: int) -> int:
@@ -280,18 +271,15 @@ class Around:
             return self.timeline(stop + new, [(new, stop)]), [new, stop]
         return self.timeline(stop, [(new, stop)]), [new]
 
-    def join(self, new: int) -> tuple[Plan, list[int]]:
+    def join(self, new: int) -> tuple[Plan, list[int] | None]:
         """Two clips with `new` latents between them: one shot, or two scenes."""
-        first, second = self.config.between or self.config.transition
+        config = self.config
+        first, second = config.between or config.transition
         head = self.given.clip(self.read(first, True, last=True), 0)
         stop = self.given.clip(self.read(second, False), head + new)
-        plan = self.timeline(
-            stop,
-            [(0, head), (head + new, stop)],
-            joined=bool(self.config.between),
-            split_gaps=len(self.config.prompt) == 2,
-        )
-        return plan, [head, head + new]
+        scenes, two = [(0, head), (head + new, stop)], len(config.prompt) == 2
+        plan = self.timeline(stop, scenes, joined=bool(config.between), split_gaps=two)
+        return plan, None if config.transition and two else [head, head + new]
 
     def close(self, new: int) -> tuple[Plan, list[int]]:
         """A clip, and the way back to its beginning, of which the last gap sees both ends."""
@@ -309,10 +297,8 @@ class Around:
             return self.timeline(length, [(0, block)])
         held = [self.picture(path, at) for at, path in read_keyframes(self.config.keyframes)]
         if len(set(held)) < len(held):
-            raise UserError(
-                f"--keyframes {self.config.keyframes}: two of them lie within the {TIME} frames of"
-                " one latent; move one"
-            )
+            where = f"within the {TIME} frames of one latent"
+            raise UserError(f"--keyframes {self.config.keyframes}: two lie {where}; move one")
         scenes = [(b * block, (b + 1) * block) for b in sorted({i // block for i in held})]
         return self.timeline(scenes[-1][1], scenes, split_gaps=False)
 
@@ -324,19 +310,15 @@ class Around:
         for n, scene in enumerate(story.scenes):
             at = round(scene.start * second)
             if at < end:
-                raise UserError(
-                    f"{path}: scene {n} starts at {scene.start} s but the one before it ends at"
-                    f" {end / second:g} s; scenes are listed in time and do not overlap (they are"
-                    " rounded up to whole blocks)"
-                )
+                before = f"the one before it ends at {end / second:g} s, rounded up to whole blocks"
+                raise UserError(f"{path}: scene {n} starts at {scene.start} s but {before}")
             if scene.clip:
                 end = self.given.clip(self.read(scene.clip, not at, use=scene.seconds), at)
             else:
                 name = f"{path}: the seconds of scene {n},"
                 end = at + seconds_to_latents(scene.seconds, self.recipe.block, name)
             scenes.append((at, end))
-        length = max(round(story.seconds * second), end)
-        plan = self.timeline(length, scenes, order=story.order)
+        plan = self.timeline(max(round(story.seconds * second), end), scenes, order=story.order)
         prompts = [scene.prompt for scene in story.scenes]
         for n, scene in enumerate(story.scenes):
             if scene.bridge:
@@ -344,3 +326,9 @@ class Around:
                 plan = follow(plan, gap, len(prompts))
                 prompts.append(scene.bridge)
         return plan, prompts
+
+
+def follow(plan: Plan, latents: range, prompt: int) -> Plan:
+    """The same plan where the steps of these latents follow another prompt."""
+    steps = [replace(s, prompt=prompt) if s.targets[0] in latents else s for s in plan.steps]
+    return replace(plan, steps=tuple(steps))

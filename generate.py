@@ -21,7 +21,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -36,15 +36,9 @@ from dit import PRESETS, DiT, load_dit
 from lib import outputs, streams, text
 from lib.common import UserError, dtype_of, run, start
 from lib.media import FORMATS, VideoWriter, write_sheet
+from lib.story import LONGEST
 from lib.weights import find
-from sampler import (
-    FPS,
-    Recipe,
-    noise_seeded,
-    student_blocks,
-    student_sigmas,
-    teacher_blocks,
-)
+from sampler import FPS, Recipe, noise_seeded, student_blocks, teacher_blocks
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, load_vae
 
@@ -55,9 +49,9 @@ def weights_in(weights: str) -> tuple[Path, Path]:
     path = Path(weights).expanduser()
     if not path.exists():  # the default is seen from this file, wherever the shell stands
         path = Path(__file__).parent / path
-    if not path.exists():
+    if not weights or not path.exists():
         raise UserError(
-            f"--weights {weights} is not a folder or file (seen from {Path.cwd()}); name a folder"
+            f"--weights {weights!r} is not a folder or file (seen from {Path.cwd()}); name a folder"
             " with a student and a VAE in it, or use random"
         )
     if path.is_dir():
@@ -115,34 +109,24 @@ def make_blocks(
 ) -> Iterator[tuple[int, Tensor]]:
     """Generate a plan: (n, latents [1, T, C, h, w]) as step n of the plan is finished.
 
-    prompts: one for each prompt of the plan;  size: h, w of the latents;  recipe: how the student
-    is run, None: as it was trained;  given: latent -> [1, C, h, w] for those that the plan says are
-    the user's;  guidance: run it as a teacher instead, 48 steps a block;  negative: the teacher's
-    unconditional prompt;  embeddings, weights: as `text.embed` takes them"""
+    prompts: one for each prompt of the plan;  size: h, w of the latents
+    recipe: how the student is run; None: as it was trained
+    given: latent -> [1, C, h, w], for those that the plan says are given
+    guidance: run it as a teacher instead, 48 steps a block;  negative: its unconditional prompt
+    embeddings, weights: as `text.embed` takes them"""
     c, device = dit.config, dit.patch_embedding.weight.device
     if negative is None:
         negative = "" if c.text_dim == text.TOY_DIM else text.NEGATIVE
     words = [*prompts] if guidance is None else [*prompts, negative]
     embedded = text.embed(words, c.text_dim, c.text_len, embeddings, weights).to(device)
+    texts = [e[None] for e in embedded]  # (1, L, text_dim) each
     noise = noise_seeded([(seed, 0, 0)], (c.in_dim, *size), device)
     if guidance is None:
-        recipe = recipe or recipe_of(dit)
-        texts = [dit.text_kv(e[None]) for e in embedded]
-        return student_blocks(
-            dit, plan, texts, noise, recipe=recipe, given=given, commit_anchors=commit_anchors
-        )
-    recipe = recipe or Recipe()
-    return teacher_blocks(
-        dit,
-        plan,
-        [e[None] for e in embedded[:-1]],
-        embedded[-1:],
-        noise,
-        guidance,
-        given,
-        shift=recipe.shift,
-        share_noise=recipe.share_noise,
-    )
+        texts, recipe = [dit.text_kv(e) for e in texts], recipe or recipe_of(dit)
+        return student_blocks(dit, plan, texts, noise, recipe, given, commit_anchors=commit_anchors)
+    *texts, nothing = texts
+    rule = {name: getattr(recipe or Recipe(), name) for name in ("shift", "share_noise")}
+    return teacher_blocks(dit, plan, texts, nothing, noise, guidance, given, **rule)
 
 
 @torch.no_grad()
@@ -155,14 +139,13 @@ def decode_in_order(
 ) -> Iterator[Tensor]:
     """Decode latents as soon as all earlier ones are there; yield video [1, 3, F, H, W] in pieces.
 
-    Forward order decodes after every block; backward order once, at the end (its past is made
-    last).  chunk: how many latents at a time at most, 0: `vae.at_once`;  waiting: where finished
-    latents wait, for a caller who wants to see them"""
+    chunk: how many latents at a time at most, 0: `vae.at_once`
+    waiting: where finished latents wait, for a caller who wants to see them"""
     waiting = {} if waiting is None else waiting
     at, state = 0, None
     for n, x0 in blocks:
-        # a copy, or the anchors beside it would stay alive
-        waiting.update(zip(plan.steps[n].targets, x0.clone().unbind(1)))
+        made = x0.clone()  # or the anchors beside it would stay alive
+        waiting.update(zip(plan.steps[n].targets, made.unbind(1)))
         while at in waiting:
             ready = []
             while at in waiting and len(ready) < (chunk or vae.at_once(*x0.shape[3:])):
@@ -182,8 +165,8 @@ def write_video(path: str | Path, pieces: Iterable[Tensor], comment: str = "") -
             for video in pieces:
                 writer.write(video[0])
     except KeyboardInterrupt:
-        seconds = f"{writer.part} has {writer.count / FPS:.2f} s"
-        print(f"stopped: {seconds if writer.count else 'nothing is done yet'}")
+        done = f"{writer.part} has {writer.count / FPS:.2f} s" if writer.count else "nothing yet"
+        print(f"stopped: {done}")
         raise
     return writer.count
 
@@ -193,7 +176,14 @@ def write_video(path: str | Path, pieces: Iterable[Tensor], comment: str = "") -
 class Config(clips.Clips):
     """Make a video in any order of time, or around your own clips."""
 
-    RANGES = {"seed": ()}  # a number, or "random"
+    RANGES = {
+        "seed": (),  # a number, or "random"
+        "frames": (1, int(LONGEST * FPS)),
+        "gap": (0, None),
+        "block": (1, None),
+        "head": (0, None),
+        "share_noise": ("none", "start", "all"),
+    }
     prompts: str = ""  # a file with a prompt a line: a clip each, in a folder named as --out
     out: str = "out/clip.mp4"  # .mp4, .gif, .mkv (lossless), .png (one frame)
     order: str = ""  # forward, backward, or any other in anchors.ORDERS; default: forward
@@ -222,80 +212,71 @@ class Config(clips.Clips):
     compile: bool = False  # torch.compile the transformer's blocks (CUDA; minutes on first use)
 
 
-CHOICES = {
-    "sink": ("past", "future", "both", "none"),
-    "share_noise": ("", "none", "start", "all"),
-    "fit": ("crop", "pad"),
+OF_ORDERS = ("order", "guidance", "frames", "gap", "dummy")  # not of the user's own clips
+OF_CLIPS = ("use", "fit", "exact")
+NOT_BOTH = dict.fromkeys(clips.COMMANDS, OF_ORDERS) | {
+    "frames": ("seconds",),
+    "guidance": ("denoising", "first_denoising"),
+    "prompts": ("prompt", "switch"),
+    "story": (*OF_ORDERS, "prompt", "switch", "prompts"),
 }
 
 
 def check(config: Config) -> list[str]:
     """What can be said before anything is loaded; the files that are read. raises: UserError"""
     commands = clips.asked(config)
-    for name in ("order", "guidance"):
-        if commands and getattr(config, name) not in ("", None):
-            raise UserError(f"{clips.flag(commands[0])} and --{name} were asked for; leave out one")
+    is_set = {f.name: getattr(config, f.name) != f.default for f in fields(config)}
+    for one, others in NOT_BOTH.items():
+        for other in others:
+            if is_set[one] and is_set[other]:
+                both = f"{clips.flag(one)} and {clips.flag(other)}"
+                raise UserError(f"{both} were asked for; leave out one of them")
+    for name in OF_CLIPS:
+        if is_set[name] and not commands:
+            raise UserError(f"--{name} is about your own clips, and none is given; leave it out")
+    if is_set["negative"] and not is_set["guidance"]:
+        raise UserError("--negative is a teacher's; add --guidance, or leave it out")
     if config.order and config.order not in ORDERS:
         raise UserError(f"unknown order {config.order!r}; use {', '.join(ORDERS)}")
-    for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            known = " or ".join(filter(None, choices))
-            raise UserError(f"--{name} {getattr(config, name)!r} must be {known}")
-    for name in ("window", "gap"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name} {getattr(config, name)} must be at least 0")
-    if config.guidance is not None and config.denoising:
-        raise UserError("--guidance runs a teacher, --denoising a student; leave out one of them")
     if config.guidance is not None and len(config.prompt) > 1:
         raise UserError(f"a teacher (--guidance) follows one prompt, got {len(config.prompt)}")
-    if config.story and (config.prompt or config.switch or config.prompts):
-        raise UserError(
-            f"the prompts of --story {config.story} are in the file; leave out --prompt, --switch"
-        )
-    if config.prompts and (config.prompt or config.switch):
-        raise UserError(f"--prompts {config.prompts} has the prompts; leave out --prompt, --switch")
-    words = config.prompt or (config.prompts or config.story,)
+    words = config.prompt or (config.prompts or config.story or "",)
     if not all(prompt.strip() for prompt in words):
-        raise UserError(
-            "--prompt is empty; say what to show, for instance --prompt"
-            ' "a red square moves left over a green wave"'
-        )
+        example = '--prompt "a red square moves left over a green wave"'
+        raise UserError(f"--prompt is empty; say what to show, for instance {example}")
     read = [path for path in (*clips.files_of(config), config.prompts, config.embeddings) if path]
-    outputs.check_places(read, config.out, tuple(FORMATS), config.sheet, config.preview)
-    if config.prompts:
-        folder = Path(config.out).expanduser().with_suffix("")
-        outputs.check_folder(str(folder), "--out")
+    outputs.check_read(read)
+    outputs.check_file(config.out, "out", tuple(FORMATS))
+    for one in clips_of(config):
+        outputs.check_places(read, one.out, tuple(FORMATS), one.sheet, one.preview)
     return read
+
+
+FLAGS = {  # of a recipe's entries
+    "levels": "denoising",
+    "first_levels": "first_denoising",
+    **{name: name for name in ("shift", "block", "anchors", "head", "share_noise")},
+}
 
 
 def chosen_recipe(config: Config, dit: DiT) -> Recipe:
     """How the weights are run: as they were trained, but for what flags say; contradictions are
     said."""
-    is_known = dit.recipe is not None
-    if not is_known and not config.denoising and config.guidance is None:
-        recipe_of(dit)  # refuses, and says what to do
-    trained = recipe_of(dit) if is_known else Recipe()
-    if is_known and config.guidance is not None:
+    trained = Recipe.read(dit.recipe)
+    if trained and config.guidance is not None:
         print(f"note: a student of {len(trained.levels)} steps is run as a teacher, of 48")
-    flags = {"denoising": "levels", "first_denoising": "first_levels"}
-    flags |= {name: name for name in ("shift", "block", "anchors", "head", "share_noise")}
+    is_said = config.denoising or config.guidance is not None
+    base = Recipe() if is_said and not trained else recipe_of(dit)
     changes = {}
-    for name, entry in flags.items():
+    for entry, name in FLAGS.items():
         value = getattr(config, name)
         if value in (None, (), ""):
             continue
         changes[entry] = value
-        if is_known and value != getattr(trained, entry):
-            was = getattr(trained, entry)
+        was = getattr(base, entry)
+        if trained and value != was:
             print(f"note: --{name} {value}, but this student was trained with {was}")
-    recipe = replace(trained, **changes)
-    student_sigmas(recipe.levels, recipe.shift)
-    student_sigmas(recipe.first_levels or recipe.levels, recipe.shift)
-    if recipe.block < 1 or recipe.head < 0:
-        raise UserError(
-            f"--block {recipe.block} must be at least 1, --head {recipe.head} at least 0"
-        )
-    return recipe
+    return replace(base, **changes)
 
 
 def frame_size(size: tuple[int, ...], dit: DiT, vae: VAE) -> tuple[int, int]:
@@ -304,14 +285,12 @@ def frame_size(size: tuple[int, ...], dit: DiT, vae: VAE) -> tuple[int, int]:
     size = size or ((480, 832) if vae.config.dim == 96 else (32, 32))
     unit = [vae.config.space * p for p in dit.config.patch_size[1:]]
     if len(size) != 2 or min(size) < 1 or size[0] % unit[0] or size[1] % unit[1]:
+        shown, sides = " ".join(map(str, size)), "a height and a width divisible by"
+        raise UserError(f"--size {shown} must be {sides} {unit[0]} and {unit[1]}")
+    made, read = vae.config.z_dim, dit.config.in_dim
+    if made != read:
         raise UserError(
-            f"--size {' '.join(map(str, size))} must be a height and a width divisible by"
-            f" {unit[0]} and {unit[1]}"
-        )
-    if vae.config.z_dim != dit.config.in_dim:
-        raise UserError(
-            f"the VAE makes {vae.config.z_dim} channels but the transformer reads"
-            f" {dit.config.in_dim}; use a matching pair"
+            f"the VAE makes {made} channels but the transformer reads {read}; use a matching pair"
         )
     return size
 
@@ -321,20 +300,17 @@ def length_of(config: Config, block: int, head: int) -> int:
     """Latents of --frames or --seconds: those of the first block, and whole blocks."""
     if config.frames:
         latents = (config.frames + TIME - 1) / TIME  # the first latent is one frame
-    else:
-        seconds = 5.0 if config.seconds is None else config.seconds
-        seconds_to_latents(seconds, block)  # refuses what cannot be
-        latents = (seconds * FPS + TIME - 1) / TIME
-    blocks = max((latents - head) / block, 0)
-    if not config.frames:
-        return head + math.ceil(round(blocks, 6)) * block
-    if latents < head or blocks % 1:
-        below = TIME * (head + int(blocks) * block) - TIME + 1
-        raise UserError(
-            f"--frames {config.frames} is not 1 + {TIME}k frames in whole blocks of {block}"
-            f" latents; use {below} or {below + TIME * block}"
-        )
-    return int(latents)
+        blocks = (latents - head) / block
+        if blocks < 0 or blocks % 1:
+            below = TIME * (head + max(int(blocks), 0) * block) - TIME + 1
+            use = f"use {below} or {below + TIME * block}"
+            kind = f"1 + {TIME}k frames in whole blocks of {block} latents"
+            raise UserError(f"--frames {config.frames} is not {kind}; {use}")
+        return int(latents)
+    seconds = 5.0 if config.seconds is None else config.seconds
+    seconds_to_latents(seconds, block)  # refuses what cannot be
+    blocks = ((seconds * FPS + TIME - 1) / TIME - head) / block
+    return head + math.ceil(round(max(blocks, 0), 6)) * block
 
 
 def make_plan(config: Config, recipe: Recipe) -> Plan:
@@ -346,36 +322,41 @@ def make_plan(config: Config, recipe: Recipe) -> Plan:
         recipe = replace(recipe, block=1, anchors=min(recipe.anchors, 1), head=0)
     name, block = config.order or "forward", recipe.block
     head = recipe.head or block
-    if name != "backward":  # a head of its own belongs to backward plans
-        block = head = head if name == "forward" else block
-    length = length_of(config, block, head)
-    options = {"length": length, "block": block, "anchors": recipe.anchors, "head": head}
-    if name == "backward":
-        trained_so = config.anchors is None and not recipe.anchors and head == block < length
-        options["dummy"] = config.dummy or trained_so
-    if config.gap:
-        length_at_both_ends = config.gap + 2 * block
-        options |= {"length": length_at_both_ends} if name == "inbetween" else {"gap": config.gap}
-    options["view"] = clips.view_of(config, recipe, length)
-    options["scenes"] = 2 if len(config.prompt) == 2 else max(len(config.prompt), 3)
-    options["split_gaps"] = len(config.prompt) > 1
+    if name == "forward":  # in blocks of the head's size, as it was trained
+        block = head
+    elif name != "backward":
+        head = block
     takes = inspect.signature(ORDERS[name]).parameters
+    for option, parameter in (("gap", "gap"), ("dummy", "dummy"), ("window", "view")):
+        is_known = parameter in takes or (option, name) == ("gap", "inbetween")
+        if getattr(config, option) and not is_known:
+            raise UserError(f"--order {name} has no --{option}; leave it out")
+    length = length_of(config, block, head)
+    if name == "inbetween" and config.gap:
+        if config.frames or config.seconds is not None:
+            raise UserError(f"--gap {config.gap} says how long; leave out --frames, --seconds")
+        length = config.gap + 2 * block
+    as_trained = config.anchors is None and not recipe.anchors and head == block < length
+    options = {
+        "length": length,
+        "block": block,
+        "anchors": recipe.anchors,
+        "head": head,
+        "gap": config.gap,
+        "dummy": config.dummy or as_trained,
+        "view": clips.view_of(config, recipe, length),
+        "scenes": 2 if len(config.prompt) == 2 else max(len(config.prompt), 3),
+        "split_gaps": len(config.prompt) > 1,
+    }
     plan = ORDERS[name](**{key: value for key, value in options.items() if key in takes})
-    if config.frames and plan.length != length:
-        raise UserError(
-            f"--order {name} with --gap {config.gap} makes {plan.length} latents, but --frames"
-            f" {config.frames} is {length}; leave out one of them"
-        )
     return replace(plan, name=name)
 
 
 def all_at_once(length: int) -> Plan:
     """A bidirectional teacher's plan: one step."""
     if length > HORIZON:
-        raise UserError(
-            f"a bidirectional teacher makes at most {HORIZON} latents at once, not {length}; an"
-            " autoregressive one needs an --order"
-        )
+        most = f"makes at most {HORIZON} latents at once, not {length}"
+        raise UserError(f"a bidirectional teacher {most}; an autoregressive one needs an --order")
     return replace(anchors.forward(length, length), name="all at once")
 
 
@@ -404,20 +385,10 @@ def watched_blocks(
     config: Config, job: Job, plan: Plan, prompts: Sequence[str], given: Given
 ) -> Iterator[tuple[int, Tensor]]:
     """The blocks of a plan, looked at: NaN ends them; backward ones may be previewed."""
-    blocks = make_blocks(
-        job.dit,
-        plan,
-        prompts,
-        tuple(side // job.vae.config.space for side in job.size),
-        job.seed,
-        job.recipe,
-        given.latents,
-        config.commit_anchors,
-        config.guidance,
-        config.negative,
-        config.embeddings,
-        config.weights,
-    )
+    size = tuple(side // job.vae.config.space for side in job.size)
+    flags = ("commit_anchors", "guidance", "negative", "embeddings", "weights")
+    how = {name: getattr(config, name) for name in flags}
+    blocks = make_blocks(job.dit, plan, prompts, size, job.seed, job.recipe, given.latents, **how)
     blocks = streams.only_finite(blocks, plan)
     if config.preview:
         blocks = streams.previewed(blocks, plan, job.vae, Path(config.preview).expanduser())
@@ -449,8 +420,7 @@ def make_clip(config: Config, job: Job) -> None:
     waiting = {}
     brief = {name: about[name] for name in ("prompt", "seed", "sources")} | {"plan": plan.name}
     blocks = watched_blocks(config, job, plan, prompts, given)
-    with tqdm(desc="blocks", total=len(plan.steps), unit="block") as bar:
-        blocks = streams.counted(blocks, bar)
+    with tqdm(blocks, desc="blocks", total=len(plan.steps), unit="block") as blocks:
         pieces = decode_in_order(vae, plan, blocks, waiting=waiting)
         pieces = seams.through(pieces)
         pieces = streams.or_the_end(pieces, plan, vae, job.recipe.block, waiting)

@@ -10,12 +10,12 @@ position ever leaves the range that the model was trained on.
     holds   lat 0  lat 7  (free)     read([(0, 18), (7, 3), (0, -1)]): latent 0 at both 18 and -1
 
 Written only by the clean pass (t = 0, no gradient), never inside attention, so no gradient passes
-from a block into another one's keys. (Self-Forcing writes in place while differentiating and so has
-such gradients, by accident.) The cache does not choose what to keep: windows and sinks are facts of
-the plan, and `evict` follows the plan.
+from a block into another one's keys, as it does by accident in Self-Forcing, which writes while it
+differentiates. What is kept, windows and sinks, is a fact of the plan: `evict` follows it.
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
@@ -38,11 +38,8 @@ class KVCache:
         self.grid, self.tokens = config.grid(h, w), config.tokens(h, w)
         self.capacity, self.head_dim, self.device = capacity, config.head_dim, device
         shape = (batch, capacity, self.tokens, config.num_heads, config.head_dim)
-
-        def buffer() -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.layers = [(buffer(), buffer()) for _ in range(config.num_layers)]  # keys and values
+        empty = partial(torch.zeros, shape, dtype=dtype, device=device)
+        self.layers = [(empty(), empty()) for _ in range(config.num_layers)]  # keys and values
         self.slot: dict[int, int] = {}  # latent -> slot
 
     def write(self, latents: tuple[int | None, ...], kv: list[KV]) -> None:
@@ -57,17 +54,15 @@ class KVCache:
         if held or len(set(new)) < len(new):
             raise ValueError(f"latents {held or new} are in the cache already; evict them first")
         if len(new) > len(free):
-            raise ValueError(
-                f"the cache has {len(free)} of {self.capacity} slots free"
-                f" but {len(new)} latents arrive"
-            )
+            slots = f"{len(free)} of {self.capacity} slots free"
+            raise ValueError(f"the cache has {slots} but {len(new)} latents arrive")
         self.slot.update(zip(new, free))
         for buffers, arrived in zip(self.layers, kv):
             for buffer, x in zip(buffers, arrived):
                 x = x.detach().unflatten(1, (len(latents), self.tokens))  # (B, T, N, A, D)
                 for j, i in enumerate(latents):
                     if i is not None:
-                        buffer[:, self.slot[i]].copy_(x[:, j])
+                        buffer[:, self.slot[i]] = x[:, j]
 
     def read(self, reads: tuple[tuple[int, int], ...]) -> list[Past] | None:
         """(latent, position) pairs -> keys at these positions, and values, layer by layer.
@@ -76,9 +71,8 @@ class KVCache:
             without reads None.  raises: ValueError naming latents that are not there"""
         absent = [i for i, _ in reads if i not in self.slot]
         if absent:
-            raise ValueError(
-                f"latents {absent} are not in the cache, which holds {sorted(self.slot)}"
-            )
+            held = sorted(self.slot)
+            raise ValueError(f"latents {absent} are not in the cache, which holds {held}")
         if not reads:
             return None
         pairs = torch.tensor([(self.slot[latent], position) for latent, position in reads])

@@ -3,16 +3,13 @@
     [scene 0]  gap  [scene 1]  after          before  [your clip]  after
 
 *Scenes.* A scene is a run of latents with a prompt of its own, made forward and blind to the
-others,
-or given by the user (`anchors.with_given`). When all scenes are there, the gaps between them are
-filled, each seeing both of its sides; then the video grows forward after the last scene, and
-backward, with anchors, before the first. Your own clip is a plan with one scene.
+others, or given by the user (`anchors.with_given`). When all scenes are there, the gaps between
+them are filled, each seeing both of its sides; then the video grows forward after the last scene,
+and backward, with anchors, before the first. Your own clip is a plan with one scene.
 
 *Mixes.* Which plans a training run draws from is data: a list of (share, plans). An iteration draws
 one entry and trains on each of its plans. The paper's mix has one entry, forward and backward over
-the whole clip. But a student trained at one length is right at one length only, so ours has all
-lengths, long video's window and sinks, and plans around given clips. A new order joins the training
-by a line in `any_mix`.
+the whole clip. A new order joins the training by a line in `any_mix`.
 
     python -c "import anchors, plans; print(anchors.text_picture(plans.story()))"
 """
@@ -53,27 +50,26 @@ def timeline(
 ) -> Plan:
     """Scenes (start, stop) first, in `order`; then what is missing: between, after, before them.
 
-    A scene is forward, blind to the others, with its own prompt. After the last scene come forward
-    blocks, before the first backward blocks with anchors; the view is theirs.
-    joined: one shot: the first block of a later scene sees the end of the scene before it across
-    the
-        gap, if both fit the horizon, and a gap is one block that sees both (as in `inbetween`)
+    view: of the blocks after the last scene and before the first
+    joined: one shot: a gap is one block that sees both sides (as in `inbetween`), and the first
+        block of a later scene sees the end of the scene before, if both fit the horizon
     split_gaps: else the first half of a gap sees, and follows, only the scene that it leaves; a
         block that sees both while one prompt speaks mixes their colours [measured]"""
     _check_scenes(length, scenes, order)
     check_anchors(anchors, block)
+    scenes = [range(*scene) for scene in scenes]
+    first, last = scenes[0], scenes[-1]
     steps: list[Step] = []
     for n in order or range(len(scenes)):
         before = range(0)
-        if joined and n and scenes[n][0] - scenes[n - 1][1] <= HORIZON - 2 * block:
-            before = range(*scenes[n - 1])[-block:]
-        steps += _scene(range(*scenes[n]), block, anchors, before, prompt=n)
-    first, last = range(*scenes[0]), range(*scenes[-1])
+        if joined and n and scenes[n].start - scenes[n - 1].stop <= HORIZON - 2 * block:
+            before = scenes[n - 1][-block:]
+        steps += _scene(scenes[n], block, anchors, before, prompt=n)
     for n in range(1, len(scenes)):
-        gap = range(scenes[n - 1][1], scenes[n][0])
+        gap = range(scenes[n - 1].stop, scenes[n].start)
         split = split_gaps and not joined and len(gap) >= 2 * block
-        alone = gap.start + (len(gap) // 2 // block * block if split else 0)
-        steps += _gap(first.start, gap, alone, range(*scenes[n]), block, n)
+        alone = len(gap) // 2 // block * block if split else 0
+        steps += _gap(first.start, gap, gap.start + alone, scenes[n], block, n)
     # The sinks are the two blocks farthest from what is made.
     at = last.start
     sinks = range(at, at + block), range(at + block, at + 2 * block)
@@ -89,16 +85,14 @@ def timeline(
 
 
 def _check_scenes(length: int, scenes: Sequence[tuple[int, int]], order: Sequence[int]) -> None:
-    edges = [i for scene in scenes for i in scene]
-    inside = bool(edges) and edges[0] >= 0 and edges[-1] <= length
-    if not inside or edges != sorted(edges) or any(start == stop for start, stop in scenes):
-        raise UserError(
-            f"scenes {list(scenes)} do not lie one after the other within {length} latents"
-        )
+    edges = [0, *(i for scene in scenes for i in scene), length]
+    is_in_time = edges == sorted(edges) and all(start < stop for start, stop in scenes)
+    if not scenes or not is_in_time:
+        where = f"one after the other within {length} latents"
+        raise UserError(f"scenes {list(scenes)} do not lie {where}")
     if order and sorted(order) != list(range(len(scenes))):
-        raise UserError(
-            f"the order of scenes {list(order)} must name each of 0 to {len(scenes) - 1} once"
-        )
+        each = f"each of 0 to {len(scenes) - 1} once"
+        raise UserError(f"the order of scenes {list(order)} must name {each}")
 
 
 def _pieces(start: int, stop: int, block: int) -> list[range]:
@@ -112,19 +106,10 @@ def _scene(scene: range, block: int, anchors: int, before: range, prompt: int) -
     """Forward blocks. If the scene does not begin the video, its first block has anchors and, but
     for `before`, no past: that makes it the middle of a video."""
     first, *others = _pieces(scene.start, scene.stop, block)
-    lowest = before.stop if before else 0
-    imagined = range(max(scene.start - anchors, lowest), scene.start)
+    imagined = range(max(scene.start - anchors, before.stop), scene.start)
     origin = before.start if before else imagined.start
-    own = range(imagined.start, first.stop)
-    steps = [
-        Step(
-            targets=tuple(first),
-            pos=tuple(i - origin for i in own),
-            anchors=tuple(imagined),
-            reads=place(before, 0),
-            prompt=prompt,
-        )
-    ]
+    pos = tuple(i - origin for i in range(imagined.start, first.stop))
+    steps = [Step(tuple(first), pos, tuple(imagined), place(before, 0), prompt)]
     for b in others:
         finished = range(scene.start, b.start)[-(HORIZON - block) :]
         steps.append(forward_step(b, finished, prompt=prompt))
@@ -147,9 +132,9 @@ def _gap(low: int, gap: range, alone: int, scene: range, block: int, prompt: int
     if last:
         see = min((HORIZON - len(last)) // 2, side)
         left, right = range(low, at)[-see:], scene[:see]
-        own = range(len(left), len(left) + len(last))  # their positions
-        reads, pos = place(left, 0) + place(right, own.stop), tuple(own)
-        steps.append(Step(tuple(last), pos, reads=reads, prompt=prompt))
+        pos = range(len(left), len(left) + len(last))
+        reads = place(left, 0) + place(right, pos.stop)
+        steps.append(Step(tuple(last), tuple(pos), reads=reads, prompt=prompt))
     return steps
 
 
@@ -163,21 +148,25 @@ def story(
 ) -> Plan:
     """Key scenes first, each with a prompt of its own, then the gaps between them.
 
-    gap: latents in each (0: two blocks). The scenes share what the gaps leave; the first ones are
-        longer by a block if it does not divide. story(39): scenes of 9, gaps of 6."""
-    gap = gap or 2 * block
-    if scenes < 1 or not 1 <= gap <= HORIZON - 2 * block:
-        raise UserError(
-            f"a story needs scenes and a gap of 1 to {HORIZON - 2 * block}, got {scenes} scenes "
-            f"and gap {gap}"
-        )
-    blocks = max((length - gap * (scenes - 1)) // block, scenes)
+    gap: latents in each; 0: two blocks. The scenes share what the gaps leave, in whole blocks, the
+        first ones having one more; what is no block is the last one's.
+        story(39): scenes of 9, gaps of 6."""
+    gap, most = gap or 2 * block, HORIZON - 2 * block
+    if scenes < 1 or not 1 <= gap <= most:
+        raise UserError(f"a story has a gap of 1 to {most}, got {scenes} scenes and gap {gap}")
+    room = length - gap * (scenes - 1)
+    if room < scenes * block:
+        parts = f"{scenes} scenes of {block} and gaps of {gap}"
+        least = length - room + scenes * block
+        raise UserError(f"{length} latents have no room for {parts}; use {least} or more")
+    blocks, longer = divmod(room // block, scenes)
     places, at = [], 0
     for n in range(scenes):
-        size = (blocks // scenes + (n < blocks % scenes)) * block
-        places.append((at, at + size))
-        at += size + gap
-    plan = timeline(at - gap, places, block, anchors, split_gaps=split_gaps)
+        stop = at + (blocks + (n < longer)) * block
+        places.append((at, stop))
+        at = stop + gap
+    places[-1] = (places[-1][0], length)
+    plan = timeline(length, places, block, anchors, split_gaps=split_gaps)
     return replace(plan, name="story")
 
 
@@ -205,7 +194,9 @@ def any_mix(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -
 
     A student trained at one length knows the image latent 0 by what has always stood at the end of
     the clip; at any other length it makes a video latent of it, which decodes to wrong colours
-    [measured, ours]. The shares are guesses, not tuned [guess]."""
+    [measured, ours]. The shares are guesses, not tuned [guess]. Without anchors that remains: a
+    dummy tells the first backward block that it is no beginning, but in a window, or a shorter
+    clip, a later block sees just what the block of latent 0 sees."""
     window = 2 * block
     same_blocks = head in (0, block)
     shorter = range(2 * block, length, block) if same_blocks else ()
@@ -217,10 +208,10 @@ def any_mix(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -
     if same_blocks and length > window + 2 * block:
         room = 3 * block + window + max(anchors, 0) + SINK_GAP  # that a view with both sinks takes
         sinks = View(window, True, True) if room <= HORIZON else View(window)
-        windowed = [
-            (forward(length, block, view), backward(length, block, anchors, view))
-            for view in dict.fromkeys((sinks, View(window)))
-        ]
+        windowed = []
+        for view in dict.fromkeys((sinks, View(window))):
+            back = backward(length, block, anchors, view, dummy=not anchors)
+            windowed.append((forward(length, block, view), back))
         given = [
             _beside_clip(length, 4 * block, block, anchors, EVERYTHING),
             _beside_clip(length, 4 * block, block, anchors, sinks),
@@ -230,42 +221,41 @@ def any_mix(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -
         parts += [(0.20, windowed), (0.20, given)]
     parts = [(share, entries) for share, entries in parts if entries]  # short clips lack some
     total = sum(share for share, _ in parts)
-    return tuple(
-        (share / total / len(entries), plans) for share, entries in parts for plans in entries
-    )
+    mix = []
+    for share, entries in parts:
+        mix += [(share / total / len(entries), plans) for plans in entries]
+    return tuple(mix)
 
 
 def _beside_clip(length: int, clip: int, block: int, anchors: int, view: View) -> tuple[Plan, Plan]:
     """What comes after a given clip of so many latents, and what comes before one."""
-    after, before = (0, clip), (length - clip, length)
-    return tuple(
-        replace(
-            with_given(timeline(length, [scene], block, anchors, view), range(*scene)), name=name
-        )
-        for name, scene in (("after a clip", after), ("before a clip", before))
-    )
+    plans = []
+    for start, name in ((0, "after a clip"), (length - clip, "before a clip")):
+        scene = (start, start + clip)
+        plan = timeline(length, [scene], block, anchors, view)
+        plans.append(replace(with_given(plan, range(*scene)), name=name))
+    return tuple(plans)
 
 
 def prefix_mix(length: int = 21) -> Mix:
     """The bidirectional teacher's: the first n latents of a clip at once, a third of the time all
     of them, and single pictures beside them, since latent 0 is one of 21 [ours]."""
-    picture = replace(forward(1, 1), name="picture")
-    entries = []
+    picture, mix = replace(forward(1, 1), name="picture"), []
     for n in range(1, length + 1):
         share = 2 / 3 / length + (1 / 3 if n == length else 0)
-        entries.append((share, (replace(forward(n, n), name="clip"), picture)))
-    return tuple(entries)
+        mix.append((share, (replace(forward(n, n), name="clip"), picture)))
+    return tuple(mix)
 
 
 def rows_of(plans: Sequence[Plan]) -> int:
     """How many rows of noise these plans need: latents, dummies, and as many again for anchors."""
-    dummies = max(-min(0, *plan.made_at) for plan in plans)
+    dummies = -min(0, *(i for plan in plans for i in plan.made_at))
     return 2 * (plans[0].length + dummies)
 
 
 def without_given(mix: Mix) -> Mix:
     """The plans of a mix that need no clip from outside."""
-    free = [x for x in mix if not any(step.given for plan in x[1] for step in plan.steps)]
+    free = [entry for entry in mix if not any(step.given for p in entry[1] for step in p.steps)]
     total = sum(share for share, _ in free)
     return tuple((share / total, plans) for share, plans in free)
 

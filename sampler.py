@@ -8,12 +8,12 @@ For each step of the plan, with x_t = (1 - sigma) x0 + sigma noise and v = noise
         x = (1 - sigma') x0 + sigma' * fresh noise   unless this was the last
     keep x0 of the targets; run them once more at t = 0, without gradient, to write their keys
 
-Walking (`rollout`) and denoising a block are two ideas, so they are two functions. There are two
-ways to denoise: a student's few steps (above), and a teacher's ODE, many steps with guidance.
-A method of your own is a third: a function (n, step, past, clean, held) -> x0.
+Walking (`rollout`) and denoising a block are two functions. There are two ways to denoise: a
+student's few steps (above), and a teacher's ODE, many steps with guidance. A method of your own is
+a third: a function (n, step, past, clean, held) -> x0.
 
 The noise of a latent depends on (seed, prompt, sample, latent, level) and on nothing else: not on
-the batch, the device, the number of processes, or the order of generation. No files here.
+the batch, the device, the number of processes, or the order of generation.
 
     z = generate(dit, anchors.backward(21), [text], noise_seeded([(0, 0, 0)], (16, 4, 4)))
 """
@@ -45,10 +45,9 @@ def student_sigmas(
 ) -> list[float]:
     """A student's noise levels; by default 1, .9375, .83333, .625 [paper]. raises: UserError"""
     falling = list(levels) == sorted(set(levels), reverse=True)
-    if not levels or not falling or not all(0 < level <= 1000 for level in levels):
-        raise UserError(
-            f"--denoising {' '.join(map(str, levels))} must fall from at most 1000 and stay above 0"
-        )
+    if not levels or not falling or levels[0] > 1000 or levels[-1] <= 0:
+        shown = " ".join(map(str, levels))
+        raise UserError(f"--denoising {shown} must fall from at most 1000 and stay above 0")
     return [shift_sigma(level / 1000, shift) for level in levels]
 
 
@@ -89,7 +88,7 @@ class Recipe:
         return asdict(self)
 
     def sigmas(self, n: int) -> list[float]:
-        """The noise levels of step n of a plan."""
+        """The noise levels of block n, in order of generation; a dummy is none."""
         levels = self.first_levels if n == 0 and self.first_levels else self.levels
         return student_sigmas(levels, self.shift)
 
@@ -105,12 +104,11 @@ def noise_from(noise: Tensor, renoise: Tensor | None = None, length: int | None 
     anchors have noise of their own, as many rows again, the anchors' (`anchors.Step.noise`)."""
     rows = noise.shape[1]
     length = rows if length is None else length
-    half = rows // 2
 
     def row(number: int) -> int:
         if number < 0:
             return length + ~number
-        return number if number < IMAGINED else half + number - IMAGINED
+        return number if number < IMAGINED else rows // 2 + number - IMAGINED
 
     def pick(level: int, numbers: tuple[int, ...]) -> Tensor:
         if level and renoise is None:
@@ -122,9 +120,7 @@ def noise_from(noise: Tensor, renoise: Tensor | None = None, length: int | None 
 
 
 def noise_seeded(
-    seeds: Sequence[tuple[int, ...]],
-    shape: tuple[int, ...],
-    device: torch.device | str = "cpu",
+    seeds: Sequence[tuple[int, ...]], shape: tuple[int, ...], device: torch.device | str = "cpu"
 ) -> Noise:
     """Noise as a function of numbers: a tuple (seed, prompt, sample) a clip; shape [C, h, w]."""
 
@@ -161,13 +157,13 @@ def rollout(
         past = cache.read(step.reads)
         clean, held = user_latents(step, given or {})
         own = clean if step.commits else denoise(n, step, past, clean, held)
-        cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= n])
+        cache.evict([i for i in cache.slot if not plan.is_read_after(n, i)])
         remember(n, step, own.detach(), past)
         yield n, own[:, len(step.anchors) :]
 
 
 def user_latents(step: Step, given: dict[int, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """What the user gave of a step's latents, zero elsewhere [B, own, C, h, w], and where [own]."""
+    """What is given of a step's latents, zero elsewhere [B, own, C, h, w], and where [own]."""
     if not step.given:
         return None, None
     nothing = torch.zeros_like(given[step.given[0]])
@@ -201,21 +197,21 @@ def few_steps(
     """A student: a few steps with fresh noise between them (paper Sec. 3.2).
 
     texts: one per prompt of the plan;  sigmas: the noise levels of step n of the plan
-    exit_at: the level (0-based) after which step n stops: stage 2's random exit. Only this pass
-        runs with gradient, where the caller has gradients enabled
+    exit_at: the level, from 0, after which step n stops: stage 2's random exit. Only this pass runs
+        with gradient, where the caller has gradients enabled
     share_noise: see `anchors.Step.noise`"""
 
     def denoise(n, step, past, clean, held):
-        levels, last = sigmas(n), exit_at(n)
+        last = exit_at(n)
+        levels = sigmas(n) if last is None else sigmas(n)[: last + 1]
         x0 = None
-        for k, sigma in enumerate(levels if last is None else levels[: last + 1]):
+        for k, sigma in enumerate(levels):
             fresh = noise(k, step.noise(share_noise, k))  # (B, own, C, h, w), anchors first
             x = fresh if x0 is None else (1 - sigma) * x0 + sigma * fresh
             x = hold(x, clean, held)
-            t = times(x, sigma, held)
             pos = torch.tensor(step.pos, device=x.device)
             with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
-                v = dit(x, t, texts[step.prompt], pos, past=past)
+                v = dit(x, times(x, sigma, held), texts[step.prompt], pos, past=past)
                 x0 = hold(x - sigma * v, clean, held)
         return x0
 
@@ -243,7 +239,7 @@ def many_steps(
     guidance: float,
     shift: float = 5.0,
     share_noise: str = "none",
-    record: Record | None = None,
+    record: Record = lambda n, k, x: None,
     steps: int = ODE_STEPS,
 ) -> Denoise:
     """A teacher: many Euler steps of its ODE with guidance.
@@ -252,22 +248,16 @@ def many_steps(
     share_noise: an ODE has no noise but its start, so anchors share it only for "all"
     record: is handed every state, the noise first, the end point last"""
     sigmas = ode_sigmas(steps, shift)
+    share = "all" if share_noise == "all" else "none"
 
     def denoise(n, step, past, clean, held):
-        pos = torch.tensor(step.pos, device=dit.patch_embedding.weight.device)
-        start = noise(0, step.noise("all" if share_noise == "all" else "none", 0))
-        x = start
-        for k, (sigma, below) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-            x = hold(x, clean, held)
-            if record:
-                record(n, k, x)
-            v = cfg_velocity(
-                dit, x, times(x, sigma, held), texts[step.prompt], pos, guidance, past=past
-            )
-            x = x + (below - sigma) * v
-        x = hold(x, clean, held)
-        if record:
-            record(n, steps, x)
+        x = hold(noise(0, step.noise(share, 0)), clean, held)  # (B, own, C, h, w)
+        pos, text = torch.tensor(step.pos, device=x.device), texts[step.prompt]
+        record(n, 0, x)
+        for k, (sigma, below) in enumerate(zip(sigmas, sigmas[1:]), 1):
+            v = cfg_velocity(dit, x, times(x, sigma, held), text, pos, guidance, past=past)
+            x = hold(x + (below - sigma) * v, clean, held)
+            record(n, k, x)
         return x
 
     return denoise
@@ -287,7 +277,7 @@ def commit(
 ) -> None:
     """Write the keys and values of latents x [B, T, C, h, w]; a None in `latents` is only seen.
 
-    sigma: the level they are shown at; x must be noised accordingly"""
+    sigma: the level that x is noised to"""
     t = torch.full(x.shape[:2], 1000 * sigma, device=x.device)
     kv = dit(x, t, text, pos, past=past, keys_only=True)
     cache.write(latents, kv)
@@ -303,11 +293,11 @@ def clean_pass(
 ) -> Remember:
     """Remember targets by one pass at t = 0, if a later step reads them.
 
-    commit_anchors: let the denoised anchors be seen in it (an open choice of the paper; their own
-        keys are never stored);  copies: 2 for a teacher with guidance, whose cache holds both"""
+    commit_anchors: let the denoised anchors be seen in it (the paper leaves that open); their own
+        keys are never stored.  copies: 2 for a teacher with guidance, whose cache holds both"""
 
     def remember(n, step, own, past):
-        keep = {i for i in step.targets if plan.last_read.get(i, -1) > n}
+        keep = [i for i in step.targets if plan.is_read_after(n, i)]
         if not keep:
             return
         skip = 0 if commit_anchors else len(step.anchors)
@@ -331,21 +321,28 @@ def student_blocks(
     commit_anchors: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """A student's rollout, as its recipe says; yields (n, x0 of the targets) as in `rollout`.
+    """A student's rollout; yields (n, x0 of the targets) as in `rollout`.
 
-    recipe: None: the one that its checkpoint remembers, or else the paper's
+    recipe: how it is run; None: as its checkpoint remembers, or else as in the paper
     dtype: of the cache, where it is not that of the weights (mixed precision under FSDP)"""
     recipe = recipe or Recipe.read(dit.recipe) or Recipe()
     cache = cache_for(dit, plan, noise, dtype=dtype)
-    denoise = few_steps(dit, texts, noise, recipe.sigmas, exit_at, recipe.share_noise)
+    dummies = sum(step.targets[0] < 0 for step in plan.steps)  # before the blocks that are shown
+    denoise = few_steps(
+        dit,
+        texts,
+        noise,
+        sigmas=lambda n: recipe.sigmas(n - dummies),
+        exit_at=lambda n: exit_at(n - dummies),
+        share_noise=recipe.share_noise,
+    )
     remember = clean_pass(dit, plan, texts, cache, commit_anchors)
     yield from rollout(plan, denoise, remember, cache, given)
 
 
 def generate(dit: DiT, plan: Plan, texts: Sequence[Text], noise: Noise, **options) -> Tensor:
-    """Run a whole rollout: latents [B, plan.length, C, h, w] in time, anchors and dummies dropped.
-
-    options: as for `student_blocks`"""
+    """Run a student's rollout: latents [B, plan.length, C, h, w] in time; options as for
+    `student_blocks`."""
     return gather(plan, student_blocks(dit, plan, texts, noise, **options))
 
 
@@ -380,9 +377,7 @@ def cache_for(
     dtype: torch.dtype | None = None,
     kind: Callable[..., KVCache] = KVCache,
 ) -> KVCache:
-    """An empty cache for a plan, of the batch and latent size that the noise has.
-
-    kind: another way to remember, a class of caches"""
+    """An empty cache (of another kind, if asked) for a plan, of the noise's batch and size."""
     B, _, _, h, w = noise(0, (0,)).shape
     weight = dit.patch_embedding.weight
     return kind(dit.config, copies * B, plan.capacity, h, w, dtype or weight.dtype, weight.device)

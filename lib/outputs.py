@@ -1,73 +1,57 @@
-"""Where results go: places are looked at before any work, and a clip's settings are kept beside
-it."""
+"""Where results go: places are looked at before any work; a clip's settings are kept beside it."""
 
 import hashlib
 import json
-import os
 import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lib.common import UserError, atomic
+from lib.common import UserError, atomic, check_out
 
 
-def check_output(
-    path: str, flag: str, suffixes: Sequence[str], inputs: Iterable[str | Path] = ()
+def check_read(read: Iterable[str]) -> None:
+    """Whether all that is read is there. raises: UserError"""
+    for path in read:
+        if not Path(path).expanduser().is_file():
+            raise UserError(f"{path} does not exist, or is a folder")
+
+
+def check_file(
+    path: str | Path, flag: str, suffixes: Sequence[str], read: Iterable[str] = ()
 ) -> Path:
-    """A file that can be written, with `~` expanded.
-
-    raises: UserError for an empty name, a folder, another suffix, a place that is read-only, or a
-    file that is also read: nothing of the user's is replaced by what is made of it"""
-    ends = ", ".join(suffixes[:-1]) + " or " * (len(suffixes) > 1) + suffixes[-1]
-    if not path:
-        raise UserError(f"{flag} is empty; name a file that ends in {ends}")
-    file = Path(path).expanduser()
+    """A file that can be written and is not one of those read, `~` expanded. raises: UserError"""
+    file = check_out(path, flag, inputs=[Path(other).expanduser() for other in read])
     if file.suffix.lower() not in suffixes:
-        raise UserError(f"{flag} {path} must end in {ends}")
-    if file.is_dir():
-        raise UserError(f"{flag} {path} is a folder; name a file in it")
-    for given in inputs:
-        if given and file.resolve() == Path(given).expanduser().resolve():
-            raise UserError(f"{flag} {path} is also read; choose another name for the result")
-    check_writable(file.parent, flag, path)
+        raise UserError(f"--{flag} {path} must end in {' or '.join(suffixes)}")
     return file
 
 
 def check_places(
     read: Sequence[str], out: str, suffixes: Sequence[str], sheet: str = "", preview: str = ""
 ) -> None:
-    """Whether all that is read is there, and what is made of it has a place. raises: UserError"""
-    for path in read:
-        if not Path(path).expanduser().is_file():
-            raise UserError(f"{path} does not exist, or is a folder")
-    clip = check_output(out, "--out", suffixes, read)
-    check_output(str(sidecar(clip)), "--out", (".json",), read)
-    if sheet:
-        check_output(sheet, "--sheet", (".png",), [*read, clip])
+    """Whether what is made has a place, where nothing of the user's lies. raises: UserError"""
+    clip = check_file(out, "out", suffixes, read)
+    check_out(sidecar(clip), inputs=read)
+    check_out(part(clip), inputs=read)
+    if sheet and check_file(sheet, "sheet", (".png",), read).resolve() == clip.resolve():
+        raise UserError(f"--sheet {sheet} is also --out; name another file")
     if preview:
-        check_folder(preview, "--preview")
+        folder = check_out(preview, "preview", folder=True).resolve()
+        for path in read:
+            if Path(path).expanduser().resolve().parent == folder:
+                raise UserError(f"--preview {preview} holds {path}; name another folder")
 
 
-def check_folder(path: str, flag: str) -> Path:
-    """A folder that is there or can be made, with `~` expanded. raises: UserError"""
-    folder = Path(path).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag} {path} is a file, not a folder")
-    check_writable(folder, flag, path)
-    return folder
+def part(clip: Path) -> Path:
+    """clip.mp4 -> clip.part.mp4: what was done when a run was stopped."""
+    return clip.with_suffix(f".part{clip.suffix}")
 
 
-def check_writable(folder: Path, flag: str, path: str) -> None:
-    """Whether files can be made in this folder, or it can be made. raises: UserError"""
-    there = folder.absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise UserError(f"{flag} {path} lies in {there}, which is a file and not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path} cannot be written: {there} is read-only")
+def sidecar(clip: Path) -> Path:
+    """clip.mp4 -> clip.mp4.json"""
+    return clip.with_name(clip.name + ".json")
 
 
 def fingerprint(path: str | Path) -> str:
@@ -96,24 +80,15 @@ def describe(
     """All that a clip depends on: kept beside it, and compared before it is made again.
 
     sources: the files that were read -> their fingerprints;  recipe: None for a teacher"""
+    made = [list(step.targets) for step in plan.steps]
     return {
         "prompt": list(prompts),
         "seed": seed,
-        "plan": {
-            "order": plan.name,
-            "latents": plan.length,
-            "frames": frames,
-            "made": [list(step.targets) for step in plan.steps],
-        },
+        "plan": {"order": plan.name, "latents": plan.length, "frames": frames, "made": made},
         "recipe": recipe,
         "sources": sources,
         "flags": {name: value for name, value in asdict(config).items() if name not in NO_MATTER},
     }
-
-
-def sidecar(clip: Path) -> Path:
-    """clip.mp4 -> clip.mp4.json"""
-    return clip.with_name(clip.name + ".json")
 
 
 def write_sidecar(clip: Path, about: dict) -> None:

@@ -1,5 +1,4 @@
-"""Drawing without a library: small letters, tables of coloured cells (plans, masks), curves of a
-log. uint8 [H, W, 3]."""
+"""Drawing without a library: small letters, coloured tables, curves of a log. uint8 [H, W, 3]."""
 
 import json
 import os
@@ -76,9 +75,7 @@ def _strip(name: str, steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     level = np.interp(np.linspace(steps[0], steps[-1], WIDTH), steps, values)
     spread = max(np.ptp(level), 1e-12)
     rows = ((level.max() - level) / spread * (HEIGHT - 8) + 3).astype(int)
-    for x in range(
-        WIDTH
-    ):  # from the row of the neighbour to its own, so that the curve has no holes
+    for x in range(WIDTH):  # from its neighbour's row to its own, so that there are no holes
         low, high = sorted((rows[max(x - 1, 0)], rows[x]))
         strip[low : high + 1, MARGIN + x] = BLUE
     write_text(strip, 4, 4, f"{level.max():.4g}", scale=2)
@@ -94,7 +91,6 @@ def write_curves(path: str | os.PathLike, log: str | os.PathLike) -> None:
         points = [(row["step"], row[name]) for row in rows if np.isfinite(row.get(name, np.nan))]
         steps, values = np.array(points, float).reshape(-1, 2).T
         strips.append(_strip(name, steps, values))
-    if not strips:
-        strips = [np.full((HEIGHT, MARGIN + WIDTH, 3), 255, np.uint8)]
+    strips = strips or [_strip("", np.empty(0), np.empty(0))]
     with atomic(path) as tmp:
         iio.imwrite(tmp, np.concatenate(strips))

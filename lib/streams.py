@@ -34,13 +34,6 @@ def only_finite(blocks: Blocks, plan) -> Blocks:
         yield n, x0
 
 
-def counted(blocks: Blocks, bar) -> Blocks:
-    """Move a progress bar on."""
-    for block in blocks:
-        bar.update()
-        yield block
-
-
 def previewed(blocks: Blocks, plan, vae, folder: Path) -> Blocks:
     """Write each backward block, named by its first frame, once the block before it in time is
     made: that one serves as its past and is not shown itself."""
@@ -76,17 +69,6 @@ def or_the_end(
         raise
 
 
-def remember(pieces: Iterable[Tensor], kept: dict[int, Tensor | None]) -> Iterator[Tensor]:
-    """Put the frames whose numbers `kept` has into it, [3, H, W] each."""
-    at = 0
-    for video in pieces:
-        for f, frame in enumerate(video[0].unbind(1), at):
-            if f in kept:
-                kept[f] = frame.clone()
-        at += video.shape[2]
-        yield video
-
-
 @contextmanager
 def sigterm_is_ctrl_c() -> Iterator[None]:
     """Within the block SIGTERM interrupts as Ctrl-C does."""
@@ -100,14 +82,13 @@ def sigterm_is_ctrl_c() -> Iterator[None]:
 # ---------------------------------------------------------------- the user's frames, and seams
 def seams(given: Container[int], frames: int, is_loop: bool = False) -> list[int]:
     """Frames before which what is given meets what was made; frame 0 where a loop closes."""
-    cuts = [f for f in range(1, frames) if (f in given) != (f - 1 in given)]
-    return [f for f in cuts if 2 <= f <= frames - 2] + [0] * is_loop
+    cuts = [f for f in range(2, frames - 1) if (f in given) != (f - 1 in given)]
+    return cuts + [0] * is_loop
 
 
 def shares(given: Iterable[int], frames: int, fade: int, is_loop: bool = False) -> dict[int, float]:
     """How much of each of the user's frames is shown, the rest being decoded: 1, but towards a seam
-    less and less, over `fade` frames or half of the clip. A picture that stands alone is shown
-    whole.
+    less and less, over `fade` frames or half of the clip. A lone picture is shown whole.
 
     frames 0 to 7 given, more to come, fade 2 -> 1 1 1 1 1 1 1/2 0"""
     share = {f: 1.0 for f in given}
@@ -116,45 +97,27 @@ def shares(given: Iterable[int], frames: int, fade: int, is_loop: bool = False) 
         while stop in share:
             stop += 1
         n = min(fade, (stop - start) // 2)
-        for i in range(n):
-            less = i / n  # at the seam itself a frame is decoded like its neighbour
+        for i in range(n):  # at the seam itself a frame is decoded like its neighbour
             if start > 0 or is_loop:
-                share[start + i] = min(share[start + i], less)
+                share[start + i] = i / n
             if stop < frames or is_loop:
-                share[stop - 1 - i] = min(share[stop - 1 - i], less)
+                share[stop - 1 - i] = i / n
     return share
-
-
-def put_back(
-    pieces: Iterable[Tensor], given: dict[int, Tensor], share: dict[int, float]
-) -> Iterator[Tensor]:
-    """Show the user's frames, {frame: [3, H, W]}, instead of the decoded ones, to these shares."""
-    at = 0
-    for video in pieces:
-        for f, frame in enumerate(video[0].unbind(1), at):
-            if share.get(f) == 1:
-                frame.copy_(given[f])  # to the bit
-            elif f in share:
-                frame.lerp_(given[f], share[f])
-        at += video.shape[2]
-        yield video
 
 
 def jump(four: list[Tensor]) -> float:
     """How a cut in the middle of four frames [3, H, W] shows: the change there over the mean of
     those beside."""
-    before, across, after = [
-        (b - a).abs().mean().item() for a, b in zip(four[:-1], four[1:], strict=True)
-    ]
+    before, across, after = [(b - a).abs().mean().item() for a, b in zip(four, four[1:])]
     return across / max((before + after) / 2, STILL)
 
 
 class Seams:
     """The user's frames on their way into a video, and how the seams beside them come out.
 
-    given: {frame: [3, H, W]};  exact: True, to the bit; False, decoded like the rest; None, exact
-    but for a fade towards each seam: the decoder blends what follows into what was, exact frames do
-    not know of it and jump;  keep: other frames to remember as they are written"""
+    given: {frame: [3, H, W]};  keep: other frames to remember as they are written
+    exact: True, to the bit; False, decoded like the rest; None, exact but for a fade towards each
+        seam: the decoder blends what follows into what was, exact frames know nothing of it"""
 
     def __init__(
         self,
@@ -175,9 +138,18 @@ class Seams:
         self.written: dict[int, Tensor] = dict.fromkeys([*around, *keep])
 
     def through(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        pieces = remember(pieces, self.decoded)
-        pieces = put_back(pieces, self.given, self.share)
-        return remember(pieces, self.written)
+        """The same video with the user's frames in it, to their shares."""
+        at = 0
+        for video in pieces:
+            for f, frame in enumerate(video[0].unbind(1), at):  # (3, H, W)
+                if f in self.decoded:
+                    self.decoded[f] = frame.clone()
+                if f in self.share:
+                    frame.lerp_(self.given[f], self.share[f])  # a share of 1: to the bit
+                if f in self.written:
+                    self.written[f] = frame.clone()
+            at += video.shape[2]
+            yield video
 
     def say(self, fps: int) -> None:
         """Print how each seam came out: as written, and as it would be with exact frames alone."""
@@ -188,7 +160,5 @@ class Seams:
             print(f"seam before frame {cut} ({cut / fps:.2f} s): jump {shown:.2f}{other}")
         faded = sum(share < 1 for share in self.share.values())
         if faded:
-            print(
-                f"{faded} of your frames beside seams fade into decoded ones; --exact true shows"
-                " them as they are"
-            )
+            frames = f"{faded} of your frames beside seams"
+            print(f"{frames} fade into decoded ones; --exact true shows them as they are")

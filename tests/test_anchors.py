@@ -123,6 +123,16 @@ def test_dummy_by_hand():
     assert len(plan.boundaries()) == 5 and plan.capacity == 3
 
 
+def test_a_windowed_dummy_by_hand():
+    """With a window positions begin anew at each step; the dummy is as far from the first real
+    block as in 21 latents, where training had it."""
+    plan = anchors.backward(24, anchors=0, view=View(6), dummy=True)
+    dummy = Step((-1, -2, -3), (0, 1, 2))
+    first = Step((21, 22, 23), (18, 19, 20), reads=((-1, 0), (-2, 1), (-3, 2)))
+    assert plan.steps[:2] == (dummy, first)
+    assert plan.steps[2:] == anchors.backward(24, anchors=0, view=View(6)).steps[1:]
+
+
 def test_blocks_of_six_by_hand():
     """Fig. 8c: blocks of 6 in backward order and a head of 3, no anchors."""
     plan = anchors.backward(9, block=6, anchors=0, head=3)
@@ -374,8 +384,8 @@ def test_the_mask_is_the_plan(plan):
 
 # ---------------------------------------------------------------- mistakes
 IMPOSSIBLE = [
-    (lambda: anchors.forward(20), "20 latents is not a multiple of the block 3; use 18 or 21"),
-    (lambda: anchors.forward(0), "multiple"),
+    (lambda: anchors.forward(20), "20 latents are not whole blocks of 3; use 18 or 21"),
+    (lambda: anchors.forward(0), "0 latents are not whole blocks of 3; use 3 or 6"),
     (lambda: anchors.forward(6, 0), "block 0"),
     (lambda: anchors.forward(6, -3), "block -3"),
     (lambda: anchors.forward(24), "spans 24 positions, over the horizon of 21"),
@@ -384,7 +394,7 @@ IMPOSSIBLE = [
     (lambda: anchors.backward(24), "horizon"),
     (lambda: anchors.backward(9, anchors=4), "4 anchors do not fit the block 3; use 0 to 3"),
     (lambda: anchors.backward(9, anchors=-1), "-1 anchors"),
-    (lambda: anchors.backward(9, head=4), "9 latents are not a head of 4 and blocks of 3"),
+    (lambda: anchors.backward(9, head=4), "not whole blocks of 3 behind a head of 4; use 7 or 10"),
     (lambda: anchors.backward(3, head=6), "head of 6"),
     (lambda: anchors.inbetween(9, block=0), "two ends of 0"),
     (lambda: anchors.inbetween(6), "6 latents have no room for two ends of 3, a gap"),
@@ -395,7 +405,7 @@ IMPOSSIBLE = [
     (lambda: anchors.loop(3), "loop of 3"),
     (lambda: anchors.loop(18, gap=16), "first block of 3"),
     (lambda: anchors.loop(24, gap=18), "horizon"),
-    (lambda: anchors.loop(20), "multiple"),
+    (lambda: anchors.loop(20), "5 latents are not whole blocks of 3; use 3 or 6"),
     (lambda: anchors.long(33, sink="left"), "unknown sink 'left'; use past, future, both or none"),
     (lambda: anchors.long(33, window=30), "horizon"),
     (lambda: anchors.long(33, "backward", anchors=5), "5 anchors"),
@@ -422,8 +432,12 @@ BROKEN = [
     (3, (BEGIN, Step((2,), (2,), reads=((0, 1), (1, 1)))), "positions [1, 1, 2]"),
     (3, (BEGIN, Step((2,), (21,), reads=((0, 0),))), "spans 22 positions"),
     (4, (BEGIN, Step((3,), (3,))), "never generates latents [2]"),
-    (3, (BEGIN, Step((2, 2), (2, 3))), "finishes latents [2] a second time"),
-    (3, (BEGIN, Step((2,), (2, 3), anchors=(2,))), "latents twice among its anchors (2,)"),
+    (
+        3,
+        (BEGIN, Step((2, 2), (2, 3))),
+        "step 1 of the plan 'mine' has latents twice in () and (2, 2)",
+    ),
+    (3, (BEGIN, Step((2,), (2, 3), anchors=(2,))), "latents twice in (2,) and (2,)"),
     (2, (Step((0, 1), (0, 1), given=(2,)),), "is given (2,) but makes (0, 1)"),
     (4, (BEGIN, Step((2, 3), (1, 2, 3), anchors=(1,), given=(2, 3))), "with anchors (1,)"),
 ]

@@ -404,7 +404,7 @@ BAD = {
     "frames 77": (["--frames", "77"], "use 69 or 81"),
     "too short": (
         ["--order", "transition", "--frames", "33"],
-        "makes 12 latents, but --frames 33 is 9",
+        "9 latents have no room for 2 scenes of 3 and gaps of 6; use 12 or more",
     ),
     "anchors 4": (["--order", "backward", "--anchors", "4"], "4 anchors do not fit the block 3"),
     "window": (["--window", "30", "--frames", "177"], "over the horizon of 21"),
@@ -413,8 +413,8 @@ BAD = {
         ["--size", "40", "40"],
         "--size 40 40 must be a height and a width divisible by 16 and 16",
     ),
-    "avi": (["--out", "clip.avi"], "clip.avi must end in .mp4, .mkv, .gif or .png"),
-    "no folder": (["--weights", "nowhere"], "--weights nowhere is not a folder"),
+    "avi": (["--out", "clip.avi"], "clip.avi must end in .mp4 or .mkv or .gif or .png"),
+    "no folder": (["--weights", "nowhere"], "--weights 'nowhere' is not a folder"),
     "empty folder": (["--weights", "empty"], "empty holds no transformer"),
     "vae_dtype": (["--vae_dtype", "half"], "--vae_dtype 'half' must be float32"),
     "seed": (["--seed", "-1"], "--seed -1 must be a whole number below 2^32, or random"),
@@ -422,7 +422,7 @@ BAD = {
     "picture": (["--out", "clip.png"], "is one picture, not 81 frames; add --frames 1"),
     "teacher and student": (
         ["--guidance", "3", "--denoising", "1000"],
-        "--guidance runs a teacher, --denoising a student",
+        "--guidance and --denoising were asked for; leave out one of them",
     ),
     "long teacher": (
         ["--guidance", "3", "--seconds", "6"],
@@ -434,6 +434,21 @@ BAD = {
     ),
     "shared": (["--share_noise", "some"], "--share_noise 'some' must be none or start or all"),
     "two prompts": (["--prompt", PROMPT, PROMPT], "2 prompts for a plan with 1"),
+    "no weights": (["--weights", ""], "--weights '' is not a folder or file"),
+    "no clip to use": (["--use", "2"], "--use is about your own clips, and none is given"),
+    "no teacher": (["--negative", "blur"], "--negative is a teacher's; add --guidance"),
+    "two lengths": (
+        ["--frames", "81", "--seconds", "2"],
+        "--frames and --seconds were asked for; leave out one of them",
+    ),
+    "three lengths": (
+        ["--order", "inbetween", "--gap", "6", "--seconds", "2"],
+        "--gap 6 says how long; leave out --frames, --seconds",
+    ),
+    "a gap in nothing": (["--gap", "6"], "--order forward has no --gap"),
+    "a dummy before nothing": (["--order", "loop", "--dummy"], "--order loop has no --dummy"),
+    "a window on all": (["--order", "story", "--window", "3"], "--order story has no --window"),
+    "frames": (["--frames", "0"], "--frames 0 must be from 1 to 576000"),
 }
 
 
@@ -505,6 +520,8 @@ def test_plans_of_the_command_line():
         plan(frames=93, order="backward").steps
         == anchors.long(24, "backward", as_trained=True).steps
     )
+    assert plan(seconds=10, order="backward", anchors=0).steps[0].targets == (-1, -2, -3)
+    assert plan(order="story", frames=153, gap=5).length == 39
     assert (
         plan(frames=81, window=3, sink="past").steps
         == anchors.long(21, window=3, sink="past").steps
@@ -723,18 +740,42 @@ def test_many_prompts_resume(tmp_path, capsys):
 PLACES = {  # flags -> what the sentence says; "in" is the folder
     "empty": ({"out": ""}, "--out is empty"),
     "folder": ({"out": "f.mp4"}, "--out f.mp4 is a folder"),
-    "no suffix": ({"out": "clip"}, "--out clip must end in .mp4, .mkv, .gif or .png"),
-    "under a file": ({"out": "a.mkv/x.mp4"}, "a.mkv, which is a file"),
-    "the input": ({"extend_after": "a.mkv", "out": "./a.mkv"}, "is also read; choose another name"),
-    "the story's clip": ({"story": "story.json", "out": "a.mkv", "prompt": ()}, "is also read"),
+    "no suffix": ({"out": "clip"}, "--out clip must end in .mp4 or .mkv or .gif or .png"),
+    "under a file": ({"out": "a.mkv/x.mp4"}, "a.mkv is a file, not a folder"),
+    "the input": ({"extend_after": "a.mkv", "out": "./a.mkv"}, "--out a.mkv is also what is read"),
+    "the story's clip": (
+        {"story": "story.json", "out": "a.mkv", "prompt": ()},
+        "is also what is read",
+    ),
     "sheet": ({"sheet": "s.jpg"}, "--sheet s.jpg must end in .png"),
     "sheet is the picture": (
         {"image": "a.png", "sheet": "a.png", "out": "o.mkv"},
-        "--sheet a.png is also read",
+        "--sheet a.png is also what is read",
     ),
-    "sheet is out": ({"out": "o.png", "frames": 1, "sheet": "o.png"}, "--sheet o.png is also read"),
-    "preview": ({"preview": "a.mkv"}, "--preview a.mkv is a file, not a folder"),
+    "sheet is out": (
+        {"out": "o.png", "frames": 1, "sheet": "o.png"},
+        "--sheet o.png is also --out",
+    ),
+    "preview": ({"preview": "a.mkv"}, "--preview a.mkv is a file; name a folder"),
     "no picture": ({"keyframes": "0:lost.png"}, "lost.png does not exist"),
+    "what a stop leaves": (
+        {"extend_after": "a.part.mkv", "out": "a.mkv"},
+        "a.part.mkv is also what is read",
+    ),
+    "preview over the clip": (
+        {"extend_after": "a.mkv", "preview": "."},
+        "--preview . holds a.mkv; name another folder",
+    ),
+    "one of many": (
+        {"prompts": "p.txt", "prompt": (), "extend_after": "m/0001-a.mkv", "out": "m.mkv"},
+        "m/0001-a.mkv is also what is read",
+    ),
+    "empty variable": ({"image": ""}, "--image has an empty name; name a file"),
+    "one empty variable": ({"between": ("", "a.mkv")}, "--between has an empty name"),
+    "frames of a clip": (
+        {"extend_after": "a.mkv", "frames": 81},
+        "--extend-after and --frames were asked for; leave out one of them",
+    ),
 }
 
 
@@ -744,6 +785,10 @@ def test_places_are_looked_at_before_any_work(flags, says, folder, monkeypatch, 
     over."""
     monkeypatch.chdir(folder)
     (folder / "f.mp4").mkdir(exist_ok=True)
+    (folder / "m").mkdir(exist_ok=True)
+    (folder / "p.txt").write_text("a\n")
+    for copy in ("a.part.mkv", "m/0001-a.mkv"):
+        (folder / copy).write_bytes((folder / "a.mkv").read_bytes())
     monkeypatch.setattr(generate, "load_models", None)  # a call would be a TypeError
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     flags = {k: v for k, v in ({"prompt": (A,)} | flags).items() if v != ()}
@@ -756,11 +801,11 @@ def test_read_only_places_and_home(tmp_path, monkeypatch):
     """A place that cannot be written is refused at once; `~` is the home folder, for what is read
     and written."""
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match="is read-only"):
-        outputs.check_output(str(tmp_path / "new" / "x.mp4"), "--out", (".mp4",))
+    with pytest.raises(UserError, match="cannot be written"):
+        outputs.check_file(str(tmp_path / "new" / "x.mp4"), "out", (".mp4",))
     monkeypatch.undo()
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert outputs.check_output("~/x.mp4", "--out", (".mp4",)) == tmp_path / "x.mp4"
+    assert outputs.check_file("~/x.mp4", "out", (".mp4",)) == tmp_path / "x.mp4"
     generate.main(generate.Config(**ONE, prompt=(A,), frames=1, out="~/x.png", sheet="~/s.png"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.png", "x.png", "x.png.json"]
     generate.main(generate.Config(**ONE, prompt=(A,), image="~/x.png", seconds=0.5, out="~/y.mkv"))
@@ -811,7 +856,8 @@ def bad(folder):
         "scene": {"scenes": ["a.mkv"]},
         "far": {"scenes": [scene | {"start": -1}]},
         "lost": {"scenes": [scene, {"start": 3, "clip": "lost.mkv", "prompt": A}]},
-        "dumb": {"scenes": [scene | {"prompt": ""}]},
+        "dumb": {"scenes": [scene | {"prompt": " "}]},
+        "cut short": {"scenes": [scene], "seconds": 0.5},
     }
     for name, tale in tales.items():
         (folder / f"{name}.json").write_text(json.dumps(tale))
@@ -830,7 +876,8 @@ def bad(folder):
         "lost": "lost.mkv does not exist",
         "cut": "not a story in JSON",
         "latin": "UTF-8",
-        "dumb": 'scene 0 has prompt = ""',
+        "dumb": 'scene 0 has prompt = " "',
+        "cut short": "seconds = 0.5, but the last scene needs 1",
     }
     return {
         "two": ({"loop": "a.mkv", "image": "a.png"}, "--loop and --image were asked for"),
@@ -854,22 +901,23 @@ def bad(folder):
         "seconds": ({"loop": "a.mkv", "seconds": -1}, "--seconds -1.0 must be above 0"),
         "prompts": (
             {"extend_after": "a.mkv", "prompt": (A, B, A)},
-            "3 prompts; give one, or 2: one for each part, in time",
+            "3 prompts for a plan with 2; give one, in quotes, or one for each scene or part",
         ),
         "no prompt": ({"extend_after": "a.mkv", "prompt": ()}, "--prompt is empty"),
         "keys": ({"keyframes": "0=a.png"}, "--keyframes '0=a.png' must be frame:picture"),
+        "far key": ({"keyframes": "1000000:a.png"}, "below frame 1000000"),
         "one latent": ({"keyframes": "5:a.png,8:b.png"}, "within the 4 frames of one latent"),
         "far": (
             {"keyframes": "0:a.png,9:b.png", "prompt": (A, B)},
-            "2 prompts; give one, or say with --switch",
+            "2 prompts for a plan with 1; give one, in quotes",
         ),
         "out": (
             {"loop": "a.mkv", "out": "o.avi"},
-            "--out o.avi must end in .mp4, .mkv, .gif or .png",
+            "--out o.avi must end in .mp4 or .mkv or .gif or .png",
         ),
         "sink": ({"loop": "a.mkv", "sink": "left"}, "--sink 'left' must be past or future"),
         "size": ({"loop": "a.mkv", "size": (40, 40)}, "--size 40 40 must be"),
-        "story and prompt": ({"story": "story.json"}, "are in the file; leave out --prompt"),
+        "story and prompt": ({"story": "story.json"}, "--story and --prompt were asked for"),
     } | {
         f"story {name}": ({"story": f"{name}.json", "prompt": ()}, says)
         for name, says in story.items()

@@ -95,6 +95,15 @@ def test_any_mix_has_the_window_and_the_sinks_of_long_video():
             assert {shape(step) for step in plan.steps[:6]} <= {shape(step) for step in long.steps}
 
 
+def test_without_anchors_every_first_backward_block_reads_a_dummy():
+    """In windowed plans, too: nothing else tells it that it is not the beginning."""
+    for _, some in any_mix(anchors=0):
+        backward = some[-1]
+        if backward.name == "backward":
+            dummy, first = backward.steps[:2]
+            assert dummy.targets == (-1, -2, -3) and [i for i, _ in first.reads] == [-1, -2, -3]
+
+
 def test_plans_beside_a_clip_by_hand():
     """After: the clip commits, then forward blocks. Before: it commits, then backward blocks with
     anchors, the last one the beginning."""
@@ -137,7 +146,7 @@ def test_every_plan_of_any_mix_is_valid(length, block):
 @pytest.mark.parametrize("length, block", sorted(set(SIZES) - set(WHOLE)))
 def test_lengths_that_no_blocks_fill_are_refused(length, block):
     """One sentence that says which lengths are right."""
-    with pytest.raises(UserError, match=f"{length} latents is not a multiple of the block {block}"):
+    with pytest.raises(UserError, match=f"{length} latents are not whole blocks of {block}"):
         any_mix(length, block, 0)
 
 

@@ -120,6 +120,8 @@ def test_story_shares_out_its_length():
         block = 2 if plan.length == 10 else 3
         assert plan.steps == timeline(plan.length, places, block, min(3, 2 * block - 3)).steps
     assert story().name == "story" and transition().name == "transition"
+    whole = [(0, 9), (15, 24), (30, 38)]  # what is no block is the last scene's
+    assert story(38).steps == timeline(38, whole).steps and story(38).length == 38
     assert transition(24).steps == story(24, scenes=2).steps
 
 
@@ -180,6 +182,7 @@ IMPOSSIBLE = [
     (lambda: story(gap=-1), "gap -1"),
     (lambda: story(gap=16), "gap of 1 to 15, got 3 scenes and gap 16"),
     (lambda: story(anchors=4), "4 anchors"),
+    (lambda: story(20), "20 latents have no room for 3 scenes of 3 and gaps of 6; use 21 or more"),
     (lambda: story(block=0), "gap 0"),
     (lambda: transition(gap=16), "gap 16"),
     (lambda: timeline(9, []), "scenes []"),

@@ -396,15 +396,17 @@ def test_exit_stops_every_block_there(name, level):
     assert distance(got, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["forward", "backward P=3"])
+@pytest.mark.parametrize("name", ["forward", "backward P=3", "backward, dummy"])
 def test_first_block_may_take_more_levels(name):
-    """One level a block, but four for the first; and with exits, two of these four."""
+    """One level a block, but four for the first; and with exits, two of these four. A dummy, which
+    comes before it, is not the first."""
     model, text, plan = tiny_dit(), randn(5, 2, 5, 32), PLANS[name]
     data, recipe = drawn(plan), Recipe((1000,), (1000, 750, 500, 250))
     noise = noise_from(*data[:2], plan.length)
     for first, exit_at in ((SIGMAS, lambda n: None), (SIGMAS[:2], lambda n: 0 if n else 1)):
         got = generate(model, plan, [text], noise, recipe=recipe, exit_at=exit_at)
-        levels = [first, *[SIGMAS[:1]] * len(plan.steps)]
+        levels = [SIGMAS[:1]] * len(plan.steps)
+        levels[plan.made_at.get(-1, -1) + 1] = first
         assert distance(got, obvious_rollout(model, plan, text, data, levels.__getitem__)) <= 1e-5
 
 

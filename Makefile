@@ -87,7 +87,7 @@ fullsize: .venv/run
 	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ -u MALLOC_TOP_PAD_ $(RUN) -m tools.full_size
 
 fuzz: .venv/dev
-	$(RUN) -m tools.fuzz --inputs 10000
+	$(RUN) -m tests.fuzz --inputs 10000
 
 clean:
 	rm -rf .venv out .pytest_cache .ruff_cache .hypothesis

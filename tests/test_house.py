@@ -7,9 +7,8 @@ import sys
 from graphlib import TopologicalSorter
 
 import pytest
+from house import BESIDE, METHOD, ROOT, house, nested_comprehensions, python_files
 from pages import PAGES
-
-from tools.house import BESIDE, METHOD, ROOT, house, nested_comprehensions, python_files
 
 FILES = [file for file in python_files() if not file.startswith("tests/")]
 MODULES = {file.removesuffix(".py").replace("/", "."): file for file in FILES}

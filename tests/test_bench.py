@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit import DiTConfig
-from lib.common import UserError
+from lib.common import UserError, from_cli
 from tools import bench
 from tools.bench import Clock, Config, main, medians
 
@@ -32,10 +32,10 @@ def test_the_first_frame_is_the_first_piece():
         dim=48, num_heads=4, ffn_dim=96, num_layers=1, freq_dim=32, text_dim=8, text_len=4
     )
     clock, net = Clock(torch.device("cpu")), bench.network(c, torch.float32, "cpu")
-    text = torch.randn(1, 4, 8)
+    timed = bench.Timed(clock, net, vae, torch.randn(1, 4, 8), (4, 4), torch.float32, 1)
     for order, blocks in (("forward", 1), ("backward, P = 3", 7)):
         plan = bench.ORDERS[order]
-        row = bench.measure(clock, net, vae, plan, text, 4, 4, 1, torch.float32)
+        row = bench.measure(timed, plan)
         assert len(plan.steps) == 7
         assert row["first frame s"] > 0.5 * blocks * row["block s, p50"], (order, row)
         assert row["first block s"] < 0.5 * row["clip s"]
@@ -59,7 +59,7 @@ def test_the_processor_is_named():
     assert "family" in bench.processor() and "1 threads" in bench.processor()
 
 
-@pytest.mark.parametrize("flags", [{"preset": "huge"}, {"runs": 0}])
-def test_mistakes_are_named(flags):
-    with pytest.raises(UserError, match="must be one of toy, toy64, wan, and --runs"):
-        main(Config(**flags))
+@pytest.mark.parametrize("words", [["--preset", "huge"], ["--runs", "0"]])
+def test_mistakes_are_named(words):
+    with pytest.raises(UserError, match=f"{words[0]} .* must be"):
+        from_cli(Config, words)

@@ -116,8 +116,8 @@ def between(page: str, name: str) -> str:
 
 
 def test_the_page_says_what_is_counted():
-    """docs/speed.md has the tables of the command, to the letter."""
-    page = (ROOT / "docs" / "speed.md").read_text()
+    """docs/counting.md has the tables of the command, to the letter."""
+    page = (ROOT / "docs" / "counting.md").read_text()
     assert between(page, "python -m tools.count") == count.counted()
 
 

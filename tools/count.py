@@ -9,8 +9,8 @@ Three kinds of cost, each with its own ceiling:
 "Least" times divide by a datasheet, so nothing can be faster, and much will be slower;
 `tools/gpu.py` measures. Ideas for more speed come last, each with the most that it could save.
 
-    python -m tools.count                          # the tables of docs/speed.md
-    python -m tools.count --write docs/speed.md    # and put them there
+    python -m tools.count                          # the tables of docs/counting.md
+    python -m tools.count --write docs/counting.md    # and put them there
 """
 
 from collections import Counter

@@ -76,10 +76,6 @@ class Room:
     def cells(self) -> tuple[int, int]:
         return self.size[0] // self.vae.space, self.size[1] // self.vae.space
 
-    @property
-    def tokens(self) -> int:
-        return self.c.tokens(*self.cells)
-
     def clock(self) -> bench.Clock:
         return bench.Clock(self.device)
 
@@ -212,7 +208,7 @@ def grads(out: Tensor, wrt: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor,
 
 def speeds(room: Room, visible: Visible) -> dict[str, float]:
     """Milliseconds, forward and backward, at full size: which realisation should train?"""
-    n, heads = room.tokens, room.c.num_heads  # GPU: there are not two ways on a CPU
+    n, heads = room.c.tokens(*room.cells), room.c.num_heads  # GPU: there are not two ways on a CPU
     slots, keys = visible.dense().shape  # GPU: likewise
     shape = (heads, room.c.dim // heads)  # GPU: likewise
     sizes = (slots, keys, keys)  # GPU: likewise

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import anchors
 from dit import DiTConfig
 from lib.common import UserError, from_cli
 from tools import bench
@@ -57,6 +58,26 @@ def test_the_first_run_is_not_counted():
 def test_the_processor_is_named():
     """With its family, which decides how its products compare; and the threads in use."""
     assert "family" in bench.processor() and "1 threads" in bench.processor()
+
+
+@torch.no_grad()
+def test_races_run(monkeypatch, capsys):
+    """Every contestant of tools/speed.py runs, once and small, and its rows have names."""
+    pytest.importorskip("diffusers")
+    from tools import speed
+
+    names = []
+    monkeypatch.setattr(speed, "race", lambda name, a, b, turns=9: names.append((name, a(), b())))
+    long = anchors.long
+    monkeypatch.setattr(speed.anchors, "long", lambda n, way: long({42: 18, 402: 21}[n], way))
+    tiny = DiTConfig(dim=48, ffn_dim=64, num_heads=4, num_layers=1, text_dim=32)
+    speed.transformers("tiny", tiny, 3)
+    speed.autoencoders(8)
+    speed.rollouts("tiny", tiny)
+    speed.fused("tiny", tiny, 4)
+    speed.longer("backward")
+    assert len(names) == 4 + 5 + 3 + 1
+    assert "100 s of toy video, backward, against 10 s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["--preset", "huge"], ["--runs", "0"]])

@@ -26,6 +26,7 @@ from anchors import Plan, layout
 from dit import PRESETS, DiTConfig
 from generate import decode_in_order, load_models, make_blocks, write_video
 from lib import cpu
+from plans import rows_of
 from sampler import generate, noise_from, student_sigmas
 from tools.bench import Clock, autoencoder, matmul_rate, medians, of_diffusers, processor
 from tools.memory import network
@@ -150,10 +151,11 @@ def rollouts(name: str, c: DiTConfig) -> None:
     """A rollout of 21 latents: cached against recomputed, forward against backward."""
     dit, text = network(c, torch.float32, CPU), torch.randn(1, 512, c.text_dim)
     forward, backward, text_kv = anchors.forward(21), anchors.backward(21), dit.text_kv(text)
-    noise, renoise = torch.randn(1, 21, 16, 16, 16), torch.randn(3, 1, 21, 16, 16, 16)
+    rows = rows_of([forward, backward])  # anchors have noise of their own
+    noise, renoise = torch.randn(1, rows, 16, 16, 16), torch.randn(3, 1, rows, 16, 16, 16)
 
     def cached(plan: Plan) -> None:
-        generate(dit, plan, [dit.text_kv(text)], noise_from(noise, renoise))
+        generate(dit, plan, [dit.text_kv(text)], noise_from(noise, renoise, 21))
 
     def recompute(words: torch.Tensor | list) -> None:
         """Every denoising step runs all earlier blocks again, clean, and the current one: what a

@@ -1,5 +1,6 @@
 """The memory estimate counts what it says, and the page says what the command prints."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -113,6 +114,24 @@ def test_the_page_says_what_is_estimated():
     page = (ROOT / "docs" / "many-gpus.md").read_text()
     said = between(page, "python -m tools.memory --preset wan")
     assert said == memory.estimated(memory.Config())
+
+
+def test_what_travels_follows_from_its_formulas():
+    """The table of docs/many-gpus.md, from the three formulas above it: a rollout and the critic's
+    update in every iteration, a rollout and the student's in every fifth; both directions."""
+    student, teacher, k, blocks = 1.42, 14.3, 2.5, 7
+    rollout = 2 * student * (blocks * k + blocks - 1)
+    critic = 8 * student
+    update = 2 * teacher + 2 * student + (2 * blocks + 4) * student
+    whole = 2 * (rollout + critic + (rollout + update) / 5)
+    page = (ROOT / "docs" / "many-gpus.md").read_text()
+    rows = re.findall(r"^\| (\d+) ?[^|]*\| (\d+) \| (\d+) \| ([\d.]+) \|$", page, re.M)
+    assert len(rows) == 3
+    for row in rows:
+        gpus, samples, gigabytes, seconds = map(float, row)
+        received = whole * samples * (gpus - 1) / gpus
+        assert received == pytest.approx(gigabytes, rel=0.005)
+        assert received / (450 if gpus == 8 else 50) == pytest.approx(seconds, abs=0.06)
 
 
 @pytest.mark.parametrize("words", ["--preset toy", "--gpus 8 0", "--micro 0", "--gpus"])

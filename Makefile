@@ -38,12 +38,13 @@ CLIP := $(RUN) generate.py --prompt "a red square moves left over a green wave"
 demo: export OMP_NUM_THREADS = 2
 demo: .venv/run
 	@rm -rf $(DEMO)
-	@echo "1/5 The teacher turns noise into video for 64 prompts, 48 steps each, and what it passes through is kept: ODE pairs."
+	@echo "1/5 The teacher turns noise into clips of many lengths, 64 prompts, 48 steps each; what it passes through is kept: ODE pairs."
 	$(TORCHRUN) train_ode.py --generate --pairs 64 --shard 8 --data $(DEMO)/pairs
-	@echo "2/5 Stage 1, a few steps of it: the student learns to jump to the end from four noise levels, forward and backward."
-	@echo "    Good: both losses fall."
+	@echo "2/5 Stage 1, a few steps of it: the student learns to jump to the end from four noise levels, in plans of many lengths,"
+	@echo "    most of them a forward and a backward one. Good: both losses fall."
 	$(TORCHRUN) train_ode.py --data $(DEMO)/pairs --out $(DEMO)/stage1 --steps 60
-	@echo "3/5 Stage 2, a few steps of it, from the shipped stage-1 student: its own clips, the teacher's and the critic's opinion."
+	@echo "3/5 Stage 2, a few steps of it, from the shipped stage-1 student: its own clips of many lengths, the teacher's and the"
+	@echo "    critic's opinion."
 	@echo "    Good: the losses are finite and level; $(DEMO)/stage2 has curves.png and a sheet of clips, two forward, two backward."
 	$(TORCHRUN) train_dmd.py --out $(DEMO)/stage2 --steps 30 --sheet_every 30
 	@echo "4/5 Clips of the shipped student in four orders. Good: a red square, moving left, in every one of them."
@@ -55,7 +56,8 @@ demo: .venv/run
 	@echo "    trip higher where anchors are kept as output."
 	$(RUN) -m tools.report --clips 32 --out $(DEMO)/report
 
-# Everything from nothing: a folder a stage. Stop it at will; run it again and it goes on. [ours]
+# Everything from nothing, by the flags of what is shipped (toy/weights/README.md): a folder a stage. Stop it at will; run it
+# again and it goes on. [ours]
 TOY := out/toy
 TWO := .venv/bin/torchrun --standalone --nproc_per_node=2
 TEACHER := --teacher $(TOY)/teacher.safetensors
@@ -64,9 +66,9 @@ toy: $(TOY)/weights/SHA256SUMS
 $(TOY)/vae.safetensors: .venv/run
 	$(RUN) -m toy.train_vae --out $(TOY)
 $(TOY)/teacher.safetensors: $(TOY)/vae.safetensors
-	$(TWO) -m toy.train_teacher --out $(TOY)
+	$(TWO) -m toy.train_teacher --out $(TOY) --clips 6144 --steps 10000
 $(TOY)/pairs/index.json: $(TOY)/teacher.safetensors
-	$(TWO) train_ode.py --generate $(TEACHER) --pairs 1024 --shard 16 --data $(TOY)/pairs
+	$(TWO) train_ode.py --generate $(TEACHER) --pairs 1024 --shard 16 --micro 16 --data $(TOY)/pairs
 $(TOY)/ode/student.safetensors: $(TOY)/pairs/index.json
 	$(TWO) train_ode.py $(TEACHER) --weights $(TOY)/teacher.safetensors --data $(TOY)/pairs \
 		--teacher_forcing true --batch 8 --steps 900 --lr 5e-4 --out $(TOY)/ode
@@ -87,7 +89,7 @@ fullsize: .venv/run
 	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ -u MALLOC_TOP_PAD_ $(RUN) -m tools.full_size
 
 fuzz: .venv/dev
-	$(RUN) -m tools.fuzz --inputs 10000
+	$(RUN) -m tests.fuzz --inputs 10000
 
 clean:
 	rm -rf .venv out .pytest_cache .ruff_cache .hypothesis

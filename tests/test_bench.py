@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+import anchors
 from dit import DiTConfig
-from lib.common import UserError
+from lib.common import UserError, from_cli
 from tools import bench
 from tools.bench import Clock, Config, main, medians
 
@@ -32,10 +33,10 @@ def test_the_first_frame_is_the_first_piece():
         dim=48, num_heads=4, ffn_dim=96, num_layers=1, freq_dim=32, text_dim=8, text_len=4
     )
     clock, net = Clock(torch.device("cpu")), bench.network(c, torch.float32, "cpu")
-    text = torch.randn(1, 4, 8)
+    timed = bench.Timed(clock, net, vae, torch.randn(1, 4, 8), (4, 4), torch.float32, 1)
     for order, blocks in (("forward", 1), ("backward, P = 3", 7)):
         plan = bench.ORDERS[order]
-        row = bench.measure(clock, net, vae, plan, text, 4, 4, 1, torch.float32)
+        row = bench.measure(timed, plan)
         assert len(plan.steps) == 7
         assert row["first frame s"] > 0.5 * blocks * row["block s, p50"], (order, row)
         assert row["first block s"] < 0.5 * row["clip s"]
@@ -59,7 +60,27 @@ def test_the_processor_is_named():
     assert "family" in bench.processor() and "1 threads" in bench.processor()
 
 
-@pytest.mark.parametrize("flags", [{"preset": "huge"}, {"runs": 0}])
-def test_mistakes_are_named(flags):
-    with pytest.raises(UserError, match="must be one of toy, toy64, wan, and --runs"):
-        main(Config(**flags))
+@torch.no_grad()
+def test_races_run(monkeypatch, capsys):
+    """Every contestant of tools/speed.py runs, once and small, and its rows have names."""
+    pytest.importorskip("diffusers")
+    from tools import speed
+
+    names = []
+    monkeypatch.setattr(speed, "race", lambda name, a, b, turns=9: names.append((name, a(), b())))
+    long = anchors.long
+    monkeypatch.setattr(speed.anchors, "long", lambda n, way: long({42: 18, 402: 21}[n], way))
+    tiny = DiTConfig(dim=48, ffn_dim=64, num_heads=4, num_layers=1, text_dim=32)
+    speed.transformers("tiny", tiny, 3)
+    speed.autoencoders(8)
+    speed.rollouts("tiny", tiny)
+    speed.fused("tiny", tiny, 4)
+    speed.longer("backward")
+    assert len(names) == 4 + 5 + 3 + 1
+    assert "100 s of toy video, backward, against 10 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--preset", "huge"], ["--runs", "0"]])
+def test_mistakes_are_named(words):
+    with pytest.raises(UserError, match=f"{words[0]} .* must be"):
+        from_cli(Config, words)

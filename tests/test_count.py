@@ -92,7 +92,7 @@ def test_the_ledger_counts_kernels():
         a, b = torch.empty(100), torch.empty(100)
         (a + b).view(10, 10)
     assert sum(book.launches.values()) == 1 and sum(book.bytes.values()) == 1200
-    book.attend(*[torch.empty(1, 3, 2, 4, device="meta")] * 3)
+    book.one("attention", *[torch.empty(1, 3, 2, 4, device="meta")] * 3)
     assert book.launches["attention"] == 1 and book.bytes["attention"] == 4 * 24 * 4
 
 
@@ -116,8 +116,8 @@ def between(page: str, name: str) -> str:
 
 
 def test_the_page_says_what_is_counted():
-    """docs/speed.md has the tables of the command, to the letter."""
-    page = (ROOT / "docs" / "speed.md").read_text()
+    """docs/counting.md has the tables of the command, to the letter."""
+    page = (ROOT / "docs" / "counting.md").read_text()
     assert between(page, "python -m tools.count") == count.counted()
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 
 import pytest
+from house import BESIDE, METHOD, file_table, lines, python_files
 from pages import (
     PAGES,
     README,
@@ -19,7 +20,6 @@ from pages import (
 )
 
 from lib import common
-from tools.house import BESIDE, METHOD, file_table, lines, python_files
 
 MODULES = [
     file.removesuffix(".py").replace("/", ".")
@@ -167,7 +167,7 @@ def test_readme_has_the_reading_order():
     rows = re.findall(r"^\| (\d+) \| `(\w+\.py)` \| (\d+) \|", README, re.M)
     assert [file for _, file, _ in rows] == [*METHOD, *BESIDE]
     for _, file, number in rows:
-        assert abs(int(number) - lines(file)) <= 15, f"{file}: run python -m tools.house --write"
+        assert abs(int(number) - lines(file)) <= 15, f"{file}: run python -m tests.house --write"
     eight, eleven = re.search(
         r"first eight are ([\d,]+) lines, all eleven ([\d,]+)", README
     ).groups()
@@ -181,9 +181,9 @@ def test_the_file_table_is_the_tree():
     said, true = (
         {f: (n, w) for f, n, w in row.findall(t)} for t in (PAGES["files.md"], file_table())
     )
-    assert said.keys() == true.keys(), "run python -m tools.house --write true"
+    assert said.keys() == true.keys(), "run python -m tests.house --write true"
     for file, (number, words) in said.items():
-        assert words == true[file][1], f"{file}: run python -m tools.house --write true"
+        assert words == true[file][1], f"{file}: run python -m tests.house --write true"
         assert abs(int(number) - int(true[file][0])) <= 15
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools import fuzz
+from tests import fuzz
 
 
 @pytest.mark.parametrize("seed", [7, 8])

@@ -12,7 +12,7 @@ import torch
 from tiny import ROOT
 
 from dit import PRESETS
-from lib.common import UserError
+from lib.common import UserError, from_cli
 from tools import gpu, gpu_checks, gpu_speed
 from tools.gpu import Config, main, result_of, room_of
 from tools.gpu_checks import Found, Skipped, Wrong
@@ -146,14 +146,8 @@ def test_every_line_runs_or_says_why_it_cannot(hour, traced, tmp_path, monkeypat
 def exercise(tmp_path: Path, monkeypatch) -> None:
     """What goes right in `hour` goes wrong here: mistakes, failures, limits, pages."""
     config = Config(size="toy", device="cpu", out=str(tmp_path / "out"))
-    for wrong in (
-        replace(config, size="huge"),
-        replace(config, only=("nothing",)),
-        replace(config, fill="no page"),
-    ):
-        with pytest.raises(UserError):
-            main(wrong)
-    assert gpu.sizes_of("full")["height"] == 480
+    with pytest.raises(UserError):
+        main(replace(config, fill="no page"))
     with pytest.raises(Wrong):
         gpu_checks.demand(False, "no")
     room = room_of(config)
@@ -218,7 +212,7 @@ def test_a_part_may_crash_or_hang(tmp_path):
     assert late["status"] == "FAILED" and late["line"].startswith("took more than 0 s; see ")
     crashed = gpu.in_its_own_process("nothing", config, room, 60)
     assert "its process ended with 2" in crashed["line"]
-    assert "no part" in (tmp_path / "nothing.log").read_text()
+    assert "--only 'nothing' must be machine or" in (tmp_path / "nothing.log").read_text()
     found = gpu.in_its_own_process("vae", config, room, 120)
     assert found["status"] == "OK" and "VAE float32 FPS" in found["values"]
 
@@ -296,6 +290,17 @@ def test_a_report_fills_the_page(tmp_path, capsys):
     assert "| 20 <!-- gpu: forward FPS -->" in again and "| 1 <!-- gpu: x -->" in again
 
 
+def test_a_report_fills_all_of_docs_speed(tmp_path, capsys):
+    """A made-up report with every number leaves no cell of docs/speed.md's table as it was."""
+    page = (ROOT / "docs" / "speed.md").read_text()
+    names = [name for _, name in gpu.CELL.findall(page)]
+    numbers = {name: float(n) for n, name in enumerate(names)}
+    text = filled(tmp_path, page, REPORT | {"values": numbers})
+    assert "without a number: none" in capsys.readouterr().out
+    cells = {name: value for value, name in gpu.CELL.findall(text)}
+    assert cells == {name: f"{x:.3g}" for name, x in numbers.items()} | {"machine": "NVIDIA H200"}
+
+
 @pytest.mark.parametrize(
     "page, report, message",
     [
@@ -314,7 +319,14 @@ def test_no_other_report_fills_it(tmp_path, page, report, message):
 
 def test_full_size_is_wan():
     """What a GPU gets: the 1.3B and the 14B, 480 x 832, 1560 tokens a latent."""
-    sizes = gpu.sizes_of("full")
-    assert sizes["c"] == PRESETS["wan1.3b"] and sizes["teacher"] == PRESETS["wan14b"]
-    room = gpu_checks.Room(torch.device("cpu"), Path("out"), **sizes)
-    assert room.tokens == 1560 and room.cells == (60, 104)
+    room = gpu.SIZES["full"](torch.device("cpu"), Path("out"))
+    assert room.c == PRESETS["wan1.3b"] and room.teacher == PRESETS["wan14b"]
+    assert room.size == (480, 832) and room.cells == (60, 104)
+    assert room.c.tokens(*room.cells) == 1560
+
+
+def test_mistakes_are_named():
+    """A size or a part that is none."""
+    for words in (["--size", "huge"], ["--only", "machine", "nothing"]):
+        with pytest.raises(UserError, match=f"{words[0]} .* must be"):
+            from_cli(Config, words)

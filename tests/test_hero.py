@@ -6,7 +6,7 @@ import pytest
 from pages import ROOT
 
 import anchors
-from lib.common import UserError
+from lib.common import UserError, from_cli
 from tools import hero
 from tools.plan import COLOURS
 
@@ -45,7 +45,7 @@ def test_frames_appear_backward(pictures):
 def test_wrong_input_is_said():
     """An order that is no direction, or a file that is no GIF, is refused before any work."""
     with pytest.raises(UserError, match="forward or backward"):
-        hero.main(hero.Config(order="sideways", weights="nowhere"))
+        from_cli(hero.Config, ["--order", "sideways"])
     with pytest.raises(UserError, match=r"\.gif"):
         hero.main(hero.Config(out="hero.mp4", weights="nowhere"))
 

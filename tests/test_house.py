@@ -7,14 +7,13 @@ import sys
 from graphlib import TopologicalSorter
 
 import pytest
+from house import BESIDE, METHOD, ROOT, house, nested_comprehensions, python_files
 from pages import PAGES
-
-from tools.house import BESIDE, METHOD, ROOT, house, nested_comprehensions, python_files
 
 FILES = [file for file in python_files() if not file.startswith("tests/")]
 MODULES = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
 PACKAGES = {"torch", "numpy", "tqdm", "imageio", "imageio_ffmpeg", "safetensors"}
-FOR_TESTS = {"diffusers", "tests"}  # what tools/ may compare with, or share with the tests
+FOR_TESTS = {"diffusers"}  # what tools/ may compare with
 MAY_IMPORT = {  # room -> the rooms it may know
     "lib": {"lib"},
     "top": {"lib", "top"},

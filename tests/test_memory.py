@@ -1,5 +1,6 @@
 """The memory estimate counts what it says, and the page says what the command prints."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import anchors
 import dit
 import train_dmd
 from dit import PRESETS
-from lib.common import UserError
+from lib.common import UserError, from_cli
 from tools import memory
 
 WAN = train_dmd.Config(**train_dmd.Config.PRESETS["wan"])
@@ -115,14 +116,25 @@ def test_the_page_says_what_is_estimated():
     assert said == memory.estimated(memory.Config())
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ({"preset": "toy"}, "'toy' must be wan"),
-        ({"gpus": (0,)}, "--gpus 0 must"),
-        ({"micro": 0}, "--micro 0 must"),
-    ],
-)
-def test_mistakes_are_named(flags, message):
-    with pytest.raises(UserError, match=message):
-        memory.main(memory.Config(**flags))
+def test_what_travels_follows_from_its_formulas():
+    """The table of docs/many-gpus.md, from the three formulas above it: a rollout and the critic's
+    update in every iteration, a rollout and the student's in every fifth; both directions."""
+    student, teacher, k, blocks = 1.42, 14.3, 2.5, 7
+    rollout = 2 * student * (blocks * k + blocks - 1)
+    critic = 8 * student
+    update = 2 * teacher + 2 * student + (2 * blocks + 4) * student
+    whole = 2 * (rollout + critic + (rollout + update) / 5)
+    page = (ROOT / "docs" / "many-gpus.md").read_text()
+    rows = re.findall(r"^\| (\d+) ?[^|]*\| (\d+) \| (\d+) \| ([\d.]+) \|$", page, re.M)
+    assert len(rows) == 3
+    for row in rows:
+        gpus, samples, gigabytes, seconds = map(float, row)
+        received = whole * samples * (gpus - 1) / gpus
+        assert received == pytest.approx(gigabytes, rel=0.005)
+        assert received / (450 if gpus == 8 else 50) == pytest.approx(seconds, abs=0.06)
+
+
+@pytest.mark.parametrize("words", ["--preset toy", "--gpus 8 0", "--micro 0", "--gpus"])
+def test_mistakes_are_named(words):
+    with pytest.raises(UserError, match=f"{words.split()[0]} .* must be"):
+        memory.main(from_cli(memory.Config, words.split()))

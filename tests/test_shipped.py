@@ -2,6 +2,9 @@
 and worth training from."""
 
 import hashlib
+import importlib
+import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from tiny import ROOT, rows
 import train_ode
 from evaluate import Maker, flickering_ratio, measure, measure_words, plans_of, round_trip, summary
 from generate import load_models
+from lib.common import from_cli
 from lib.text import HELD_OUT
 from sampler import Recipe
 from toy import world
@@ -46,6 +50,28 @@ def test_hashes_and_size():
         "vae.safetensors",
     ]
     assert sum(f.stat().st_size for f in files) < 24e6
+
+
+def told(text: str) -> list:
+    """The trainings of a text in their order, but the VAE's, as (script, config without places)."""
+    text = text.replace("\\\n", " ").replace("$(TEACHER)", "").replace("$<", "student")
+    found = []
+    for line in re.findall(r"^\s*(?:torchrun --\S+|\$\(TWO\)) (.*)", text, re.M):
+        name, *words = line.removeprefix("-m ").split()
+        script = importlib.import_module(name.removesuffix(".py"))
+        config = asdict(from_cli(script.Config, words))
+        places = ("out", "data", "weights", "teacher", "student", "critic", "vae", "clips")
+        found.append(
+            (name, {k: v for k, v in config.items() if not isinstance(v, str) or k not in places})
+        )
+    return found
+
+
+def test_make_toy_makes_what_is_shipped():
+    """The Makefile's chain has the flags of the commands that made the shipped teacher and
+    students, but for places. (The shipped VAE went on from an older one.)"""
+    shipped = told((WEIGHTS / "README.md").read_text())
+    assert len(shipped) == 4 and told((ROOT / "Makefile").read_text()) == shipped
 
 
 @torch.no_grad()

@@ -20,18 +20,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import anchors
 import train_dmd
-from anchors import Plan, View, both_directions
+from anchors import Plan, both_directions
 from dit import PRESETS, DiT, DiTConfig
 from generate import decode_in_order
 from kvcache import KVCache
-from lib.common import UserError, atomic, dtype_of, run, start
+from lib.common import atomic, dtype_of, run, start
 from lib.cpu import linear
 from sampler import Recipe, clean_pass, few_steps, noise_seeded, rollout
-from tools.count import pass_flops
+from tools.count import ORDERS, pass_flops, table
 from tools.memory import network, stage_1, stage_2, trainable
 from vae import PRESETS as VAES
 from vae import VAE, VAEConfig
@@ -41,20 +41,14 @@ SIZES = {  # transformer, VAE, height, width
     "toy64": ("toy64", "toy", 64, 64),
     "wan": ("wan1.3b", "wan", 480, 832),
 }
-SINKS = View(6, True, True)
-ORDERS = {  # rows of the table, as the paper's Table 7 has them
-    "forward": anchors.forward(21),
-    "forward, both sinks": anchors.forward(21, view=SINKS),
-    "backward, P = 3": anchors.backward(21),
-    "backward, P = 3, both sinks": anchors.backward(21, view=SINKS),
-    "inbetween, 15 latents": anchors.inbetween(given=True),
-}
+LAST = "denoising step, 3 latents see 21"  # of the last block of 21 latents
 
 
 @dataclass
 class Config:
     """Measure speed and memory."""
 
+    RANGES = {"preset": tuple(SIZES), "runs": (1, 1000)}
     preset: str = "toy"  # toy, toy64 or wan
     runs: int = 5  # timed repetitions, after one that warms up
     compile: bool = False  # torch.compile the transformer's blocks
@@ -120,123 +114,132 @@ def copy_rate(clock: Clock) -> float:
     return 2 * a.nbytes / median_of(clock, 10, lambda: b.copy_(a))
 
 
-# ---------------------------------------------------------------- generating
+# ---------------------------------------------------------------- what is timed
 def autoencoder(c: VAEConfig, dtype: torch.dtype, device: torch.device) -> VAE:
     """A VAE with random weights."""
     with torch.device(device):
         return VAE(c).to(dtype).eval().requires_grad_(False)
 
 
-def context(
-    dit: DiT, kv: list, reads: int, h: int, w: int, dtype: torch.dtype
-) -> tuple[KVCache, tuple[tuple[int, int], ...]]:
-    """A cache that holds the first `reads` latents of a clip, and how to read them all."""
-    device = dit.patch_embedding.weight.device
-    cache = KVCache(dit.config, 1, reads, h, w, dtype, device)
-    x, pos = torch.randn(1, reads, dit.config.in_dim, h, w, device=device), torch.arange(reads)
-    clean = dit(x, torch.zeros(1, reads, device=device), kv, pos.to(device), keys_only=True)
-    cache.write(tuple(range(reads)), clean)
-    return cache, tuple((i, i) for i in range(reads))
+def of_diffusers(
+    c: DiTConfig, v: VAEConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Module, nn.Module]:
+    """diffusers' transformer and VAE of these sizes, where it is installed."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    with torch.device(device):
+        transformer = WanTransformer3DModel(
+            num_attention_heads=c.num_heads,
+            attention_head_dim=c.head_dim,
+            ffn_dim=c.ffn_dim,
+            num_layers=c.num_layers,
+            text_dim=c.text_dim,
+            freq_dim=c.freq_dim,
+        )
+        vae = AutoencoderKLWan(base_dim=v.dim, num_res_blocks=v.num_res_blocks)
+    return transformer.to(dtype).eval(), vae.eval()
 
 
-def parts(
-    clock: Clock, dit: DiT, vae: VAE, text: Tensor, h: int, w: int, runs: int, dtype: torch.dtype
-) -> dict[str, float]:
-    """Seconds of the parts of forward generation, in the last block of 21 latents: three latents
-    that see eighteen.
+@dataclass
+class Timed:
+    """Networks with random weights, and where and how often they are timed."""
 
-    text: embeddings [1, L, text_dim];  h, w: cells of a latent;  dtype: of the cache"""
-    B, kv = 3, dit.text_kv(text)
-    cache, reads = context(dit, kv, 18, h, w, dtype)
-    past = cache.read(reads)
-    x = torch.randn(1, B, dit.config.in_dim, h, w, device=clock.device)
-    pos = torch.arange(18, 18 + B, device=clock.device)
-    t = torch.full((1, B), 625.0, device=clock.device)
-    _, state = vae.decode_chunk(x[:, :1], None)
-    calls = {
-        "text: keys and values, once a prompt": lambda: dit.text_kv(text),
-        "cache: turn 18 latents' keys, once a block": lambda: cache.read(reads),
-        "denoising step, 3 latents see 21": lambda: dit(x, t, kv, pos, past=past),
-        "commit pass": lambda: dit(x, 0 * t, kv, pos, past=past, keys_only=True),
-        "VAE, 3 latents": lambda: vae.decode_chunk(x, state),
-    }
-    return {name: median_of(clock, runs, call) for name, call in calls.items()}
+    clock: Clock
+    dit: DiT
+    vae: VAE
+    text: Tensor  # embeddings [1, L, text_dim]
+    cells: tuple[int, int]  # of a latent, (h, w)
+    dtype: torch.dtype  # of the transformer and its cache
+    runs: int
+
+    def randn(self, latents: int) -> Tensor:
+        """Noise as latents, [1, T, C, h, w]."""
+        return torch.randn(
+            1, latents, self.dit.config.in_dim, *self.cells, device=self.clock.device
+        )
+
+    def last_block(self) -> dict[str, Callable[[], object]]:
+        """What is done with three latents that see 18 before them, each to be called."""
+        device, dit, kv = self.clock.device, self.dit, self.dit.text_kv(self.text)
+        cache = KVCache(dit.config, 1, 18, *self.cells, self.dtype, device)
+        zero, pos = torch.zeros(1, 18, device=device), torch.arange(21, device=device)
+        clean = dit(self.randn(18), zero, kv, pos[:18], keys_only=True)
+        cache.write(tuple(range(18)), clean)
+        reads = tuple((i, i) for i in range(18))
+        past, x, t = cache.read(reads), self.randn(3), torch.full((1, 3), 625.0, device=device)
+        return {
+            "cache: turn 18 latents' keys, once a block": lambda: cache.read(reads),
+            LAST: lambda: dit(x, t, kv, pos[18:], past=past),
+            "commit pass": lambda: dit(x, 0 * t, kv, pos[18:], past=past, keys_only=True),
+        }
+
+    def blocks(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
+        """Run a plan as `sampler.generate` does, a block at a time; what is given is zero."""
+        c, device = self.dit.config, self.clock.device
+        noise = noise_seeded([(0, 0, 0)], (c.in_dim, *self.cells), device)
+        cache = KVCache(c, 1, plan.capacity, *self.cells, self.dtype, device)
+        zero = torch.zeros(1, c.in_dim, *self.cells, device=device)
+        given = {i: zero for step in plan.steps for i in step.given}
+        texts = [self.dit.text_kv(self.text)]
+        denoise = few_steps(self.dit, texts, noise, Recipe().sigmas)
+        return rollout(plan, denoise, clean_pass(self.dit, plan, texts, cache), cache, given)
 
 
-def share_of_rate(c: DiTConfig, tokens: int, found: dict[str, float], rate: float) -> float:
+def parts(timed: Timed) -> dict[str, float]:
+    """Seconds of the parts of forward generation, in the last block of 21 latents."""
+    dit, vae, z = timed.dit, timed.vae, timed.randn(3)
+    _, state = vae.decode_chunk(z[:, :1], None)
+    calls = {"text: keys and values, once a prompt": lambda: dit.text_kv(timed.text)}
+    calls |= timed.last_block() | {"VAE, 3 latents": lambda: vae.decode_chunk(z, state)}
+    return {name: median_of(timed.clock, timed.runs, call) for name, call in calls.items()}
+
+
+def share_of_rate(timed: Timed, found: dict[str, float], rate: float) -> float:
     """What part of the matmul rate the denoising step among `parts` reaches."""
-    work = pass_flops(c, 3 * tokens, 21 * tokens)
-    return work / found["denoising step, 3 latents see 21"] / rate
+    tokens = timed.dit.config.tokens(*timed.cells)
+    return pass_flops(timed.dit.config, 3 * tokens, 21 * tokens) / found[LAST] / rate
 
 
-def blocks_of(
-    clock: Clock, dit: DiT, plan: Plan, text: Tensor, h: int, w: int, dtype: torch.dtype
-) -> Iterator[tuple[int, Tensor]]:
-    """Run a plan as `sampler.generate` does, a block at a time; what is given is zero."""
-    noise = noise_seeded([(0, 0, 0)], (dit.config.in_dim, h, w), clock.device)
-    cache = KVCache(dit.config, 1, plan.capacity, h, w, dtype, clock.device)
-    zero = torch.zeros(1, dit.config.in_dim, h, w, device=clock.device)
-    given = {i: zero for step in plan.steps for i in step.given}
-    texts = [dit.text_kv(text)]
-    denoise = few_steps(dit, texts, noise, Recipe().sigmas)
-    return rollout(plan, denoise, clean_pass(dit, plan, texts, cache), cache, given)
-
-
-def generate_once(
-    clock: Clock, dit: DiT, vae: VAE, plan: Plan, text: Tensor, h: int, w: int, dtype: torch.dtype
-) -> dict[str, object]:
-    """One clip, decoded as its latents are ready: seconds in all and until the first frame; and
+def generate_once(timed: Timed, plan: Plan) -> tuple[float, float, list[float]]:
+    """One clip, decoded as its latents are ready: seconds in all, and until the first frame; and
     again, of each block alone."""
-    began, first, blocks = clock.now(), 0.0, []
-    for _ in decode_in_order(vae, plan, blocks_of(clock, dit, plan, text, h, w, dtype)):
+    clock, began, first, blocks = timed.clock, timed.clock.now(), 0.0, []
+    for _ in decode_in_order(timed.vae, plan, timed.blocks(plan)):
         first = first or time.perf_counter() - began  # pieces come whole: no need to wait
     total, last = clock.now() - began, clock.now()
-    for n, _ in blocks_of(clock, dit, plan, text, h, w, dtype):
+    for n, _ in timed.blocks(plan):
         blocks += [clock.now() - last] * (not plan.steps[n].given)
         last = clock.now()
-    return {"total": total, "first frame": first, "blocks": blocks}
+    return total, first, blocks
 
 
-def measure(
-    clock: Clock,
-    dit: DiT,
-    vae: VAE,
-    plan: Plan,
-    text: Tensor,
-    h: int,
-    w: int,
-    runs: int,
-    dtype: torch.dtype,
-) -> dict[str, float]:
+def measure(timed: Timed, plan: Plan) -> dict[str, float]:
     """One row of the paper's Table 7. In backward order the first frame comes last, so that is
     nearly the whole clip's time; the paper's 0.71 s can only be the first block, which is therefore
     a column of its own here."""
-    with peak_of(clock.device) as peak:
-        turns = range(runs + 1)
-        found = [generate_once(clock, dit, vae, plan, text, h, w, dtype) for _ in turns][1:]
-        steady = sorted(b for f in found for b in (f["blocks"][1:] or f["blocks"]))
-        total = statistics.median(f["total"] for f in found)
-        frames = vae.config.frames(plan.length)
+    with peak_of(timed.clock.device) as peak:
+        found = [generate_once(timed, plan) for _ in range(timed.runs + 1)][1:]
+        totals, firsts, blocks = zip(*found)
+        steady = sorted(b for mine in blocks for b in (mine[1:] or mine))
+        total = statistics.median(totals)
         return {
-            "first block s": statistics.median(f["blocks"][0] for f in found),
-            "first frame s": statistics.median(f["first frame"] for f in found),
+            "first block s": statistics.median(mine[0] for mine in blocks),
+            "first frame s": statistics.median(firsts),
             "block s, p50": statistics.median(steady),
             "block s, p95": steady[round(0.95 * (len(steady) - 1))],
             "clip s": total,
-            "FPS": frames / total,
+            "FPS": timed.vae.config.frames(plan.length) / total,
             "peak GiB": peak(),
         }
 
 
-def long_video(
-    clock: Clock, dit: DiT, text: Tensor, h: int, w: int, runs: int, dtype: torch.dtype
-) -> dict[str, float]:
+def long_video(timed: Timed) -> dict[str, float]:
     """Block 100 of a long video against block 10: medians over the blocks around them in all runs,
     without decoding."""
-    plan, times = anchors.long(330), {10: [], 100: []}
-    for _ in range(runs):
+    plan, times, clock = anchors.long(330), {10: [], 100: []}, timed.clock
+    for _ in range(timed.runs):
         last = clock.now()
-        for n, _ in blocks_of(clock, dit, plan, text, h, w, dtype):
+        for n, _ in timed.blocks(plan):
             for middle in times:
                 times[middle] += [clock.now() - last] * (middle - 5 <= n < middle + 5)
             last = clock.now()
@@ -244,35 +247,27 @@ def long_video(
     return {"block 10 s": ten, "block 100 s": hundred, "100 / 10": hundred / ten}
 
 
-# ---------------------------------------------------------------- training
 @torch.enable_grad()
-def training(clock: Clock, c: DiTConfig, h: int, w: int, runs: int, dtype: torch.dtype) -> dict:
+def training(timed: Timed, c: DiTConfig) -> dict[str, float]:
     """Seconds of the updates of both stages, one sample, both directions; neither optimiser nor
     other processes."""
-    g, f_fake = (trainable(network(c, dtype, clock.device), False) for _ in range(2))
-    config = train_dmd.Config(latent=(21, h, w))
+    device, dtype = timed.clock.device, timed.dtype
+    g, f_fake = (trainable(network(c, dtype, device), False) for _ in range(2))
+    f_real, config = network(c, dtype, device), train_dmd.Config(latent=(21, *timed.cells))
     found = {}
     for plan in both_directions():
-        updates = stage_2(g, f_fake, network(c, dtype, clock.device), plan, config, 1, clock.device)
-        updates["stage 1"] = stage_1(g, plan, config.latent, 1, clock.device)
+        updates = stage_2(g, f_fake, f_real, plan, config, 1, device)
+        updates["stage 1"] = stage_1(g, plan, config.latent, 1, device)
         for what, update in updates.items():
-            found[f"{what}, {plan.name} s"] = median_of(clock, runs, update)
+            found[f"{what}, {plan.name} s"] = median_of(timed.clock, timed.runs, update)
     return found
 
 
 # ---------------------------------------------------------------- the report
 def markdown(rows: dict[str, dict[str, float]]) -> str:
     """A table, a row an entry."""
-    columns = list(next(iter(rows.values())))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{row[k]:.3g}" for k in columns) + " |")
-    return "\n".join(lines)
-
-
-def listed(numbers: dict[str, float]) -> str:
-    """Numbers by name, in one line."""
-    return ", ".join(f"{k} {v:.3g}" for k, v in numbers.items())
+    columns = {"": ""} | dict.fromkeys(next(iter(rows.values())), ".3g")
+    return table(columns, [[name, *row.values()] for name, row in rows.items()])
 
 
 def processor() -> str:
@@ -293,46 +288,41 @@ def name_of(device: torch.device) -> str:
 
 @torch.no_grad()
 def main(config: Config) -> None:
-    if config.preset not in SIZES or config.runs < 1:
-        raise UserError(
-            f"--preset {config.preset} must be one of {', '.join(SIZES)}, and --runs {config.runs} "
-            "at least 1"
-        )
     device = start(config.device)[2]
     dtype, clock = dtype_of(config.dtype, device), Clock(device)
     vae_dtype = dtype_of(config.vae_dtype, device, "vae_dtype")
     size, vae_size, height, width = SIZES[config.preset]
-    c = PRESETS[size]
+    c, space = PRESETS[size], VAES[vae_size].space
     dit, vae = network(c, dtype, device), autoencoder(VAES[vae_size], vae_dtype, device)
     if config.compile:
         dit.compile_blocks()
-    h, w, runs = height // vae.config.space, width // vae.config.space, config.runs
-    text, tokens = torch.randn(1, c.text_len, c.text_dim, device=device), c.tokens(h, w)
+    text, cells = (
+        torch.randn(1, c.text_len, c.text_dim, device=device),
+        (height // space, width // space),
+    )
+    timed = Timed(clock, dit, vae, text, cells, dtype, config.runs)
     name, rate = name_of(device), matmul_rate(clock, dtype)
     print(
-        f"{config.preset}: {size}, {height}x{width}, {tokens} tokens a latent, {dtype}, VAE "
-        f"{vae_dtype}; {name}, torch {torch.__version__}; random weights, medians of {runs}\n",
+        f"{config.preset}: {size}, {height}x{width}, {c.tokens(*cells)} tokens a latent, {dtype}, "
+        f"VAE {vae_dtype}; {name}, torch {torch.__version__}; random weights, medians of "
+        f"{config.runs}\n",
         flush=True,
     )
     found = {"machine": name, "torch": torch.__version__, "config": asdict(config)}
-    found |= {"matmul FLOP/s": rate, "parts": parts(clock, dit, vae, text, h, w, runs, dtype)}
-    share = found["share of the matmul rate"] = share_of_rate(c, tokens, found["parts"], rate)
+    found |= {"matmul FLOP/s": rate, "parts": parts(timed)}
+    share = found["share of the matmul rate"] = share_of_rate(timed, found["parts"], rate)
     print(markdown({k: {"ms": 1e3 * v} for k, v in found["parts"].items()}))
     print(
         f"\nThe denoising step runs at {100 * share:.0f} % of this machine's rate for a large "
         f"matrix product, {rate / 1e12:.3g} TFLOP/s.\n"
     )
-    found["orders"] = {
-        order: measure(clock, dit, vae, plan, text, h, w, runs, dtype)
-        for order, plan in ORDERS.items()
-    }
+    found["orders"] = {order: measure(timed, plan) for order, plan in ORDERS.items()}
     print(markdown(found["orders"]) + "\n")
-    found["long"] = long_video(clock, dit, text, h, w, runs, dtype)
-    print(listed(found["long"]))
+    found["long"] = long_video(timed)
+    print(markdown({"a long video": found["long"]}))
     if config.train:
-        del dit, vae
-        found["training"] = training(clock, c, h, w, runs, dtype)
-        print("\n" + listed(found["training"]))
+        found["training"] = training(timed, c)
+        print("\n" + markdown({what: {"s": s} for what, s in found["training"].items()}))
     if config.out:
         with atomic(config.out) as tmp:
             tmp.write_text(json.dumps(found, indent=1))

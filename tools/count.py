@@ -9,12 +9,12 @@ Three kinds of cost, each with its own ceiling:
 "Least" times divide by a datasheet, so nothing can be faster, and much will be slower;
 `tools/gpu.py` measures. Ideas for more speed come last, each with the most that it could save.
 
-    python -m tools.count                          # the tables of docs/speed.md
-    python -m tools.count --write docs/speed.md    # and put them there
+    python -m tools.count                          # the tables of docs/counting.md
+    python -m tools.count --write docs/counting.md    # and put them there
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -44,16 +44,41 @@ MEAN_EXIT = 2.5  # of stage 2's rollouts: 1 to 4 denoising steps
 CHECKPOINTED = 4  # forward, forward again, backward: 1 + 1 + 2
 UMT5 = {"layers": 24, "dim": 4096, "ffn": 10240}  # [Wan] the text encoder
 BFLOAT = 2  # bytes
+ADAMW = 28  # bytes a parameter: float32 weight, gradient and moments read, all but one written
+ORDERS = {  # rows of the tables, as the paper's Table 7 has them
+    "forward": anchors.forward(21),
+    "forward, both sinks": anchors.forward(21, view=anchors.View(6, True, True)),
+    "backward, P = 3": anchors.backward(21),
+    "backward, P = 3, both sinks": anchors.backward(21, view=anchors.View(6, True, True)),
+    "inbetween, 15 latents": anchors.inbetween(given=True),
+}
 
 
-# ---------------------------------------------------------------- formulas
+# ---------------------------------------------------------------- sizes and FLOPs, by formula
+def size_of(c: DiTConfig) -> int:
+    """How many parameters a transformer of this config has."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in DiT(c).parameters())
+
+
+def latent_bytes(c: DiTConfig, tokens: int) -> int:
+    """Of one latent's keys and values in all layers, in bfloat16."""
+    return 2 * c.num_layers * tokens * c.dim * BFLOAT
+
+
+def linear_flops(c: DiTConfig, tokens: int) -> float:
+    """Of a pass's linear layers: two a weight and token."""
+    return c.num_layers * 2 * tokens * c.dim * (6 * c.dim + 2 * c.ffn_dim)
+
+
+def attention_flops(c: DiTConfig, tokens: int, keys: int) -> float:
+    """Of a pass's attention: four a query, key and channel."""
+    return c.num_layers * 4 * tokens * keys * c.dim
+
+
 def pass_flops(c: DiTConfig, tokens: int, keys: int) -> float:
-    """Floating point operations of one pass over `tokens` that see `keys`, with the text's keys
-    given.
-
-    Two a weight and token in the linear layers, four a query, key and channel in attention."""
-    linear = 2 * tokens * c.dim * (6 * c.dim + 2 * c.ffn_dim)
-    return c.num_layers * (linear + 4 * tokens * (keys + c.text_len) * c.dim)
+    """Of one pass over `tokens` that see `keys`, with the text's keys given."""
+    return linear_flops(c, tokens) + attention_flops(c, tokens, keys + c.text_len)
 
 
 def clean_flops(c: DiTConfig, tokens: int, keys: int) -> float:
@@ -86,76 +111,35 @@ def plan_flops(c: DiTConfig, plan: Plan, tokens: int, levels: float = LEVELS) ->
 
 def masked_flops(c: DiTConfig, plan: Plan, tokens: int) -> float:
     """Of one masked pass over a whole plan (stage 1): every slot sees what its spans say."""
-    spans = layout(plan).visible.spans
     total = 0.0
-    for first, stop, ranges in spans:
+    for first, stop, ranges in layout(plan).visible.spans:
         keys = sum(b - a for a, b in ranges)
         total += pass_flops(c, (stop - first) * tokens, keys * tokens)
     return total
 
 
-def text_flops() -> float:
-    """Of UMT5-XXL's encoder over 512 tokens: four square matrices and a gated net a layer, and
-    attention."""
-    n, width = 512, UMT5["dim"]
-    weights = 4 * width**2 + 3 * width * UMT5["ffn"]
-    return UMT5["layers"] * (2 * n * weights + 4 * n * n * width)
-
-
 def text_kv_flops(c: DiTConfig) -> float:
     """Of a prompt's keys and values in every layer."""
-    weights = c.text_dim * c.dim + c.dim**2 + c.num_layers * 2 * c.dim**2
-    return 2 * c.text_len * weights
+    return 2 * c.text_len * (c.text_dim * c.dim + c.dim**2 + c.num_layers * 2 * c.dim**2)
 
 
-@cache
-def vae_flops(latents: int, first: bool = False) -> float:
-    """Of decoding so many latents of a stream (first: its image latent), counted by torch from the
-    real network."""
-    with torch.device("meta"), torch.no_grad():
-        model = vae.VAE()
-        z = torch.empty(1, latents, model.config.z_dim, H, W)
-        state = None if first else model.decode_chunk(z[:, :1])[1]
-        with FlopCounterMode(display=False) as counter:
-            model.decode_chunk(z, state)
-    return counter.get_total_flops()
-
-
-def clip_vae_flops(latents: int) -> float:
-    """Of decoding a whole clip."""
-    return vae_flops(1, first=True) + (latents - 1) * vae_flops(1)
-
-
-@cache
-def parameters(name: str) -> int:
-    """How many parameters a preset of the transformer has."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in DiT(PRESETS[name]).parameters())
-
-
-def latent_bytes(c: DiTConfig, tokens: int) -> int:
-    """Of one latent's keys and values in all layers, in bfloat16."""
-    return 2 * c.num_layers * tokens * c.dim * BFLOAT
-
-
-# ---------------------------------------------------------------- kernels, counted from a real pass
+# ---------------------------------------------------------------- counted from real passes
 class Ledger(TorchDispatchMode):
     """Count launches and bytes by family: every operation that is no view is a kernel, and reads
-    and writes each tensor once."""
+    and writes each tensor once. It begins anew whenever it is entered."""
 
     def __init__(self) -> None:
         super().__init__()
         self.family = ""  # of what runs now; "": told by the operation's name
-        self.clear()
+        self.launches, self.bytes = Counter(), Counter()
 
-    def clear(self) -> None:
-        self.launches: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
+    def __enter__(self) -> "Ledger":
+        self.launches, self.bytes = Counter(), Counter()
+        return super().__enter__()
 
     def add(self, family: str, *tensors: Tensor) -> None:
-        size = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
         self.launches[family] += 1
-        self.bytes[family] += size
+        self.bytes[family] += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -176,34 +160,23 @@ class Ledger(TorchDispatchMode):
 
         return told
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: object = None) -> Tensor:
-        """In place of attention, which is one kernel on a GPU and several on the meta device: [...,
-        D] -> the same."""
-        out = torch.empty_like(q)
-        self.add("attention", q, k, v, out)
-        return out
-
-    def rms_norm(self, module: torch.nn.Module, x: Tensor) -> Tensor:
-        """In place of the RMS norm, likewise."""
+    def one(self, family: str, x: Tensor, *others: Tensor) -> Tensor:
+        """In place of what is one kernel on a GPU and several on the meta device: as large as x."""
         out = torch.empty_like(x)
-        self.add("norms, modulation", x, module.weight, out)
+        self.add(family, x, *others, out)
         return out
 
 
-FAMILIES = {
-    "mm": "linear layers",
-    "addmm": "linear layers",
-    "convolution": "convolutions",
-    "native_layer_norm": "norms, modulation",
-    "cat": "rows joined: past and own",
-    "clone": "copies",
-    "copy_": "copies",
-}
+JOINED = "rows joined: past and own"
+NORMS = "norms, modulation"
+FAMILIES = {"mm": "linear layers", "addmm": "linear layers", "convolution": "convolutions"}
+FAMILIES |= {"native_layer_norm": NORMS, "cat": JOINED, "clone": "copies", "copy_": "copies"}
+BUSY = ("linear layers", "attention", "convolutions")  # what arithmetic bounds
 
 
 @contextmanager
-def counting(*patches: tuple[object, str, Callable]) -> Iterator[None]:
-    """On the meta device, without gradient, with these functions replaced."""
+def on_meta(*patches: tuple[object, str, Callable]) -> Iterator[None]:
+    """The meta device, without gradient, with these functions replaced."""
     with torch.device("meta"), torch.no_grad(), ExitStack() as stack:
         for where, name, new in patches:
             stack.enter_context(mock.patch.object(where, name, new))
@@ -215,52 +188,62 @@ def ledger(own: int, seen: int) -> Ledger:
     """Launches and bytes of one denoising pass of `own` latents that see `seen` in all, 1.3B in
     bfloat16."""
     c, past, book = PRESETS["wan1.3b"], seen - own, Ledger()
-    with counting(
-        (dit, "attend", book.attend),
+    with on_meta(
+        (dit, "attend", lambda q, k, v, visible=None: book.one("attention", q, k, v)),
         (dit, "rotate", book.within("RoPE", dit.rotate)),
-        (dit, "modulate", book.within("norms, modulation", dit.modulate)),
-        (dit.RMSNorm, "forward", lambda self, x: book.rms_norm(self, x)),
+        (dit, "modulate", book.within(NORMS, dit.modulate)),
+        (dit.RMSNorm, "forward", lambda self, x: book.one(NORMS, x, self.weight)),
     ):
         model = DiT(c).to(torch.bfloat16)
         text = model.text_kv(torch.empty(1, c.text_len, c.text_dim))
         cache = KVCache(c, 1, max(past, 1), H, W, torch.bfloat16, "meta")
         cache.slot = {i: i for i in range(past)}
         read = cache.read(tuple((i, i) for i in range(past)))
-        book.clear()
+        x, t = torch.empty(1, own, c.in_dim, H, W), torch.empty(1, own)
         with book:
-            x, t = torch.empty(1, own, c.in_dim, H, W), torch.empty(1, own)
             model(x, t, text, torch.arange(past, seen), past=read)
     return book
 
 
-def channels_last(conv3d: Callable) -> Callable:
-    """A convolution that keeps the layout of its input, as cuDNN's does; the meta device forgets
-    it, and every one would count a copy."""
-    return lambda *args, **more: torch.empty_like(conv3d(*args, **more), memory_format=vae.LAYOUT)
+def decode_in(mode: TorchDispatchMode, latents: int, first: bool, kind: torch.dtype) -> None:
+    """Decode so many latents of a stream (first: its image latent) inside `mode`."""
+    model = vae.VAE().to(kind)
+    z = torch.empty(1, latents, model.config.z_dim, H, W)
+    state = None if first else model.decode_chunk(z[:, :1])[1]
+    with mode:
+        model.decode_chunk(z, state)
 
 
 @cache
-def vae_ledger(latents: int = 3) -> Ledger:
-    """Launches and bytes of decoding so many latents in the middle of a stream, in bfloat16."""
-    book = Ledger()
-    with counting(
-        (F, "scaled_dot_product_attention", book.attend),
-        (vae, "conv3d", channels_last(vae.conv3d)),
-        (vae.RMSNorm, "forward", book.within("norms, modulation", vae.RMSNorm.forward)),
+def vae_flops(latents: int, first: bool = False) -> float:
+    """Of decoding so many latents, counted by torch from the real network."""
+    counter = FlopCounterMode(display=False)
+    with on_meta():
+        decode_in(counter, latents, first, torch.float32)
+    return counter.get_total_flops()
+
+
+@cache
+def vae_ledger() -> Ledger:
+    """Launches and bytes of decoding three latents in the middle of a stream, in bfloat16.
+
+    A convolution keeps the layout of its input, as cuDNN's does; the meta device forgets it, and
+    every one would count a copy."""
+    book, conv3d = Ledger(), vae.conv3d
+
+    def channels_last(*args, **more) -> Tensor:
+        return torch.empty_like(conv3d(*args, **more), memory_format=vae.LAYOUT)
+
+    with on_meta(
+        (F, "scaled_dot_product_attention", lambda q, k, v: book.one("attention", q, k, v)),
+        (vae, "conv3d", channels_last),
+        (vae.RMSNorm, "forward", book.within(NORMS, vae.RMSNorm.forward)),
     ):
-        model = vae.VAE().to(torch.bfloat16)
-        z = torch.empty(1, latents, model.config.z_dim, H, W)
-        state = model.decode_chunk(z[:, :1])[1]
-        book.clear()
-        with book:
-            model.decode_chunk(z, state)
+        decode_in(book, 3, False, torch.bfloat16)
     return book
 
 
-BUSY = ("linear layers", "attention", "convolutions")  # what arithmetic bounds
-JOINED = "rows joined: past and own"
-
-
+# ---------------------------------------------------------------- least seconds
 def moved(book: Ledger) -> dict[str, float]:
     """Least seconds by family of what memory bounds."""
     return {k: size / BANDWIDTH for k, size in book.bytes.items() if k not in BUSY}
@@ -277,78 +260,137 @@ def pass_seconds(c: DiTConfig, n: int, own: int, seen: int) -> float:
     return pass_flops(c, own * n, seen * n) / PEAK + rest * own / 3 + joined
 
 
-def vae_seconds() -> float:
-    """Least time of decoding three latents in bfloat16, likewise."""
-    return vae_flops(3) / PEAK + vae_bytes()
+def vae_bytes() -> float:
+    """Least seconds of the decoder's kernels that memory bounds, for three latents."""
+    return sum(moved(vae_ledger()).values())
+
+
+def clip_vae_flops(latents: int) -> float:
+    """Of decoding a whole clip."""
+    return vae_flops(1, first=True) + (latents - 1) * vae_flops(1)
 
 
 def clip_seconds(c: DiTConfig, n: int, plan: Plan) -> float:
-    """Least time of a clip, decoded."""
-    total = vae_seconds() * clip_vae_flops(plan.length) / vae_flops(3)
+    """Least time of a clip, decoded in bfloat16."""
+    block = vae_flops(3) / PEAK + vae_bytes()
+    total = block * clip_vae_flops(plan.length) / vae_flops(3)
     for times, own, seen, clean in passes(plan):
         total += times * pass_seconds(c, n, own, seen)
         if clean:
             spared = pass_flops(c, own * n, seen * n) - clean_flops(c, own * n, seen * n)
-            total -= times * spared / PEAK
+            total -= spared / PEAK
     return total
 
 
 # ---------------------------------------------------------------- the tables
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+Row = list[str | float]
+
+
+def table(columns: dict[str, str], rows: Iterable[Row]) -> str:
+    """A Markdown table; columns: name -> how the numbers below it are written."""
+    lines = [list(columns), ["---"] * len(columns)]
+    for row in rows:
+        pairs = zip(row, columns.values())
+        lines.append([x if isinstance(x, str) else format(x, how) for x, how in pairs])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def part_table(c: DiTConfig, n: int) -> str:
-    """FLOPs and bytes of every part of generating."""
-    weights, latent = parameters("wan1.3b") * BFLOAT, latent_bytes(c, n)
-    steps = [
+    """FLOPs and bytes of every part of generating and training."""
+    weights, latent = size_of(c) * BFLOAT, latent_bytes(c, n)
+    layers, width, words = UMT5["layers"], UMT5["dim"], c.text_len
+    encoder = layers * (4 * width**2 + 3 * width * UMT5["ffn"])  # square matrices, a gated net
+    encoded = 2 * words * encoder + layers * 4 * words**2 * width
+    found = [
+        ("text encoder, once a prompt", encoded, encoder * BFLOAT),
+        ("text keys and values, once a prompt", text_kv_flops(c), text_kv_flops(c) / words),
+    ]
+    for name, own, seen in (
         ("denoising step, 3 latents see 3", 3, 3),
         ("denoising step, 3 see 12: the mean of a forward clip", 3, 12),
         ("denoising step, 3 see 21", 3, 21),
         ("denoising step, backward, 6 see 21", 6, 21),
         ("denoising step, inbetween, 15 see 21", 15, 21),
-    ]
-    encoder = UMT5["layers"] * (4 * UMT5["dim"] ** 2 + 3 * UMT5["dim"] * UMT5["ffn"])
-    found = [
-        ("text encoder, once a prompt", text_flops(), encoder * BFLOAT),
-        ("text keys and values, once a prompt", text_kv_flops(c), weights // 8),
-        *((name, pass_flops(c, n * a, n * b), weights + b * latent) for name, a, b in steps),
+    ):
+        found.append((name, pass_flops(c, n * own, n * seen), weights + seen * latent))
+    found += [
         ("clean pass, 3 see 21", clean_flops(c, 3 * n, 21 * n), weights + 21 * latent),
         ("cache: read 18 latents, turn their keys", 0.0, 2 * 18 * latent),
         ("VAE, 3 latents: all kernels' bytes", vae_flops(3), sum(vae_ledger().bytes.values())),
+        ("AdamW, 28 bytes a parameter", 0.0, ADAMW * size_of(c)),
     ]
-    rows = []
+    rows: list[Row] = []
     for name, flop, size in found:
-        least = max(flop / PEAK, size / BANDWIDTH)
-        bound = "arithmetic" if flop / PEAK > size / BANDWIDTH else "memory"
-        rows.append(
-            [name, f"{flop / 1e12:.3g}", f"{size / 1e9:.3g}", f"{flop / size:.0f}", bound]
-            + [f"{1e3 * least:.3g}"]
-        )
-    return table(["part", "TFLOP", "GB", "FLOP a byte", "bound by", "least ms"], rows)
+        busy, moving = flop / PEAK, size / BANDWIDTH
+        bound = "arithmetic" if busy > moving else "memory"
+        rows.append([name, flop / 1e12, size / 1e9, flop / size, bound, 1e3 * max(busy, moving)])
+    numbers = {"TFLOP": ".3g", "GB": ".3g", "FLOP a byte": ".0f", "bound by": "", "least ms": ".3g"}
+    return table({"part": ""} | numbers, rows)
 
 
 def clip_table(c: DiTConfig, n: int) -> str:
     """FLOPs of whole clips, and the frames a second that they allow."""
-    sinks = anchors.View(6, True, True)
-    plans = {
-        "forward": anchors.forward(21),
-        "forward, both sinks": anchors.forward(21, view=sinks),
-        "backward, P = 3": anchors.backward(21),
-        "backward, P = 3, both sinks": anchors.backward(21, view=sinks),
-        "inbetween, 15 of 21 latents": anchors.inbetween(given=True),
-        "30 s forward, both sinks": anchors.long(120),
-    }
     rows = []
-    for name, plan in plans.items():
-        work = plan_flops(c, plan, n), clip_vae_flops(plan.length)
-        seconds, frames = clip_seconds(c, n, plan), 1 + 4 * (plan.length - 1)
-        rows.append([name, str(frames), *(f"{x / 1e12:.0f}" for x in work)])
-        rows[-1] += [f"{seconds:.2f}", f"{frames / seconds:.1f}"]
-    columns = ["clip", "frames", "TFLOP, transformer", "TFLOP, VAE", "least s", "most FPS"]
+    for name, plan in (ORDERS | {"30 s forward, both sinks": anchors.long(120)}).items():
+        frames, seconds = 1 + 4 * (plan.length - 1), clip_seconds(c, n, plan)
+        work = plan_flops(c, plan, n) / 1e12, clip_vae_flops(plan.length) / 1e12
+        rows.append([name, frames, *work, seconds, frames / seconds])
+    columns = {"clip": "", "frames": "d", "TFLOP, transformer": ".0f", "TFLOP, VAE": ".0f"}
+    return table(columns | {"least s": ".2f", "most FPS": ".1f"}, rows)
+
+
+def kernel_table() -> str:
+    """Launches and bytes of one denoising step in the middle of a forward clip, and of decoding its
+    block."""
+    books = {"step": ledger(3, 12), "VAE": vae_ledger()}
+    step, decoder = books.values()
+    families = sorted({*step.bytes, *decoder.bytes}, key=lambda family: -step.bytes[family])
+    rows = [[family] for family in families] + [["**all**"]]
+    columns = {"kernels": ""}
+    for name, book in books.items():
+        columns |= {f"{name}: launches": "d", f"{name}: ms to launch": ".1f"}
+        columns |= {f"{name}: GB": ".1f", f"{name}: ms to move them": ".1f"}
+        counts = [(book.launches[k], book.bytes[k]) for k in families]
+        counts.append((sum(book.launches.values()), sum(book.bytes.values())))
+        for row, (launches, size) in zip(rows, counts):
+            row += [launches, 1e3 * launches * LAUNCH, size / 1e9, 1e3 * size / BANDWIDTH]
     return table(columns, rows)
+
+
+def fusable(c: DiTConfig, n: int) -> float:
+    """Least seconds of the norms, modulations and rotations of a step if each were one kernel: one
+    read, one write."""
+    turned = 2 * (BFLOAT + BFLOAT)  # q and k: norm and RoPE at once
+    modulated = 2 * (4 + BFLOAT) + (4 + BFLOAT)  # float32 in, bfloat16 out: three norms a layer
+    return (turned + modulated) * 3 * n * c.dim * c.num_layers / BANDWIDTH
+
+
+def savings(c: DiTConfig, n: int) -> list[tuple[str, str, float]]:
+    """Ideas: what each saves, and the most that it could, as a share of the least time of a block
+    with its VAE, in the middle of a forward clip: five passes of three latents that see twelve."""
+    book, other, runs = ledger(3, 12), moved(ledger(3, 12)), LEVELS + 1
+    step, decoding = pass_seconds(c, n, 3, 12), vae_flops(3) / PEAK
+    launches = runs * sum(book.launches.values()) + sum(vae_ledger().launches.values())
+    started, block = launches * LAUNCH, runs * step + decoding + vae_bytes()
+    norms = other["RoPE"] + other["norms, modulation"] - fusable(c, n)
+    distant = attention_flops(c, 3 * n, 9 * n) / PEAK
+    hidden = min(runs * sum(other.values()), decoding)
+    hidden += min(runs * (step - sum(other.values())), vae_bytes())
+    # of 1 + 2 frames joined and 2 kept for the next, 6 and 2 for every four: 2 a frame, not 5
+    pieced = 3 / 5 * (moved(vae_ledger())[JOINED] + moved(vae_ledger())["copies"])
+    linear = linear_flops(c, 3 * n) / PEAK
+    seconds = [
+        ("CUDA graphs, if no launch were hidden", "launches x 5 us", started),
+        ("CUDA graphs, as the host runs ahead", "launches x 5 us - block", max(started - block, 0)),
+        ("fp8 linear layers", "half of their time", runs * linear / 2),
+        ("norm, modulation, RoPE fused", "their bytes - one read, one write", runs * norms),
+        ("sparse attention", "attention to the 9 earlier latents, all", runs * distant),
+        ("room for own keys behind the past's", "rows joined", runs * other[JOINED]),
+        ("VAE: four large frames at a time", "3/5 of its rows joined and copies", pieced),
+        ("VAE: all fused", "all its bytes but the convolutions'", vae_bytes()),
+        ("VAE on a stream of its own", "one's memory beside the other's arithmetic", hidden),
+    ]
+    return [(name, why, x / block) for name, why, x in seconds]
 
 
 def training_table(c: DiTConfig, n: int) -> str:
@@ -366,87 +408,18 @@ def training_table(c: DiTConfig, n: int) -> str:
             ("stage 2, critic", rollout + scored),
             ("stage 2, student, 14B teacher", rollout + backward + scores),
         ):
-            rows.append([f"{name}, {plan.name}", f"{flop / 1e15:.2f}", f"{flop / PEAK:.2f}"])
-    return table(["update, one sample", "PFLOP", "least s"], sorted(rows))
-
-
-def kernel_table() -> str:
-    """Launches and bytes of one denoising step in the middle of a forward clip, and of decoding its
-    block."""
-    books = ledger(3, 12), vae_ledger()
-    rows = []
-    for family in sorted(set().union(*(b.bytes for b in books)), key=lambda f: -books[0].bytes[f]):
-        row = [family]
-        for book in books:
-            size = book.bytes[family]
-            row += [
-                str(book.launches[family]),
-                f"{size / 1e9:.1f}",
-                f"{1e3 * size / BANDWIDTH:.1f}",
-            ]
-        rows.append(row)
-    totals = [(sum(b.launches.values()), sum(b.bytes.values())) for b in books]
-    rows.append(["**all**"])
-    for launches, size in totals:
-        rows[-1] += [str(launches), f"{size / 1e9:.1f}", f"{1e3 * size / BANDWIDTH:.1f}"]
-    columns = ["launches", "GB", "ms to move them"]
-    names = ["kernels", *(f"step: {k}" for k in columns), *(f"VAE: {k}" for k in columns)]
-    return table(names, rows)
-
-
-def fusable(c: DiTConfig, n: int) -> float:
-    """Least seconds of the norms, modulations and rotations of a step if each were one kernel: one
-    read, one write."""
-    turned = 2 * (BFLOAT + BFLOAT)  # q and k: norm and RoPE at once
-    modulated = 2 * (4 + BFLOAT) + (4 + BFLOAT)  # float32 in, bfloat16 out: three norms a layer
-    return (turned + modulated) * 3 * n * c.dim * c.num_layers / BANDWIDTH
-
-
-def savings(c: DiTConfig, n: int) -> list[tuple[str, str, float]]:
-    """Ideas: what each saves, and the most that it could, as a share of the least time of a block
-    with its VAE, in the middle of a forward clip: five passes of three latents that see twelve."""
-    book, other, runs = ledger(3, 12), moved(ledger(3, 12)), LEVELS + 1
-    step, decoding = pass_seconds(c, n, 3, 12), vae_seconds()
-    launches = runs * sum(book.launches.values()) + sum(vae_ledger().launches.values())
-    started, block = launches * LAUNCH, runs * step + decoding
-    linear = 2 * 3 * n * c.dim * (6 * c.dim + 2 * c.ffn_dim) * c.num_layers / PEAK
-    distant = 4 * 3 * n * 9 * n * c.dim * c.num_layers / PEAK
-    norms = other["RoPE"] + other["norms, modulation"] - fusable(c, n)
-    hidden = min(runs * sum(other.values()), vae_flops(3) / PEAK)
-    hidden += min(runs * (step - sum(other.values())), vae_bytes())
-    # of 1 + 2 frames joined and 2 kept for the next, 6 and 2 for every four: 2 a frame, not 5
-    pieced = 3 / 5 * (moved(vae_ledger())[JOINED] + moved(vae_ledger())["copies"])
-    seconds = [
-        ("CUDA graphs, if no launch were hidden", "launches x 5 us", started),
-        ("CUDA graphs, as the host runs ahead", "launches x 5 us - block", max(started - block, 0)),
-        ("fp8 linear layers", "half of their time", runs * linear / 2),
-        ("norm, modulation, RoPE fused", "their bytes - one read, one write", runs * norms),
-        ("sparse attention", "attention to the 9 earlier latents, all", runs * distant),
-        ("room for own keys behind the past's", "rows joined", runs * other[JOINED]),
-        ("VAE: four large frames at a time", "3/5 of its rows joined and copies", pieced),
-        ("VAE: all fused", "all its bytes but the convolutions'", vae_bytes()),
-        ("VAE on a stream of its own", "one's memory beside the other's arithmetic", hidden),
-    ]
-    return [(name, why, x / block) for name, why, x in seconds]
-
-
-def vae_bytes() -> float:
-    """Least seconds of the decoder's kernels that memory bounds, for three latents."""
-    return sum(moved(vae_ledger()).values())
-
-
-def idea_table(c: DiTConfig, n: int) -> str:
-    """The ideas, in Markdown."""
-    rows = [[name, why, f"{100 * x:.1f} %"] for name, why, x in savings(c, n)]
-    return table(["idea", "saves", "at most"], rows)
+            rows.append([f"{name}, {plan.name}", flop / 1e15, flop / PEAK])
+    return table({"update, one sample": "", "PFLOP": ".2f", "least s": ".2f"}, sorted(rows))
 
 
 def counted() -> str:
     """All tables, in Markdown."""
     c = PRESETS["wan1.3b"]
     n = c.tokens(H, W)
+    ideas = [(name, why, f"{100 * share:.1f} %") for name, why, share in savings(c, n)]
+    ideas = table({"idea": "", "saves": "", "at most": ""}, ideas)
     return "\n\n".join(
-        (part_table(c, n), clip_table(c, n), kernel_table(), idea_table(c, n), training_table(c, n))
+        [part_table(c, n), clip_table(c, n), kernel_table(), ideas, training_table(c, n)]
     )
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 from tqdm import trange
 
 from dit import PRESETS, DiT, load_dit
-from lib.common import UserError, run
+from lib.common import run
 from vae import VAE
+
+FILE, GIB = "diffusion_pytorch_model.safetensors", 2**30
 
 
 @dataclass
@@ -30,41 +32,29 @@ class Config:
     """Load a 1.3B checkpoint of the official layout to bfloat16; decode 81 frames of 480 x 832 as a
     stream."""
 
+    RANGES = {"part": ("all", "write", "load", "decode"), "latents": (1, 10**6)}
     folder: str = ""  # where the checkpoint is written for a while; default: the system's for such
     part: str = "all"  # write, load, decode, or all of them
     latents: int = 21  # how many to decode: 81 frames
 
 
-def memory() -> str:
-    """The most memory that this process had resident until now, in words."""
-    return f"at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB resident"
+def peak() -> float:
+    """The most GiB that this process had resident until now."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def write(folder: Path) -> None:
     """`Wan2.1-T2V-1.3B/`'s transformer, float32, not in the page cache when it is done."""
+    c = PRESETS["wan1.3b"]
     with torch.device("meta"):
-        shapes = {k: v.shape for k, v in DiT(PRESETS["wan1.3b"]).state_dict().items()}
-    file = folder / "diffusion_pytorch_model.safetensors"
+        shapes = {k: v.shape for k, v in DiT(c).state_dict().items()}
+    file = folder / FILE
     save_file({k: torch.randn(s).mul_(0.02) for k, s in shapes.items()}, str(file))
-    c = asdict(PRESETS["wan1.3b"])
-    (folder / "config.json").write_text(
-        json.dumps(
-            {"_class_name": "WanModel", "model_type": "t2v", "num_layers": 30}
-            | {
-                k: c[k]
-                for k in (
-                    "dim",
-                    "eps",
-                    "ffn_dim",
-                    "freq_dim",
-                    "in_dim",
-                    "num_heads",
-                    "out_dim",
-                    "text_len",
-                )
-            }
-        )
-    )
+    config = {"_class_name": "WanModel", "model_type": "t2v"}
+    for name in ("num_layers", "dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads"):
+        config[name] = getattr(c, name)
+    config |= {"out_dim": c.out_dim, "text_len": c.text_len}
+    (folder / "config.json").write_text(json.dumps(config))
     with open(file, "rb+") as f:
         os.fsync(f.fileno())
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -72,18 +62,14 @@ def write(folder: Path) -> None:
 
 def load(folder: Path) -> None:
     """Load the transformer in bfloat16; print time and memory."""
-    size, began = (
-        (folder / "diffusion_pytorch_model.safetensors").stat().st_size,
-        time.perf_counter(),
-    )
+    size, began = (folder / FILE).stat().st_size / GIB, time.perf_counter()
     dit = load_dit(folder, torch.bfloat16)
     seconds = time.perf_counter() - began
-    assert dit.config == PRESETS["wan1.3b"] and {p.dtype for p in dit.parameters()} == {
-        torch.bfloat16
-    }
+    assert dit.config == PRESETS["wan1.3b"]
+    assert {p.dtype for p in dit.parameters()} == {torch.bfloat16}
     print(
-        f"load: {size / 2**30:.2f} GiB of float32 -> bfloat16 in {seconds:.1f} s, {memory()} = "
-        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / size:.2f} x the file"
+        f"load: {size:.2f} GiB of float32 -> bfloat16 in {seconds:.1f} s, at most {peak():.2f} GiB "
+        f"resident = {peak() / size:.2f} x the file"
     )
 
 
@@ -92,31 +78,26 @@ def decode(latents: int) -> None:
     """Decode so many latents at 480x832 as a stream; print time and memory."""
     vae, state, frames, began = VAE().eval(), None, 0, time.perf_counter()
     for i in trange(latents, desc="decode", unit="latent"):
-        video, state = vae.decode_chunk(
-            torch.randn(1, 1, 16, 60, 104, generator=torch.Generator().manual_seed(i)),
-            state,
-            inplace=True,
-        )
+        z = torch.randn(1, 1, 16, 60, 104, generator=torch.Generator().manual_seed(i))
+        video, state = vae.decode_chunk(z, state, inplace=True)
         assert torch.isfinite(video).all() and video.shape[3:] == (480, 832)
         frames += video.shape[2]
+    minutes, busy = (time.perf_counter() - began) / 60, time.process_time() / 60
     print(
-        f"decode: {frames} frames of 480 x 832 in {(time.perf_counter() - began) / 60:.1f} minutes "
-        f"({time.process_time() / 60:.1f} minutes of CPU, {torch.get_num_threads()} threads), "
-        f"{memory()}"
+        f"decode: {frames} frames of 480 x 832 in {minutes:.1f} minutes ({busy:.1f} minutes of "
+        f"CPU, {torch.get_num_threads()} threads), at most {peak():.2f} GiB resident"
     )
 
 
 def main(config: Config) -> None:
-    if config.part not in ("write", "load", "decode", "all"):
-        raise UserError(f"--part {config.part} must be write, load, decode or all")
-    if config.part == "decode":
-        decode(config.latents)
-    elif config.part == "all":
+    if config.part == "all":
         command = [sys.executable, "-m", "tools.full_size", "--part"]
-        with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
+        with tempfile.TemporaryDirectory(dir=config.folder or None) as made:
             for part in ("write", "load"):
-                subprocess.run([*command, part, "--folder", folder], check=True)
+                subprocess.run([*command, part, "--folder", made], check=True)
         subprocess.run([*command, "decode", "--latents", str(config.latents)], check=True)
+    elif config.part == "decode":
+        decode(config.latents)
     else:
         (write if config.part == "write" else load)(Path(config.folder))
 

@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from dit import PRESETS
 from lib.common import UserError, atomic, run, start
 from tools import gpu_checks as checks
 from tools import gpu_speed as speed
-from tools.bench import name_of
+from tools.bench import markdown, name_of
 from tools.gpu_checks import ROOT, Found, Room, Skipped, Wrong
 from vae import PRESETS as VAES
 
@@ -57,12 +58,35 @@ PARTS: dict[str, tuple[Callable[[Room], Found], int]] = {  # in order; seconds t
     "profile": (speed.profile, 90),
     "toy64": (speed.toy64, 360),
 }
+SIZES = {
+    "full": partial(
+        Room,
+        c=PRESETS["wan1.3b"],
+        teacher=PRESETS["wan14b"],
+        vae=VAES["wan"],
+        size=(480, 832),
+        runs=3,
+        latents=21,
+        toy64=(300.0, 64, FULL_VAE),
+    ),
+    "toy": partial(
+        Room,
+        c=replace(PRESETS["toy"], num_layers=2),
+        teacher=PRESETS["toy"],
+        vae=VAES["toy"],
+        size=(32, 32),
+        runs=1,
+        latents=9,
+        toy64=(1.0, 16, TOY_VAE),
+    ),
+}
 
 
 @dataclass
 class Config:
     """Check and measure everything on this machine."""
 
+    RANGES = {"size": ("auto", *SIZES), "only": tuple(PARTS)}
     size: str = "auto"  # full (Wan2.1 1.3B, 480 x 832), toy, or auto: full on CUDA
     only: tuple[str, ...] = ()  # these parts alone, done or not
     out: str = "out/gpu"  # report.md, report.json, trace.json.gz, and a log of every part
@@ -74,53 +98,24 @@ class Config:
 
 
 # ---------------------------------------------------------------- what a result belongs to
-def sizes_of(size: str) -> dict[str, object]:
-    """The fields of a `Room` that say how large. raises: UserError for a size that is none"""
-    if size == "full":
-        return {
-            "c": PRESETS["wan1.3b"],
-            "teacher": PRESETS["wan14b"],
-            "vae": VAES["wan"],
-            "height": 480,
-            "width": 832,
-            "runs": 3,
-            "latents": 21,
-            "toy64": (300.0, 64, FULL_VAE),
-        }
-    if size == "toy":
-        return {
-            "c": replace(PRESETS["toy"], num_layers=2),
-            "teacher": PRESETS["toy"],
-            "vae": VAES["toy"],
-            "height": 32,
-            "width": 32,
-            "runs": 1,
-            "latents": 9,
-            "toy64": (1.0, 16, TOY_VAE),
-        }
-    raise UserError(f"--size {size!r} must be full, toy or auto")
-
-
 def room_of(config: Config) -> Room:
-    """Device and sizes. raises: UserError"""
+    """Device and sizes. raises: UserError for a device that is not here"""
     device = start(config.device)[2]
     auto = "full" if device.type == "cuda" else "toy"
-    sizes = sizes_of(auto if config.size == "auto" else config.size)
-    return Room(device, Path(config.out), **sizes)
+    return SIZES[auto if config.size == "auto" else config.size](device, Path(config.out))
 
 
 def code() -> str:
     """Which code this is: a hash of its files, and the commit where git tells it."""
-    files = sorted(
-        p for folder in ("", "lib", "tools", "toy") for p in (ROOT / folder).glob("*.py")
-    )
-    text = b"".join(p.read_bytes() for p in files)
+    folders = [ROOT / name for name in ("", "lib", "tools", "toy")]
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
-        return hashlib.sha256(text).hexdigest()[:10]  # GPU: no git on some rented machines
-    return f"{done.stdout.strip()} {hashlib.sha256(text).hexdigest()[:10]}".strip()
+        return digest  # GPU: no git on some rented machines
+    return f"{commit} {digest}".strip()
 
 
 def key_of(room: Room) -> dict[str, str]:
@@ -161,21 +156,16 @@ def in_its_own_process(name: str, config: Config, room: Room, limit: float) -> d
     command = [sys.executable, "-m", "tools.gpu", "--here", "--only", name, "--out", config.out]
     command += ["--size", config.size, "--device", config.device]
     with open(log, "w") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=env,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that it can be ended with all that it starts
-        )
+        where = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": ROOT, "env": env}
+        # in a session of its own, so that it can be ended with all that it starts
+        process = subprocess.Popen(command, start_new_session=True, **where)
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
             return failed(f"took more than {limit:.0f} s; see {log}", began)
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # the part, and what it started
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if process.returncode:
         return failed(f"its process ended with {process.returncode}; see {log}", began)
@@ -184,11 +174,8 @@ def in_its_own_process(name: str, config: Config, room: Room, limit: float) -> d
 
 def failed(sentence: str, began: float) -> dict:
     """A result that a part could not write itself."""
-    return {
-        "status": "FAILED",
-        "seconds": time.perf_counter() - began,
-        **asdict(Found(sentence)),
-    }
+    row = {"status": "FAILED", "seconds": time.perf_counter() - began}
+    return row | asdict(Found(sentence))
 
 
 # ---------------------------------------------------------------- what is kept
@@ -229,7 +216,7 @@ def write_report(room: Room) -> None:
     for name, row in rows.items():
         lines.append(f"| {name} | {row['status']} | {row['seconds']:.0f} | {row['line']} |")
     for name, row in rows.items():
-        lines += ["", f"## {name}", "", row["table"]] if row["table"] else []
+        lines += ["", f"## {name}", "", markdown(row["table"])] if row["table"] else []
     with atomic(room.out / "report.md") as tmp:
         tmp.write_text("\n".join(lines) + "\n")
 
@@ -273,8 +260,6 @@ def main(config: Config) -> None:
     if config.fill or config.report:
         fill(config.fill, config.report)
         return
-    if unknown := set(config.only) - set(PARTS):
-        raise UserError(f"--only {unknown.pop()} is no part; use {', '.join(PARTS)}")
     room, began = room_of(config), time.perf_counter()
     room.out.mkdir(parents=True, exist_ok=True)
     for name in config.only or PARTS:

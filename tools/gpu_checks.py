@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,16 +25,7 @@ import anchors
 from anchors import Plan, both_directions, layout
 from dit import DiT, DiTConfig, Visible, attend
 from sampler import generate, noise_seeded
-from tools.bench import (
-    Clock,
-    autoencoder,
-    context,
-    copy_rate,
-    markdown,
-    matmul_rate,
-    medians,
-    name_of,
-)
+from tools import bench
 from tools.memory import network
 from vae import VAE, VAEConfig
 
@@ -50,11 +42,12 @@ class Wrong(Exception):
 
 @dataclass
 class Found:
-    """What a part found: a line for the terminal, numbers by name, and a table in Markdown."""
+    """What a part found: a line for the terminal, numbers by name, and the rows of a
+    table."""
 
     line: str
     values: dict[str, float] = field(default_factory=dict)
-    table: str = ""
+    table: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,8 +59,7 @@ class Room:
     c: DiTConfig
     teacher: DiTConfig  # the large one
     vae: VAEConfig
-    height: int
-    width: int
+    size: tuple[int, int]  # of a frame, (height, width)
     runs: int
     latents: int  # latents of a clip in training
     toy64: tuple[float, int, tuple[str, ...]]  # seconds, pixels, and how the toy's VAE is trained
@@ -82,14 +74,10 @@ class Room:
 
     @property
     def cells(self) -> tuple[int, int]:
-        return self.height // self.vae.space, self.width // self.vae.space
+        return self.size[0] // self.vae.space, self.size[1] // self.vae.space
 
-    @property
-    def tokens(self) -> int:
-        return self.c.tokens(*self.cells)
-
-    def clock(self) -> Clock:
-        return Clock(self.device)
+    def clock(self) -> bench.Clock:
+        return bench.Clock(self.device)
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None, seed: int = 0) -> Tensor:
         g = torch.Generator(self.device).manual_seed(seed)
@@ -97,6 +85,12 @@ class Room:
 
     def text(self) -> Tensor:
         return self.randn(1, self.c.text_len, self.c.text_dim)
+
+    def timed(self, vae_dtype: torch.dtype, dit: DiT | None = None) -> bench.Timed:
+        """Fresh networks of these sizes (or this one) for the stopwatch."""
+        dit = dit or network(self.c, self.dtype, self.device)
+        vae = bench.autoencoder(self.vae, vae_dtype, self.device)
+        return bench.Timed(self.clock(), dit, vae, self.text(), self.cells, self.dtype, self.runs)
 
 
 def demand(holds: bool, sentence: str) -> None:
@@ -119,15 +113,13 @@ def spread(a: Tensor, b: Tensor) -> float:
 def machine(room: Room) -> Found:
     """What machine this is, and the ceilings that all else is compared with."""
     clock = room.clock()
-    rate, copied = matmul_rate(clock, room.dtype), copy_rate(clock)
-    name = f"{name_of(room.device)}, torch {torch.__version__}"
+    rate, copied = bench.matmul_rate(clock, room.dtype), bench.copy_rate(clock)
+    name = f"{bench.name_of(room.device)}, torch {torch.__version__}"
     if room.cuda:
         name += f", {driver()}"  # GPU: asks nvidia-smi
     values = {"matmul TFLOP/s": rate / 1e12, "copy GB/s": copied / 1e9}
-    kind = str(room.dtype).removeprefix("torch.")
-    return Found(
-        f"{name}; {kind} products {rate / 1e12:.3g} TFLOP/s, copies {copied / 1e9:.3g} GB/s", values
-    )
+    kind, (flops, bytes_) = str(room.dtype).removeprefix("torch."), values.values()
+    return Found(f"{name}; {kind} products {flops:.3g} TFLOP/s, copies {bytes_:.3g} GB/s", values)
 
 
 def driver() -> str:
@@ -182,7 +174,7 @@ def attention(room: Room) -> Found:
         rows[name] |= speeds(room, visible) if room.cuda else {}
     demand(worst <= 1e-4, f"they differ by {worst:.2g} in float32, more than 1e-4")
     ways = "flex == spans == dense" if room.cuda else "spans == dense (flex is CUDA's)"
-    return Found(f"{ways} to {worst:.1g}", {"attention difference": worst}, markdown(rows))
+    return Found(f"{ways} to {worst:.1g}", {"attention difference": worst}, rows)
 
 
 def agreement(room: Room, visible: Visible, tokens: int = 60) -> dict[str, float]:
@@ -216,7 +208,7 @@ def grads(out: Tensor, wrt: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor,
 
 def speeds(room: Room, visible: Visible) -> dict[str, float]:
     """Milliseconds, forward and backward, at full size: which realisation should train?"""
-    n, heads = room.tokens, room.c.num_heads  # GPU: there are not two ways on a CPU
+    n, heads = room.c.tokens(*room.cells), room.c.num_heads  # GPU: there are not two ways on a CPU
     slots, keys = visible.dense().shape  # GPU: likewise
     shape = (heads, room.c.dim // heads)  # GPU: likewise
     sizes = (slots, keys, keys)  # GPU: likewise
@@ -224,14 +216,13 @@ def speeds(room: Room, visible: Visible) -> dict[str, float]:
         room.randn(1, i * n, *shape, dtype=room.dtype).requires_grad_() for i in sizes
     )  # GPU: likewise
     weight = room.randn(*q.shape, dtype=room.dtype)  # GPU: likewise
-    prepared = visible.prepare(n, room.device)  # GPU: likewise
 
     def update(how: Visible) -> None:
         with torch.enable_grad():  # GPU: likewise
             grads(attend(q, k, v, how), (q, k, v), weight)  # GPU: likewise
 
-    ways = (lambda: update(prepared)), (lambda: update(visible))  # GPU: likewise
-    found = medians(room.clock(), room.runs, *ways)  # GPU: likewise
+    ways = partial(update, visible.prepare(n, room.device)), partial(update, visible)  # GPU: same
+    found = bench.medians(room.clock(), room.runs, *ways)  # GPU: likewise
     return {"flex ms": 1e3 * found[0], "spans ms": 1e3 * found[1]}  # GPU: likewise
 
 
@@ -247,15 +238,15 @@ def precision(room: Room) -> Found:
     for plan in (anchors.forward(9), anchors.backward(9)):
         clips = [clip(room, dit, plan) for dit in (rough, exact)]
         values[f"rollout, {plan.name}"] = spread(*clips)
-    decoders = [autoencoder(room.vae, d, room.device) for d in (torch.bfloat16, torch.float32)]
+    kinds = torch.bfloat16, torch.float32
+    decoders = [bench.autoencoder(room.vae, d, room.device) for d in kinds]
     decoders[0].load_state_dict(decoders[1].state_dict())
     z = room.randn(1, 3, room.vae.z_dim, h, w)
     values["VAE"] = spread(*(vae.decode(z) for vae in decoders))
     demand(values["pass"] < 0.1, f"bfloat16 differs by {values['pass']:.2g} of v's size, over 0.1")
     line = ", ".join(f"{name} {100 * x:.2g} %" for name, x in values.items())
-    return Found(
-        f"bfloat16 against float32: {line}", {f"spread, {k}": x for k, x in values.items()}
-    )
+    values = {f"spread, {name}": x for name, x in values.items()}
+    return Found(f"bfloat16 against float32: {line}", values)
 
 
 def clip(room: Room, dit: DiT, plan: Plan) -> Tensor:
@@ -289,21 +280,12 @@ def compiled(room: Room) -> Found:
     return Found(f"{backend}: {line}", values)
 
 
-def last_block(room: Room, dit: DiT) -> Callable[[], Tensor]:
-    """A denoising step of the last block: three latents that see 21."""
-    h, w = room.cells
-    kv = dit.text_kv(room.text())
-    cache, reads = context(dit, kv, 18, h, w, room.dtype)
-    past, pos = cache.read(reads), torch.arange(18, 21, device=room.device)
-    x, t = room.randn(1, 3, room.c.in_dim, h, w), torch.full((1, 3), 625.0, device=room.device)
-    return lambda: dit(x, t, kv, pos, past=past)
-
-
 def gain(room: Room) -> float:
     """How many times as fast a denoising step is with compiled blocks."""
-    eager, fast = (network(room.c, room.dtype, room.device) for _ in range(2))  # GPU: see above
-    steps = last_block(room, eager), last_block(room, fast.compile_blocks())  # GPU: likewise
-    slow, quick = medians(room.clock(), room.runs, *steps)  # GPU: likewise
+    fast = network(room.c, room.dtype, room.device).compile_blocks()  # GPU: see above
+    both = room.timed(room.dtype), room.timed(room.dtype, fast)  # GPU: likewise
+    steps = [timed.last_block()[bench.LAST] for timed in both]  # GPU: likewise
+    slow, quick = bench.medians(room.clock(), room.runs, *steps)  # GPU: likewise
     return slow / quick  # GPU: likewise
 
 
@@ -313,9 +295,8 @@ def streams(room: Room) -> Found:
     second one.
 
     (The product decodes on one stream; this says whether the other is worth its lines.)"""
-    dit = network(room.c, room.dtype, room.device)
-    vae = autoencoder(room.vae, room.dtype, room.device)
-    one_step, clock, blocks = last_block(room, dit), room.clock(), 4
+    timed, blocks = room.timed(room.dtype), 4
+    vae, clock, one_step = timed.vae, timed.clock, timed.last_block()[bench.LAST]
     began = clock.now()
     alone = interleaved(vae, one_step, blocks, None)
     seconds = clock.now() - began
@@ -326,10 +307,9 @@ def streams(room: Room) -> Found:
     clock.now()  # GPU: likewise
     same = torch.equal(alone, both)  # GPU: likewise
     demand(same, "the video of two streams is not that of one")  # GPU: likewise
-    loops = [
-        lambda s=s: interleaved(vae, one_step, blocks, s) for s in (None, aside)
-    ]  # GPU: see above
-    first, second = medians(clock, room.runs, *loops)  # GPU: likewise
+    loop = partial(interleaved, vae, one_step, blocks)  # GPU: likewise
+    loops = partial(loop, None), partial(loop, aside)  # GPU: likewise
+    first, second = bench.medians(clock, room.runs, *loops)  # GPU: likewise
     values = {"one stream s": first, "two streams s": second}  # GPU: likewise
     return Found(f"two streams are {first / second:.3f} x as fast as one", values)  # GPU: likewise
 

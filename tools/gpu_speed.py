@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,51 +27,37 @@ import anchors
 import train_dmd
 from anchors import Plan, both_directions
 from dit import DiTConfig
-from tools.bench import (
-    ORDERS,
-    autoencoder,
-    markdown,
-    matmul_rate,
-    measure,
-    median_of,
-    medians,
-    parts,
-    peak_of,
-    share_of_rate,
-)
-from tools.gpu_checks import ROOT, Found, Room, Skipped, demand, last_block
-from tools.memory import GIB, Meter, estimate, network, size_of, stage_1, stage_2, trainable
+from tools import bench
+from tools.count import ORDERS, size_of
+from tools.gpu_checks import ROOT, Found, Room, Skipped, demand
+from tools.memory import GIB, Meter, estimate, network, stage_1, stage_2, trainable
 from vae import VAE
 
 
 # ---------------------------------------------------------------- speed
 def step(room: Room) -> Found:
     """The parts of a block, and the denoising step's share of the matmul rate."""
-    dit, clock = network(room.c, room.dtype, room.device), room.clock()
-    vae = autoencoder(room.vae, torch.float32, room.device)
-    found = parts(clock, dit, vae, room.text(), *room.cells, room.runs, room.dtype)
-    share = share_of_rate(room.c, room.tokens, found, matmul_rate(clock, room.dtype))
-    values = {f"{name} ms": 1e3 * s for name, s in found.items()}
-    values["share of the matmul rate %"] = 100 * share
-    line = f"a denoising step takes {1e3 * found['denoising step, 3 latents see 21']:.3g} ms"
-    table = markdown({name: {"ms": 1e3 * s} for name, s in found.items()})
-    return Found(f"{line}, {100 * share:.0f} % of the matmul rate", values, table)
+    timed = room.timed(torch.float32)
+    found = bench.parts(timed)
+    share = 100 * bench.share_of_rate(timed, found, bench.matmul_rate(timed.clock, room.dtype))
+    rows = {name: {"ms": 1e3 * seconds} for name, seconds in found.items()}
+    line = f"a denoising step takes {rows[bench.LAST]['ms']:.3g} ms"
+    values = by_name(rows) | {"share of the matmul rate %": share}
+    return Found(f"{line}, {share:.0f} % of the matmul rate", values, rows)
 
 
 def decoding(room: Room) -> Found:
     """The VAE alone, in both types: seconds of a clip of 81 frames, and memory."""
     z, rows = room.randn(1, 21, room.vae.z_dim, *room.cells), {}
     for dtype in (torch.float32, torch.bfloat16):
-        vae = autoencoder(room.vae, dtype, room.device)
-        with peak_of(room.device) as peak:
-            seconds = median_of(room.clock(), room.runs, lambda vae=vae: decoded(vae, z))
-            name = str(dtype).removeprefix("torch.")
+        vae = bench.autoencoder(room.vae, dtype, room.device)
+        with bench.peak_of(room.device) as peak:
+            seconds = bench.median_of(room.clock(), room.runs, lambda vae=vae: decoded(vae, z))
+            name = "VAE " + str(dtype).removeprefix("torch.")
             rows[name] = {"81 frames s": seconds, "FPS": 81 / seconds, "peak GiB": peak()}
-    values = {f"VAE {name} {k}": x for name, row in rows.items() for k, x in row.items()}
     a, b = (row["81 frames s"] for row in rows.values())
-    return Found(
-        f"81 frames in {a:.3g} s in float32, {b:.3g} s in bfloat16", values, markdown(rows)
-    )
+    line = f"81 frames in {a:.3g} s in float32, {b:.3g} s in bfloat16"
+    return Found(line, by_name(rows), rows)
 
 
 def decoded(vae: VAE, z: Tensor) -> None:
@@ -84,13 +71,16 @@ def table_7(
     room: Room, plans: dict[str, Plan], vae_dtype: torch.dtype, runs: int
 ) -> dict[str, dict[str, float]]:
     """Rows of the paper's Table 7, with the VAE in this type."""
-    dit = network(room.c, room.dtype, room.device)
-    vae, rows = autoencoder(room.vae, vae_dtype, room.device), {}
+    timed, rows = replace(room.timed(vae_dtype), runs=runs), {}
     for name, plan in plans.items():
-        where = room.clock(), dit, vae, plan, room.text(), *room.cells
-        rows[name] = measure(*where, runs, room.dtype)
+        rows[name] = bench.measure(timed, plan)
         print(name, rows[name], flush=True)
     return rows
+
+
+def by_name(rows: dict[str, dict[str, float]]) -> dict[str, float]:
+    """{"forward": {"FPS": 9}} -> {"forward FPS": 9}"""
+    return {f"{name} {k}": x for name, row in rows.items() for k, x in row.items()}
 
 
 def orders(room: Room) -> Found:
@@ -101,20 +91,18 @@ def orders(room: Room) -> Found:
     twice = {name: ORDERS[name] for name in ("forward", "backward, P = 3")}
     for name, row in table_7(room, twice, torch.bfloat16, runs).items():
         rows[f"{name}, VAE bf16"] = row
-    values = {f"{name} {k}": x for name, row in rows.items() for k, x in row.items()}
-    values["peak GiB"] = max(row["peak GiB"] for row in rows.values())
+    values = by_name(rows) | {"peak GiB": max(row["peak GiB"] for row in rows.values())}
     forward, backward = rows["forward"], rows["backward, P = 3"]
     line = f"forward {forward['FPS']:.3g}, backward {backward['FPS']:.3g} FPS"
-    return Found(f"{line}, first frame {forward['first frame s']:.2g} s", values, markdown(rows))
+    return Found(f"{line}, first frame {forward['first frame s']:.2g} s", values, rows)
 
 
 def long_video(room: Room) -> Found:
     """30 s forward, both sinks: does the speed hold, and the memory?"""
     rows = table_7(room, {"30 s": anchors.long(120)}, torch.float32, 1)
-    values = {f"{name} {k}": x for name, row in rows.items() for k, x in row.items()}
     row = rows["30 s"]
     line = f"30 s in {row['clip s']:.3g} s, {row['FPS']:.3g} FPS, {row['peak GiB']:.3g} GiB"
-    return Found(line, values, markdown(rows))
+    return Found(line, by_name(rows), rows)
 
 
 def peers(room: Room) -> Found:
@@ -123,40 +111,21 @@ def peers(room: Room) -> Found:
     if not importlib.util.find_spec("diffusers"):
         raise Skipped("diffusers is not installed; pip install diffusers")
     c, device, clock = room.c, room.device, room.clock()
-    ours, mine = network(c, room.dtype, device), autoencoder(room.vae, torch.float32, device)
-    theirs, other = of_diffusers(room)
-    z, t = room.randn(1, 21, c.in_dim, *room.cells), torch.full((1,), 625.0, device=device)
-    pos, per_latent, text = torch.arange(21, device=device), t[:, None].expand(1, 21), room.text()
-    zt, words = z.transpose(1, 2).contiguous(), text.to(room.dtype)
-    short = zt.to(room.dtype)
-    transformers = (lambda: ours(z, per_latent, text, pos)), (lambda: theirs(short, t, words))
+    ours, mine = network(c, room.dtype, device), bench.autoencoder(room.vae, torch.float32, device)
+    theirs, other = bench.of_diffusers(c, room.vae, room.dtype, device)
+    z, t = room.randn(1, 21, c.in_dim, *room.cells), torch.full((1, 21), 625.0, device=device)
+    pos, text, zt = torch.arange(21, device=device), room.text(), z.transpose(1, 2).contiguous()
+    short, words = zt.to(room.dtype), text.to(room.dtype)
+    passes = (lambda: ours(z, t, text, pos)), (lambda: theirs(short, t[:, 0], words))
     decoders = (lambda: decoded(mine, z)), (lambda: other.decode(zt))
     rows = {
-        "transformer, 21 latents": medians(clock, room.runs, *transformers),
-        "VAE, 81 frames, float32": medians(clock, room.runs, *decoders),
+        "transformer, 21 latents": bench.medians(clock, room.runs, *passes),
+        "VAE, 81 frames, float32": bench.medians(clock, room.runs, *decoders),
     }
     table = {k: {"ours s": a, "diffusers s": b, "ratio": b / a} for k, (a, b) in rows.items()}
     values = {f"{k}, times diffusers": row["ratio"] for k, row in table.items()}
     line = ", ".join(f"{k} {row['ratio']:.2f} x" for k, row in table.items())
-    return Found(f"as fast as diffusers: {line}", values, markdown(table))
-
-
-def of_diffusers(room: Room) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Its transformer and VAE, of our sizes."""
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-
-    c = room.c
-    with torch.device(room.device):
-        transformer = WanTransformer3DModel(
-            num_attention_heads=c.num_heads,
-            attention_head_dim=c.dim // c.num_heads,
-            ffn_dim=c.ffn_dim,
-            num_layers=c.num_layers,
-            text_dim=c.text_dim,
-            freq_dim=c.freq_dim,
-        )
-        vae = AutoencoderKLWan(base_dim=room.vae.dim, num_res_blocks=room.vae.num_res_blocks)
-    return transformer.to(room.dtype).eval(), vae.eval()
+    return Found(f"as fast as diffusers: {line}", values, table)
 
 
 # ---------------------------------------------------------------- training
@@ -194,13 +163,12 @@ def updates(room: Room, teacher: DiTConfig, name: str) -> Found:
         for what, update in found.items():
             row = {"estimated GiB": memory[what]} | update_cost(room, update)
             rows[f"{what}, {plan.name}"] = row
-    beside = f"{name} teacher, "
-    values = {f"{beside}{what} {k}": x for what, row in rows.items() for k, x in row.items()}
     worst = max(row["measured GiB"] / row["estimated GiB"] for row in rows.values())
     seconds = {what: sum(rows[f"{what}, {p.name}"]["s"] for p in plans) for what in found}
-    values |= {f"{beside}{what} s": s for what, s in seconds.items()}
+    values = by_name(rows) | {f"{what} s": s for what, s in seconds.items()}
+    values = {f"{name} teacher, {k}": x for k, x in values.items()}
     line = ", ".join(f"{what} {s:.3g} s" for what, s in seconds.items())
-    return Found(f"{line}; memory at most {worst:.2f} x the estimate", values, markdown(rows))
+    return Found(f"{line}; memory at most {worst:.2f} x the estimate", values, rows)
 
 
 @torch.enable_grad()
@@ -209,12 +177,12 @@ def update_cost(room: Room, update: Callable[[], object]) -> dict[str, float]:
     if room.cuda:
         update()  # GPU: kernels are chosen and compiled in the first call
         before = torch.cuda.memory_allocated(room.device) / GIB  # GPU: a CPU has no such counter
-        with peak_of(room.device) as peak:  # GPU: likewise
-            seconds = median_of(room.clock(), 1, update)  # GPU: likewise
+        with bench.peak_of(room.device) as peak:  # GPU: likewise
+            seconds = bench.median_of(room.clock(), 1, update)  # GPU: likewise
             return {"measured GiB": peak() - before, "s": seconds}  # GPU: likewise
     with Meter() as meter:
         update()
-    return {"measured GiB": meter.peak / GIB, "s": median_of(room.clock(), 1, update)}
+    return {"measured GiB": meter.peak / GIB, "s": bench.median_of(room.clock(), 1, update)}
 
 
 # ---------------------------------------------------------------- where the time goes
@@ -236,8 +204,8 @@ def family(kernel: str) -> str:
 def profile(room: Room) -> Found:
     """One block of three latents that sees 18 before it: five passes and its decoding, by kernel
     family; the trace is kept."""
-    dit = network(room.c, room.dtype, room.device)
-    vae, one_step = autoencoder(room.vae, room.dtype, room.device), last_block(room, dit)
+    timed = room.timed(room.dtype)
+    vae, one_step = timed.vae, timed.last_block()[bench.LAST]
     _, state = vae.decode_chunk(one_step()[:, :1])  # a block in the middle of the video follows
 
     def block() -> None:
@@ -265,7 +233,7 @@ def profile(room: Room) -> Found:
     }
     line = ", ".join(f"{name} {row['%']:.0f} %" for name, row in list(rows.items())[:4])
     values = {f"profile {name} %": row["%"] for name, row in rows.items()}
-    return Found(f"a block, {total:.3g} ms: {line}; trace.json.gz", values, markdown(rows))
+    return Found(f"a block, {total:.3g} ms: {line}; trace.json.gz", values, rows)
 
 
 def kernels(profiler: torch.profiler.profile, cuda: bool) -> Iterator[tuple[str, float, int]]:

@@ -30,6 +30,7 @@ CELL = 22  # pixels of a latent's column in the plan
 THUMB = 62  # pixels of a frame in the strip
 GAP = 16  # pixels between plan and strip, and around both
 DENOISING, DONE, AT_END = 350, 450, 2500  # milliseconds: anchors there, anchors gone, all done
+GREY = (242, 242, 242)
 Picture = np.ndarray  # uint8 [H, W, 3]
 
 
@@ -37,6 +38,7 @@ Picture = np.ndarray  # uint8 [H, W, 3]
 class Config:
     """Draw a plan filling up and its video appearing, as an animated GIF."""
 
+    RANGES = {"order": ("forward", "backward"), "latents": (1, 100)}
     out: str = "assets/hero.gif"
     weights: str = "toy/weights"  # a folder with student and VAE, or: random
     prompt: str = "a red square moves left over a green wave"
@@ -65,9 +67,9 @@ def enlarged(frame: Picture, side: int) -> Picture:
     return frame[rows][:, columns]
 
 
-def box(image: Picture, row: int, column: int, side: int, colour: tuple[int, ...] | int) -> None:
-    """Fill a square, one pixel smaller than its cell."""
-    image[row + 1 : row + side, column + 1 : column + side] = colour
+def box(image: Picture, row: int, column: int, side: int, what: tuple[int, ...] | Picture) -> None:
+    """Fill a square, one pixel smaller than its cell, with a colour or a picture of that size."""
+    image[row + 1 : row + side, column + 1 : column + side] = what
 
 
 # ---------------------------------------------------------------- the plan, left
@@ -76,16 +78,15 @@ def plan_panel(plan: Plan, current: int, anchors_there: bool) -> Picture:
     height, width = (len(plan.steps) + 1) * CELL, (plan.length + 1) * CELL
     image = np.full((height, width, 3), 255, np.uint8)
     for latent in range(plan.length):
-        digits = str(latent)
-        left = (latent + 1) * CELL + (CELL - 8 * len(digits)) // 2 + 1
-        write_text(image, 6, left, digits, scale=2)
+        left = (latent + 1) * CELL + (CELL - 8 * len(str(latent))) // 2 + 1
+        write_text(image, 6, left, str(latent), scale=2)
     for n, step in enumerate(plan.steps):
         write_text(image, (n + 1) * CELL + 6, 4, str(n + 1), scale=2)
         mark = anchors.marks(step) if n <= current else {}
         if not anchors_there or n != current:
             mark = {latent: letter for latent, letter in mark.items() if letter != "a"}
         for latent in range(plan.length):
-            colour = COLOURS[mark[latent]] if latent in mark else 242
+            colour = COLOURS[mark[latent]] if latent in mark else GREY
             box(image, (n + 1) * CELL, (latent + 1) * CELL, CELL, colour)
     return image
 
@@ -111,16 +112,12 @@ def strip_panel(plan: Plan, frames: list[Picture], current: int, anchors_there: 
     step = plan.steps[current]
     for latent in range(plan.length):
         row, column = (latent // columns) * THUMB, (latent % columns) * THUMB
-        box(image, row, column, THUMB, 242)
-        if anchors_there and latent in step.anchors:
-            box(image, row, column, THUMB, COLOURS["a"])
-        elif anchors_there and latent in step.targets:
-            box(image, row, column, THUMB, COLOURS["T"])
+        box(image, row, column, THUMB, GREY)
+        if anchors_there and latent in step.own:
+            kind = "a" if latent in step.anchors else "T"
+            box(image, row, column, THUMB, COLOURS[kind])
         elif latent in made or latent in step.targets:
-            side = THUMB - 1
-            image[row + 1 : row + THUMB, column + 1 : column + THUMB] = enlarged(
-                frames[latent], side
-            )
+            box(image, row, column, THUMB, enlarged(frames[latent], THUMB - 1))
     return image
 
 
@@ -155,8 +152,6 @@ def film_of(plan: Plan, frames: list[Picture]) -> tuple[list[Picture], list[int]
 
 
 def main(config: Config) -> None:
-    if config.order not in ("forward", "backward"):
-        raise UserError(f"--order {config.order!r} must be forward or backward")
     if not config.out.endswith(".gif"):
         raise UserError(f"--out {config.out} must end in .gif")
     plan = anchors.ORDERS[config.order](config.latents)
@@ -164,9 +159,8 @@ def main(config: Config) -> None:
     with atomic(config.out) as tmp:
         iio.imwrite(tmp, pictures, duration=stays, loop=0)
         size = tmp.stat().st_size
-    print(
-        f"wrote {config.out}: {len(pictures)} pictures, {sum(stays) / 1000:.1f} s, {size:,} bytes"
-    )
+    seconds = sum(stays) / 1000
+    print(f"wrote {config.out}: {len(pictures)} pictures, {seconds:.1f} s, {size:,} bytes")
 
 
 if __name__ == "__main__":

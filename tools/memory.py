@@ -27,7 +27,7 @@ from dit import PRESETS, DiT, DiTConfig
 from lib.common import UserError, dtype_of, run
 from plans import rows_of
 from sampler import generate, noise_from, student_sigmas
-from tools.count import put, table
+from tools.count import BFLOAT, put, size_of, table
 from train_ode import ode_loss, recipe_of
 
 GIB = 2**30
@@ -46,28 +46,26 @@ class Meter(TorchDispatchMode):
         self.known.discard(key)
         self.live -= size
 
-    @staticmethod
-    def _is_given(key: int, inputs: tuple) -> bool:
-        """Whether a storage is that of an input: the result of an operation in place, on a weight
-        for instance."""
-        given = (x for x in tree_iter(inputs) if isinstance(x, Tensor))
-        return any(x.untyped_storage()._cdata == key for x in given)
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.is_view:
             return out
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if not isinstance(x, Tensor):
-                continue
+        # what works in place returns an input, a weight for instance
+        given = {x.untyped_storage()._cdata for x in tensors_of((args, kwargs))}
+        for x in tensors_of(out):
             storage = x.untyped_storage()
-            if storage._cdata in self.known or self._is_given(storage._cdata, (args, kwargs)):
-                continue
-            self.known.add(storage._cdata)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.known | given:
+                self.known.add(key)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, key, size)
         return out
+
+
+def tensors_of(tree: object) -> list[Tensor]:
+    """All tensors in lists, tuples and dicts of such."""
+    return [x for x in tree_iter(tree) if isinstance(x, Tensor)]
 
 
 class Fused(torch.autograd.Function):
@@ -84,11 +82,6 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-def fused(q: Tensor, k: Tensor, v: Tensor, visible: object = None) -> Tensor:
-    """In place of `dit.attend`: [B, L, A, D] -> [B, L, A, D], whoever sees whom."""
-    return Fused.apply(q, k, v)
 
 
 # ---------------------------------------------------------------- networks and their updates
@@ -184,7 +177,7 @@ def peaks(
         updates = stage_2(g, f_fake, f_real, plans[direction], config, B, "meta")
         updates["stage 1"] = stage_1(g, plans[direction], config.latent, B, "meta")
     found = {}
-    with mock.patch("dit.attend", fused):
+    with mock.patch("dit.attend", lambda q, k, v, visible=None: Fused.apply(q, k, v)):
         for what, update in updates.items():
             with Meter() as meter:
                 update()
@@ -206,47 +199,36 @@ def estimate(
     return found
 
 
-def gathered(c: DiTConfig, itemsize: int) -> float:
-    """GiB of the parameters of a sharded network that lie whole on a GPU while it computes: this
-    block and the next."""
-    with torch.device("meta"):
-        model = DiT(c)
-    block = sum(p.numel() for p in model.blocks[0].parameters())
-    whole = sum(p.numel() for p in model.parameters())
-    return (whole - block * (len(model.blocks) - 2)) * itemsize / GIB
+def gathered(c: DiTConfig) -> float:
+    """GiB of the bfloat16 parameters of a sharded network that lie whole on a GPU while it
+    computes: all but its blocks, this block and the next."""
+    two_blocks = replace(c, num_layers=2)
+    return size_of(two_blocks) * BFLOAT / GIB
 
 
-def size_of(c: DiTConfig) -> int:
-    """How many parameters a transformer of this config has."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in DiT(c).parameters())
-
-
-def weights_2(
-    student: DiTConfig, teacher: DiTConfig, gpus: int, itemsize: int = 2
-) -> dict[str, float]:
-    """GiB a GPU in stage 2: what is sharded over the GPUs, and what is gathered while they
+def weights_1(student: DiTConfig, gpus: int) -> dict[str, float]:
+    """GiB a GPU in stage 1: what is sharded over the GPUs, and what is gathered while they
     compute."""
+    sharded = size_of(student) * STAGE_1 / gpus / GIB
+    return {"student: master, gradient, Adam": sharded, "gathered blocks": gathered(student)}
+
+
+def weights_2(student: DiTConfig, teacher: DiTConfig, gpus: int) -> dict[str, float]:
+    """The same in stage 2, which has teacher and critic, too."""
     sizes = size_of(student), size_of(student), size_of(teacher)
-    blocks = 2 * gathered(student, itemsize) + gathered(teacher, itemsize)
-    return train_dmd.memory_of_weights(*sizes, gpus, itemsize) | {"gathered blocks": blocks}
+    blocks = 2 * gathered(student) + gathered(teacher)
+    return train_dmd.memory_of_weights(*sizes, gpus, BFLOAT) | {"gathered blocks": blocks}
 
 
-def weights_1(student: DiTConfig, gpus: int, itemsize: int = 2) -> dict[str, float]:
-    """The same in stage 1, which has the student alone."""
-    return {
-        "student: master, gradient, Adam": size_of(student) * STAGE_1 / gpus / GIB,
-        "gathered blocks": gathered(student, itemsize),
-    }
-
-
-def sheet(weights: list[dict[str, float]], active: dict[str, float], gpus: tuple[int, ...]) -> str:
+def sheet(weights: dict[int, dict[str, float]], active: dict[str, float]) -> str:
     """Markdown: a row for each thing, a column for each number of GPUs, and the peak."""
-    rows = [[name, *(f"{row[name]:.1f}" for row in weights)] for name in weights[0]]
-    rows += [[f"activations: {name}"] + [f"{gib:.1f}"] * len(gpus) for name, gib in active.items()]
-    tops = (sum(row.values()) + max(active.values()) for row in weights)
+    names = list(next(iter(weights.values())))
+    rows = [[name, *(row[name] for row in weights.values())] for name in names]
+    rows += [[f"activations: {name}"] + [gib] * len(weights) for name, gib in active.items()]
+    tops = [sum(row.values()) + max(active.values()) for row in weights.values()]
     rows.append(["**peak**", *(f"**{top:.1f}**" for top in tops)])
-    return table(["GiB a GPU", *(f"{n} GPU{'s' * (n > 1)}" for n in gpus)], rows)
+    gpus = {f"{n} GPU{'s' * (n > 1)}": ".1f" for n in weights}
+    return table({"GiB a GPU": ""} | gpus, rows)
 
 
 def estimated(config: "Config") -> str:
@@ -255,17 +237,17 @@ def estimated(config: "Config") -> str:
     settings = train_dmd.Config(**preset)
     student = PRESETS["wan1.3b"]
     teacher = PRESETS["wan14b"] if config.preset == "wan" else student
-    stage_1, stage_2 = {}, {}
+    first, second = {}, {}
     for direction, name in enumerate(("forward", "backward")):
         for what, gib in estimate(settings, student, teacher, direction).items():
-            (stage_1 if what == "stage 1" else stage_2)[f"{what}, {name}"] = gib
+            (first if what == "stage 1" else second)[f"{what}, {name}"] = gib
     slots = len(layout(both_directions()[1]).latent)
     tokens = slots * student.tokens(*settings.latent[1:])
     return (
         f"Stage 1 ({slots} latents = {tokens:,} tokens backward):\n\n"
-        + sheet([weights_1(student, n) for n in config.gpus], stage_1, config.gpus)
+        + sheet({n: weights_1(student, n) for n in config.gpus}, first)
         + "\n\nStage 2:\n\n"
-        + sheet([weights_2(student, teacher, n) for n in config.gpus], stage_2, config.gpus)
+        + sheet({n: weights_2(student, teacher, n) for n in config.gpus}, second)
     )
 
 
@@ -273,6 +255,7 @@ def estimated(config: "Config") -> str:
 class Config:
     """Estimate the memory of a training step per GPU, in GiB."""
 
+    RANGES = {"preset": ("wan", "wan-small-teacher"), "gpus": (1, 10**6), "micro": (1, 10**6)}
     preset: str = "wan"  # wan or wan-small-teacher
     gpus: tuple[int, ...] = (1, 8, 64)  # how many share the weights
     micro: int = 1  # samples a GPU
@@ -280,15 +263,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    if config.preset not in ("wan", "wan-small-teacher"):
-        raise UserError(f"--preset {config.preset!r} must be wan or wan-small-teacher")
-    if not config.gpus or min(config.gpus) < 1:
-        raise UserError(
-            f"--gpus {' '.join(map(str, config.gpus)) or 'nothing'} must be whole numbers of at "
-            "least 1"
-        )
-    if config.micro < 1:
-        raise UserError(f"--micro {config.micro} must be at least 1")
+    if not config.gpus:
+        raise UserError("--gpus nothing must be one number or more: how many share the weights")
     text = estimated(config)
     print(f"preset {config.preset}, samples a GPU: {config.micro}\n\n{text}")
     if config.write:

@@ -17,14 +17,8 @@ from anchors import ORDERS, Plan, layout, marks, text_picture
 from lib.common import UserError, atomic, run
 from lib.picture import draw_grid
 
-COLOURS = {
-    ".": (255, 255, 255),
-    "T": (88, 163, 90),
-    "G": (120, 120, 120),
-    "a": (244, 200, 66),
-    "r": (190, 225, 190),
-    "d": (90, 140, 220),
-}
+COLOURS = {".": (255, 255, 255), "T": (88, 163, 90), "G": (120, 120, 120), "a": (244, 200, 66)}
+COLOURS |= {"r": (190, 225, 190), "d": (90, 140, 220)}
 MOST_SLOTS = 64  # a mask of more slots, or with moved keys, tells nothing
 
 
@@ -70,10 +64,10 @@ def mask_panel(plan: Plan) -> np.ndarray | None:
 def picture(plan: Plan) -> np.ndarray:
     """uint8 [H, W, 3]."""
     panels = [p for p in (order_panel(plan), mask_panel(plan)) if p is not None]
-    width = max(p.shape[1] for p in panels)
-    padded = [
-        np.pad(p, ((0, 16), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in panels
-    ]
+    width, padded = max(p.shape[1] for p in panels), []
+    for panel in panels:
+        margins = ((0, 16), (0, width - panel.shape[1]), (0, 0))
+        padded.append(np.pad(panel, margins, constant_values=255))
     return np.concatenate(padded)
 
 

@@ -11,27 +11,29 @@ fail); docs/speed.md quotes its output.
 import copy
 import re
 import tempfile
-import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 import anchors
 import vae as vae_module
 from anchors import Plan, layout
-from dit import PRESETS, DiT, DiTConfig
+from dit import PRESETS, DiTConfig
 from generate import decode_in_order, load_models, make_blocks, write_video
 from lib import cpu
+from plans import rows_of
 from sampler import generate, noise_from, student_sigmas
-from tools.bench import Clock, matmul_rate, medians, processor
-from vae import VAE, VAEConfig
+from tools.bench import Clock, autoencoder, matmul_rate, medians, of_diffusers, processor
+from tools.memory import network
+from vae import VAEConfig
 
-CLOCK = Clock(torch.device("cpu"))
+CPU = torch.device("cpu")
+CLOCK = Clock(CPU)
 
 
 def race(name: str, ours: Callable, other: Callable, turns: int = 9) -> None:
@@ -52,51 +54,24 @@ def products() -> None:
 def longer(way: str) -> None:
     """How time and memory of a toy video on disk grow from 10 s to 100 s: in one process, the short
     one first."""
-    dit, vae = load_models("random", torch.float32, torch.device("cpu"))
+    dit, vae = load_models("random", torch.float32, CPU)
     times, peaks = [], []
     with tempfile.TemporaryDirectory() as folder:
         for length in (42, 42, 402):  # the first turn warms up
             Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
-            start = time.perf_counter()
+            began = CLOCK.now()
             plan = anchors.long(length, way)
             blocks = make_blocks(dit, plan, ["a red disc moves up over a blue wave"], (4, 4))
             write_video(f"{folder}/clip.mp4", decode_in_order(vae, plan, blocks))
-            times.append(time.perf_counter() - start)
-            peaks.append(
-                int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
-            )
+            times.append(CLOCK.now() - began)
+            status = Path("/proc/self/status").read_text()
+            peaks.append(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20)
+    (_, short, long), (_, small, large) = times, peaks
     print(
-        f"| 100 s of toy video, {way}, against 10 s | {times[2]:.1f} s | {times[1]:.1f} s | "
-        f"time x {times[2] / times[1]:.2f}, peak memory {peaks[1]:.2f} -> {peaks[2]:.2f} GiB "
-        f"(+ {100 * (peaks[2] / peaks[1] - 1):.1f} %) |",
+        f"| 100 s of toy video, {way}, against 10 s | {long:.1f} s | {short:.1f} s | time x "
+        f"{long / short:.2f}, peak memory {small:.2f} -> {large:.2f} GiB "
+        f"(+ {100 * (large / small - 1):.1f} %) |",
         flush=True,
-    )
-
-
-def transformers(
-    dim: int, ffn: int, heads: int, layers: int, latents: int
-) -> tuple[DiT, Callable, Callable]:
-    """Our transformer; a forward pass of it, and of diffusers' of this size."""
-    config = DiTConfig(dim=dim, ffn_dim=ffn, num_heads=heads, num_layers=layers, text_dim=512)
-    dit = DiT(config).eval().requires_grad_(False)
-    theirs = WanTransformer3DModel(
-        num_attention_heads=heads,
-        attention_head_dim=dim // heads,
-        ffn_dim=ffn,
-        num_layers=layers,
-        text_dim=512,
-    ).eval()
-    z, text, t, pos = (
-        torch.randn(1, latents, 16, 16, 16),
-        torch.randn(1, 512, 512),
-        torch.full((1,), 500.0),
-        torch.arange(latents),
-    )
-    zt = z.transpose(1, 2).contiguous()
-    return (
-        dit,
-        lambda: dit(z, t[:, None].expand(1, latents), text, pos),
-        lambda: theirs(zt, t, text),
     )
 
 
@@ -105,128 +80,117 @@ def floor(run: Callable) -> Callable:
 
     Each shape is run on one and the same input, which the caches of the machine then hold."""
     calls, inputs = [], {}
-    real = {
-        (where, name): getattr(where, name)
+
+    def recorded(call: Callable) -> Callable:
+        def noted(*args, **more):
+            same = []
+            for x in args:
+                is_input = type(x) is torch.Tensor  # no parameter
+                same.append(inputs.setdefault((x.shape, x.stride()), x) if is_input else x)
+            calls.append((call, same, more))
+            return call(*args, **more)
+
+        return noted
+
+    with ExitStack() as stack:
         for where, name in (
             (cpu, "_product"),
             (F, "linear"),
             (F, "scaled_dot_product_attention"),
             (torch.nn.Conv3d, "_conv_forward"),
             (vae_module, "conv3d"),
-        )
-    }
-
-    def recorded(call: Callable) -> Callable:
-        def noted(*args, **more):
-            same = [
-                inputs.setdefault((x.shape, x.stride()), x) if type(x) is torch.Tensor else x
-                for x in args
-            ]  # not parameters
-            calls.append((call, same, more))
-            return call(*args, **more)
-
-        return noted
-
-    try:
-        for (where, name), call in real.items():
-            setattr(where, name, recorded(call))
+        ):
+            new = recorded(getattr(where, name))
+            stack.enter_context(mock.patch.object(where, name, new))
         run()
-    finally:
-        for (where, name), call in real.items():
-            setattr(where, name, call)
     assert calls
     return lambda: [call(*args, **more) for call, args, more in calls]
 
 
+def transformers(name: str, c: DiTConfig, latents: int) -> None:
+    """A forward pass against diffusers' of this size, and both against their floors."""
+    dit = network(c, torch.float32, CPU)
+    theirs, _ = of_diffusers(c, VAEConfig(dim=4), torch.float32, CPU)
+    z, text = torch.randn(1, latents, 16, 16, 16), torch.randn(1, 512, c.text_dim)
+    zt, t = z.transpose(1, 2).contiguous(), torch.full((1, latents), 500.0)
+
+    def ours() -> torch.Tensor:
+        return dit(z, t, text, torch.arange(latents))
+
+    def other() -> object:
+        return theirs(zt, t[:, 0], text)
+
+    with mock.patch.object(cpu, "ONEDNN", False):
+        torchs = floor(ours)
+    race(f"DiT forward, {name}, against diffusers", ours, other)
+    race(f"DiT forward, {name}, against its floor", ours, floor(ours))
+    race(f"DiT forward, {name}, against that floor with torch's matrix products", ours, torchs)
+    race("diffusers' against the floor with torch's matrix products", other, torchs)
+
+
 def autoencoders(dim: int) -> None:
-    """Decoding and encoding of 17 frames against diffusers' VAE, and against its own convolutions
-    alone."""
-    vae, theirs = (
-        VAE(VAEConfig(dim=dim)).eval().requires_grad_(False),
-        AutoencoderKLWan(base_dim=dim).eval(),
-    )
+    """Decoding and encoding of 17 frames against diffusers' VAE, against its own convolutions
+    alone, and in bfloat16."""
+    vae = autoencoder(VAEConfig(dim=dim), torch.float32, CPU)
+    _, theirs = of_diffusers(DiTConfig(num_layers=1), vae.config, torch.float32, CPU)
+    half = copy.deepcopy(vae).to(torch.bfloat16)
     z, video = torch.randn(1, 5, 16, 16, 16), torch.rand(1, 3, 17, 128, 128) * 2 - 1
     zt = z.transpose(1, 2).contiguous()
-    for name, ours, other in (
+    for way, ours, other in (
         ("decode", lambda: vae.decode(z), lambda: theirs.decode(zt)),
         ("encode", lambda: vae.encode(video), lambda: theirs.encode(video)),
     ):
-        race(f"VAE {name}, dim {dim}, 17x128x128, against diffusers", ours, other, turns=5)
-        race(f"VAE {name}, dim {dim}, 17x128x128, against its floor", ours, floor(ours), turns=5)
-    half = copy.deepcopy(vae).to(torch.bfloat16)
-    race(
-        f"VAE decode, dim {dim}, 17x128x128, in bfloat16 against float32",
-        lambda: half.decode(z),
-        lambda: vae.decode(z),
-        turns=5,
-    )
+        name = f"VAE {way}, dim {dim}, 17x128x128"
+        race(f"{name}, against diffusers", ours, other, turns=5)
+        race(f"{name}, against its floor", ours, floor(ours), turns=5)
+    name = f"VAE decode, dim {dim}, 17x128x128, in bfloat16 against float32"
+    race(name, lambda: half.decode(z), lambda: vae.decode(z), turns=5)
 
 
-def rollouts(name: str, dit: DiT) -> None:
-    """A rollout of 21 latents: cached against recomputed, forward against backward; and what fusing
-    two passes would save."""
-    plans, text = (
-        {"forward": anchors.forward(21), "backward": anchors.backward(21)},
-        torch.randn(1, 512, 512),
-    )
-    text_kv = dit.text_kv(text)
-    noise, renoise, pos = (
-        torch.randn(1, 21, 16, 16, 16),
-        torch.randn(3, 1, 21, 16, 16, 16),
-        torch.arange(21),
-    )
+def rollouts(name: str, c: DiTConfig) -> None:
+    """A rollout of 21 latents: cached against recomputed, forward against backward."""
+    dit, text = network(c, torch.float32, CPU), torch.randn(1, 512, c.text_dim)
+    forward, backward, text_kv = anchors.forward(21), anchors.backward(21), dit.text_kv(text)
+    rows = rows_of([forward, backward])  # anchors have noise of their own
+    noise, renoise = torch.randn(1, rows, 16, 16, 16), torch.randn(3, 1, rows, 16, 16, 16)
 
-    def cached(way: str) -> None:
-        generate(dit, plans[way], [dit.text_kv(text)], noise_from(noise, renoise))
+    def cached(plan: Plan) -> None:
+        generate(dit, plan, [dit.text_kv(text)], noise_from(noise, renoise, 21))
 
     def recompute(words: torch.Tensor | list) -> None:
         """Every denoising step runs all earlier blocks again, clean, and the current one: what a
         cache saves."""
-        plan = plans["forward"]
-        for n in range(len(plan.steps)):
-            latents = plan.steps[n].targets[-1] + 1
-            visible = layout(Plan("prefix", latents, plan.steps[: n + 1])).visible
+        for n, step in enumerate(forward.steps):
+            latents = step.targets[-1] + 1
+            visible = layout(Plan("prefix", latents, forward.steps[: n + 1])).visible
             for sigma in student_sigmas():
                 t = torch.zeros(1, latents)
                 t[:, -3:] = 1000 * sigma
-                dit(noise[:, :latents], t, words, pos[:latents], visible)
+                dit(noise[:, :latents], t, words, torch.arange(latents), visible)
 
-    name = f"rollout of 21 latents, {name}"
-    race(
-        f"{name}, cached, against nothing cached",
-        lambda: cached("forward"),
-        lambda: recompute(text),
-        turns=3,
-    )
-    race(
-        f"{name}, cached, against only the text cached",
-        lambda: cached("forward"),
-        lambda: recompute(text_kv),
-        turns=3,
-    )
-    race(
-        f"{name}, forward against backward with P = 3",
-        lambda: cached("forward"),
-        lambda: cached("backward"),
-        turns=3,
-    )
+    for against, other in (
+        ("cached, against nothing cached", lambda: recompute(text)),
+        ("cached, against only the text cached", lambda: recompute(text_kv)),
+        ("forward against backward with P = 3", lambda: cached(backward)),
+    ):
+        whole = f"rollout of 21 latents, {name}, {against}"
+        race(whole, lambda: cached(forward), other, turns=3)
 
 
-def fused(name: str, config: DiTConfig, h: int) -> None:
+def fused(name: str, c: DiTConfig, h: int) -> None:
     """What fusing a block's clean pass with the next one's first step would save: one pass of both,
     or one after the other."""
-    dit = DiT(config).eval().requires_grad_(False)
-    z, t, pos = torch.randn(1, 6, config.in_dim, h, h), torch.zeros(1, 6), torch.arange(6)
-    kv = dit.text_kv(torch.randn(1, config.text_len, config.text_dim))
-    race(
-        f"clean pass and next step in one pass, {name}, 6x{config.tokens(h, h)} tokens, "
-        "against one after the other",
-        lambda: dit(z, t, kv, pos),
-        lambda: (
-            dit(z[:, :3], t[:, :3], kv, pos[:3], keys_only=True),
-            dit(z[:, 3:], t[:, 3:], kv, pos[3:]),
-        ),
-    )
+    z, t, pos = torch.randn(1, 6, c.in_dim, h, h), torch.zeros(1, 6), torch.arange(6)
+    dit = network(c, torch.float32, CPU)
+    kv = dit.text_kv(torch.randn(1, c.text_len, c.text_dim))
+
+    def separate() -> None:
+        dit(z[:, :3], t[:, :3], kv, pos[:3], keys_only=True)
+        dit(z[:, 3:], t[:, 3:], kv, pos[3:])
+
+    tokens = f"6x{c.tokens(h, h)} tokens"
+    name = f"clean pass and next step in one pass, {name}, {tokens}, against one after the other"
+    race(name, lambda: dit(z, t, kv, pos), separate)
 
 
 @torch.no_grad()
@@ -236,21 +200,14 @@ def main() -> None:
     print("| what | ours | other | other / ours |\n|---|---|---|---|")
     for way in ("forward", "backward"):
         longer(way)
-    small, wide = transformers(384, 1536, 6, 8, 21), transformers(1536, 8960, 12, 2, 12)
-    for name, (ours, theirs) in (
-        ("dim 384, 8 layers, 21x64 tokens", small[1:]),
-        ("dim 1536, 2 layers, 12x64 tokens", wide[1:]),
-    ):
-        with mock.patch.object(cpu, "ONEDNN", False):
-            torchs = floor(ours)
-        race(f"DiT forward, {name}, against diffusers", ours, theirs)
-        race(f"DiT forward, {name}, against its floor", ours, floor(ours))
-        race(f"DiT forward, {name}, against that floor with torch's matrix products", ours, torchs)
-        race("diffusers' against the floor with torch's matrix products", theirs, torchs)
+    small = DiTConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=8, text_dim=512)
+    wide = replace(small, dim=1536, ffn_dim=8960, num_heads=12, num_layers=4)
+    transformers("dim 384, 8 layers, 21x64 tokens", small, 21)
+    transformers("dim 1536, 2 layers, 12x64 tokens", replace(wide, num_layers=2), 12)
     for dim in (32, 96):
         autoencoders(dim)
-    rollouts("dim 384, 8 layers", small[0])
-    rollouts("dim 1536, 4 layers", transformers(1536, 8960, 12, 4, 12)[0])
+    rollouts("dim 384, 8 layers", small)
+    rollouts("dim 1536, 4 layers", wide)
     fused("the toy", PRESETS["toy"], 4)
     fused("1.3B's layers, two of them", replace(PRESETS["wan1.3b"], num_layers=2), 32)
 

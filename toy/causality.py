@@ -23,10 +23,11 @@ from tqdm import tqdm
 import anchors
 from evaluate import measure, round_trip, summary
 from lib import report
-from lib.common import UserError, run, start
+from lib.common import run, start
 from lib.statistics import Stat
 from lib.world import numbers_of
 from toy import world
+from toy.inbetween import decoded, encoded
 from vae import VAE, load_vae
 
 PASTS = (0, 1, 2, 3)  # how many latents of the past are right
@@ -36,6 +37,7 @@ PASTS = (0, 1, 2, 3)  # how many latents of the past are right
 class Config:
     """Measure how the toy VAE's latents depend on their past, and which measure notices."""
 
+    RANGES = {"clips": (2, 10**6), "block": (1, 20), "speed": (0.001, 100)}
     weights: str = "toy/weights"
     clips: int = 16
     block: int = 3
@@ -60,7 +62,7 @@ def with_wrong_past(vae: VAE, video: Tensor, firsts: list[int], p: int) -> Tenso
 def latents_of(vae: VAE, video: Tensor, firsts: list[int], p: int | None) -> Tensor:
     """Latents of all clips, each with the past of the one before it; p None: with its own."""
     if p is None:
-        return torch.cat([vae.encode(clip[None], chunk=99) for clip in video])
+        return encoded(vae, video, chunk=99)
     pairs = [torch.stack([video[n], video[n - 1]]) for n in range(len(video))]
     return torch.cat([with_wrong_past(vae, pair, firsts, p)[:1] for pair in pairs])
 
@@ -85,8 +87,8 @@ def rows_of(
         video = world.render(captions, numbers, speed=speed).to(device)
         for p in (None, *PASTS):
             z = latents_of(vae, video, firsts, p)
-            made = torch.cat([vae.decode(x[None], chunk=99) for x in z])
-            again = torch.cat([vae.encode(clip[None]) for clip in made])
+            made = decoded(vae, z, chunk=99)
+            again = encoded(vae, made)
             found = {"PSNR of those latents": psnr(made, video, firsts)} | measure(made, plan)
             found["round trip"] = round_trip(z, again, plan)
             right = "all of the past is right" if p is None else f"{p} latents of it are"
@@ -95,10 +97,6 @@ def rows_of(
 
 def main(config: Config) -> None:
     device = start(config.device)[2]
-    if config.clips < 2:
-        raise UserError(f"--clips {config.clips} must be at least 2: each lends another its past")
-    if not config.speed or min(config.speed) <= 0:
-        raise UserError(f"--speed {' '.join(map(str, config.speed))} must be above 0")
     vae = load_vae(config.weights, device=device)
     total = len(config.speed) * (1 + len(PASTS))
     rows = dict(tqdm(rows_of(config, vae, device), total=total, unit="row"))

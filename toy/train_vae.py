@@ -28,15 +28,8 @@ from vae import PRESETS, VAE, Attention, ResidualBlock, load_vae, save_vae
 class Config:
     """Train the toy VAE."""
 
-    RANGES = RANGES | {
-        "preset": tuple(PRESETS),
-        "size": (8, 4096),
-        "frames": (1, 10000),
-        "batch": (1, 10000),
-        "share": (0, 1),
-        "kl": (0, 1000),
-        "diff": (0, 1000),
-    }
+    RANGES = RANGES | {"preset": tuple(PRESETS), "size": (8, 4096), "frames": (1, 10000)}
+    RANGES |= {"batch": (1, 10000), "share": (0, 1), "kl": (0, 1000), "diff": (0, 1000)}
     FREE = ("lr", "kl", "diff")  # what may change when a run goes on
     out: str = "out/toy"  # folder: vae.safetensors, its log, and the resume state
     preset: str = "toy"  # a VAE preset
@@ -50,9 +43,7 @@ class Config:
     share: tuple[float, ...] = (0.08, 0.24, 0.45, 0.23)  # of the steps, a number a stage
     lr: float = 7e-4  # Adam, cosine to zero [ours]
     init: str = ""  # go on from these weights instead of fresh ones
-    encoder: bool = (
-        True  # false: the decoder only, so that latents stay valid, and all made of them
-    )
+    encoder: bool = True  # false: the decoder only, so that latents made before stay valid
     kl: float = 1e-4  # per latent element [ours]; 1e-2 and more makes latents hang on their past
     diff: float = 1.5  # L1 of frame differences [ours]
     seed: int = 0
@@ -113,8 +104,8 @@ def finish(vae: VAE, config: Config, device: torch.device) -> tuple[VAE, float]:
     and std of the latents, which go into the config."""
     video = torch.cat([clips([HELD_OUT + i], config.size, 81)[0] for i in range(64)]).to(device)
     if config.encoder:
-        raw = {"mean": (0.0,) * vae.config.z_dim, "std": (1.0,) * vae.config.z_dim}
-        vae.config = replace(vae.config, **raw)
+        zeros, ones = (0.0,) * vae.config.z_dim, (1.0,) * vae.config.z_dim
+        vae.config = replace(vae.config, mean=zeros, std=ones)
     z = torch.cat([vae.encode(v[None]) for v in video])  # (64, T, C, h, w)
     made = torch.cat([vae.decode(x[None]) for x in z])
     psnr = -10 * ((made - video).square().mean() / 4).log10().item()
@@ -128,8 +119,7 @@ def finish(vae: VAE, config: Config, device: torch.device) -> tuple[VAE, float]:
 def stage_of(step: int, steps: int, share: tuple[float, ...]) -> int:
     """Which stage a step belongs to, when stages have these shares of all steps; the last takes the
     rest: stage_of(3, 10, (.25, .25, .5)) -> 1"""
-    ends = [steps * sum(share[: i + 1]) for i in range(len(share) - 1)]
-    return sum(step >= end for end in ends)
+    return sum(step >= steps * sum(share[:i]) for i in range(1, len(share)))
 
 
 def networks(config: Config, device: torch.device) -> tuple[VAE, torch.optim.Optimizer]:
@@ -147,15 +137,13 @@ def networks(config: Config, device: torch.device) -> tuple[VAE, torch.optim.Opt
 
 def main(config: Config) -> None:
     device, out = start(config.device)[2], check_out(config.out, folder=True)
-    if config.preset not in PRESETS:
-        raise UserError(f"unknown preset {config.preset!r}; use {', '.join(PRESETS)}")
     if not len(config.frames) == len(config.batch) == len(config.share) > 0:
         raise UserError(
             f"--frames {config.frames}, --batch {config.batch} and --share {config.share} "
             "need one number a stage each"
         )
     vae, optimiser = networks(config, device)
-    space, time = vae.config.space, vae.config.time
+    c, space, time = vae.config, vae.config.space, vae.config.time
     if config.size % space or any((frames - 1) % time for frames in config.frames):
         raise UserError(
             f"--size {config.size} must be a multiple of {space}, "
@@ -171,9 +159,8 @@ def main(config: Config) -> None:
         g = generator(config.seed, Stream.VAE, step)
         numbers = torch.randint(HELD_OUT, (batch,), generator=g).tolist()
         video = clips(numbers, config.size, frames)[0].to(device)
-        side = config.size // vae.config.space
-        latents = 1 + (frames - 1) // vae.config.time
-        noise = torch.randn(batch, vae.config.z_dim, latents, side, side, generator=g)
+        side = config.size // space
+        noise = torch.randn(batch, c.z_dim, c.latents(frames), side, side, generator=g)
         loss, terms = vae_loss(vae, video, noise.to(device), config.kl, config.diff)
         loss.backward()
         # pictures do not reach the temporal layers, but Adam's state must be whole to be saved

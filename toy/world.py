@@ -27,48 +27,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.common import Stream, generator
+from lib.media import write_sheet
 from lib.text import HELD_OUT, KNOWN
 
-PALETTE = {
-    "red": (1, 0, 0),
-    "green": (0, 1, 0),
-    "blue": (0, 0, 1),  # [ours]
-    "yellow": (1, 1, 0),
-    "magenta": (1, 0, 1),
-    "cyan": (0, 1, 1),
-}
-HEADINGS = {
-    "left": (-1, 0),
-    "right": (1, 0),
-    "up": (0, -1),
-    "down": (0, 1),
-}  # [ours] (x, y), y points down
-COLOURS, DIRECTIONS, SHAPES = (
-    tuple(PALETTE),
-    tuple(HEADINGS),
-    ("disc", "square", "triangle", "ring"),
-)  # [ours]
+# Every number of this world is [ours].
+PALETTE = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
+PALETTE |= {"yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
+HEADINGS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y down
+COLOURS, DIRECTIONS = tuple(PALETTE), tuple(HEADINGS)
+SHAPES = ("disc", "square", "triangle", "ring")
 GRAMMAR = (("a",), COLOURS, SHAPES, ("moves",), DIRECTIONS, ("over",), ("a",), COLOURS, ("wave",))
 VOCABULARY = tuple(dict.fromkeys(itertools.chain(*GRAMMAR)))
 
-UNITS = 32.0  # [ours] frame width
-SPRITE_LOW, SPRITE_SPAN = 0.04, 0.94  # [ours] sprite = low + span * palette, channels 0..1
-GROUND_LOW, GROUND_SPAN, GROUND_WAVE = (
-    0.10,
-    0.24,
-    0.30,
-)  # [ours] (low + span * palette) * (1 +- wave)
-SPRITE_RADIUS, BALL_RADIUS = 7.5, 3.0  # [ours] every shape fits in the sprite radius
-BALL_GREY, BALL_TINT = (
-    0.55,
-    0.20,
-)  # [ours] ball = grey + tint * cos(hue - 0, 1/3, 2/3 of a turn): paler than any sprite
-BALL_DARKEST = 0.22  # [ours] the ball's lowest channel is above it, all other things' below
-GROUND_BRIGHTEST = 0.5  # [ours] the sprite's highest channel is above it, the ground's below
-SPEED_SWING = 0.4  # [ours] speed factor is 1 +- swing
-SCALARS = 21  # [ours] random numbers per clip
-RADII = (1, 2, 3, 4, 5, 6, 7, 8)  # [ours] circles on which `measure` looks at a shape
-BLURS = (1.0, 3.0, 5.0)  # [ours] widths of soft edge at which `measure` knows the shapes
+UNITS = 32.0  # frame width
+SPRITE_LOW, SPRITE_SPAN = 0.04, 0.94  # sprite = low + span * palette, channels 0..1
+GROUND_LOW, GROUND_SPAN, GROUND_WAVE = 0.10, 0.24, 0.30  # (low + span * palette) * (1 +- wave)
+SPRITE_RADIUS, BALL_RADIUS = 7.5, 3.0  # every shape fits in the sprite radius
+BALL_GREY, BALL_TINT = 0.55, 0.20  # grey + tint * cos(hue - 0, 1/3, 2/3 of a turn): a pale ball
+BALL_DARKEST = 0.22  # the ball's lowest channel is above it, all other things' below
+GROUND_BRIGHTEST = 0.5  # the sprite's highest channel is above it, the ground's below
+SPEED_SWING = 0.4  # speed factor is 1 +- swing
+SCALARS = 21  # random numbers per clip
+RADII = (1, 2, 3, 4, 5, 6, 7, 8)  # circles on which `measure` looks at a shape
+BLURS = (1.0, 3.0, 5.0)  # widths of soft edge at which `measure` knows the shapes
 
 
 def held_out(caption: str) -> bool:
@@ -109,10 +90,8 @@ def parse(caption: str) -> dict[str, str]:
             )
         if word not in allowed:
             fault = "is missing and" if word is None else f"is {word!r} but"
-            one_of = ", ".join(allowed)
-            raise ValueError(
-                f"word {place} of caption {caption!r} {fault} must be one of: {one_of}."
-            )
+            must = f"must be one of: {', '.join(allowed)}."
+            raise ValueError(f"word {place} of caption {caption!r} {fault} {must}")
     return {"colour": words[1], "shape": words[2], "direction": words[4], "ground": words[7]}
 
 
@@ -134,12 +113,8 @@ def render(
         )
     words = [parse(c) for c in captions]
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    scalars = torch.stack(
-        [torch.rand(SCALARS, generator=g, dtype=torch.float64) for g in generators]
-    )
-    draws = iter(
-        scalars[..., None].unbind(1)
-    )  # each [B, 1], against t [F]; float64 up to the pixels
+    scalars = [torch.rand(SCALARS, 1, generator=g, dtype=torch.float64) for g in generators]
+    draws = iter(torch.stack(scalars).unbind(1))  # each [B, 1], against t [F]
     t = torch.arange(frames, dtype=torch.float64) * speed
 
     def uniform(low: float, high: float) -> Tensor:
@@ -150,9 +125,8 @@ def render(
         return radius + (torch.remainder(uniform(0, 2 * span) + speed * t, 2 * span) - span).abs()
 
     # Where things are, each [B, F]: the sprite's speed swings along its heading, all else bounces.
-    heading = torch.tensor([HEADINGS[w["direction"]] for w in words], dtype=torch.float64)[
-        ..., None
-    ]
+    headings = [HEADINGS[w["direction"]] for w in words]
+    heading = torch.tensor(headings, dtype=torch.float64)[..., None]  # [B, 2, 1]
     start, speed, phase = uniform(0, UNITS), uniform(1.2, 1.8), uniform(0, 2 * math.pi)
     rate = 2 * math.pi / uniform(30, 80)
     travel = speed * (t - SPEED_SWING / rate * (torch.cos(rate * t + phase) - phase.cos()))
@@ -181,12 +155,11 @@ def render(
     for shape in SHAPES:
         where = [i for i, w in enumerate(words) if w["shape"] == shape]
         sprite[where] = _cover(shape, u[where], v[where], size)
-    thirds = torch.tensor([0, 1, 2], dtype=torch.float64) * 2 * math.pi / 3
+    thirds = torch.arange(3, dtype=torch.float64) * 2 * math.pi / 3
     tint = BALL_GREY + BALL_TINT * (uniform(0, 2 * math.pi) - thirds).cos().float()  # [B, 3]
     video += ball[:, None] * (tint[..., None, None, None] - video)
-    video += sprite[:, None] * (
-        SPRITE_LOW + SPRITE_SPAN * _palette(w["colour"] for w in words) - video
-    )
+    colour = SPRITE_LOW + SPRITE_SPAN * _palette(w["colour"] for w in words)
+    video += sprite[:, None] * (colour - video)
     return video.mul_(2).sub_(1)
 
 
@@ -252,9 +225,8 @@ def _references(size: int) -> Tensor:
 def _nearest_colour(rgb: Tensor) -> Tensor:
     """Palette index [B] of colours [B, 3], by hue alone."""
     low, high = rgb.amin(1, keepdim=True), rgb.amax(1, keepdim=True)
-    return torch.cdist(
-        (rgb - low) / (high - low).clamp_min(1e-6), _palette(COLOURS).flatten(1)
-    ).argmin(1)
+    hue = (rgb - low) / (high - low).clamp_min(1e-6)
+    return torch.cdist(hue, _palette(COLOURS).flatten(1)).argmin(1)
 
 
 @torch.no_grad()
@@ -262,9 +234,8 @@ def measure(video: Tensor) -> list[dict[str, str]]:
     """Read {colour, shape, direction, ground} from pixels [B, 3, F, H, W] in [-1, 1], or 'none'."""
     rgb = (video.float().cpu().nan_to_num().clamp(-1, 1) + 1) / 2
     size, frames = rgb.shape[-1], rgb.shape[2]
-    mask = ((rgb.amax(1) - rgb.amin(1) - 0.35) / 0.5).clamp(
-        0, 1
-    )  # [B, F, H, W] saturated: sprite only
+    # [B, F, H, W] saturated: sprite only
+    mask = ((rgb.amax(1) - rgb.amin(1) - 0.35) / 0.5).clamp(0, 1)
     mass = mask.sum((-2, -1))
     present = (mask.mean((1, 2, 3)) - 0.2).abs() < 0.19  # a sprite fills 1 to 39 % of the frame
     some = torch.linspace(0, frames - 1, min(frames, 16)).round().long()  # enough but for direction
@@ -283,32 +254,27 @@ def measure(video: Tensor) -> list[dict[str, str]]:
     progress, direction = (velocity @ torch.tensor(list(HEADINGS.values())).float().T).max(1)
 
     # Shape: where pixels lie from ground to sprite colour, grey removed (linear: noise averages).
-    sprite_rgb = _palette(COLOURS).flatten(1)[colour]
-    pixels, near, far = (
-        c - c.mean(1, keepdim=True) for c in (few.flatten(2), ground_rgb, sprite_rgb)
-    )
+    colours = few.flatten(2), ground_rgb, _palette(COLOURS).flatten(1)[colour]
+    pixels, near, far = (c - c.mean(1, keepdim=True) for c in colours)
     line = (far - near)[..., None]
     cover = ((pixels - near[..., None]) * line).sum(1).unflatten(1, few.shape[2:])
     found = (_descriptor(cover, x[:, some], y[:, some]) * mass[:, some, None]).sum(1)
-    shape = torch.cosine_similarity(found[:, None], _references(size), dim=-1).argmax(1) % len(
-        SHAPES
-    )
+    alike = torch.cosine_similarity(found[:, None], _references(size), dim=-1)
 
-    grounded = ground_rgb.amax(1) - ground_rgb.amin(1) > 0.06
     moving = present & (progress > 0.1)
-    columns = {
+    grounded = ground_rgb.amax(1) - ground_rgb.amin(1) > 0.06
+    read = {
         "colour": (COLOURS, colour, present),
-        "shape": (SHAPES, shape, present),
+        "shape": (SHAPES, alike.argmax(1) % len(SHAPES), present),
         "direction": (DIRECTIONS, direction, moving),
         "ground": (COLOURS, ground, grounded),
     }
-    return [
-        {
-            key: names[index[i]] if there[i] else "none"
-            for key, (names, index, there) in columns.items()
-        }
-        for i in range(len(rgb))
-    ]
+
+    def word(key: str, i: int) -> str:
+        names, index, there = read[key]
+        return names[index[i]] if there[i] else "none"
+
+    return [{key: word(key, i) for key in read} for i in range(len(rgb))]
 
 
 def hits(video: Tensor, captions: list[str]) -> dict[str, Tensor]:
@@ -316,8 +282,7 @@ def hits(video: Tensor, captions: list[str]) -> dict[str, Tensor]:
 
     caption: colour, shape and direction all do"""
     pairs = list(zip(measure(video), map(parse, captions), strict=True))
-    keys = ("colour", "shape", "direction", "ground")
-    found = {key: torch.tensor([seen[key] == said[key] for seen, said in pairs]) for key in keys}
+    found = {k: torch.tensor([seen[k] == said[k] for seen, said in pairs]) for k in pairs[0][1]}
     return found | {"caption": found["colour"] & found["shape"] & found["direction"]}
 
 
@@ -368,11 +333,7 @@ def _ground_pan(light: Tensor, ground: Tensor, lag: int = 2) -> Tensor:
         return light.new_full((len(light), 2), torch.nan)
     light = F.avg_pool2d(light, 5, stride=1, padding=2)
     inside = slice(3, size - 3)  # the blur is whole there
-    before, now, after = (
-        slice(0, frames - 2 * lag),
-        slice(lag, frames - lag),
-        slice(2 * lag, frames),
-    )
+    before, now, after = (slice(i * lag, frames - (2 - i) * lag) for i in range(3))
     dx = (light[:, now, inside, 4 : size - 2] - light[:, now, inside, 2 : size - 4]) / 2
     dy = (light[:, now, 4 : size - 2, inside] - light[:, now, 2 : size - 4, inside]) / 2
     dt = (light[:, after, inside, inside] - light[:, before, inside, inside]) / (2 * lag)
@@ -381,24 +342,17 @@ def _ground_pan(light: Tensor, ground: Tensor, lag: int = 2) -> Tensor:
     def total(product: Tensor) -> Tensor:
         return (product * valid).sum((1, 2, 3)).double()
 
-    xx, xy, yy = total(dx * dx), total(dx * dy), total(dy * dy)
-    xt, yt = total(dx * dt), total(dy * dt)
+    xx, xy, yy, xt, yt = map(total, (dx * dx, dx * dy, dy * dy, dx * dt, dy * dt))
     determinant = xx * yy - xy * xy
     pan = torch.stack([xy * yt - yy * xt, xy * xt - xx * yt], 1) / determinant[:, None]
     known = determinant > 1e-6 * (xx + yy).square()  # gradients face more than one way
     return torch.where(known[:, None], pan * UNITS / size, torch.nan).float()
 
 
-def main(path: str, clips: int = 8, size: int = 32, zoom: int = 3) -> None:
-    """Write a contact sheet PNG: one clip a row, every 8th frame a column."""
-    import imageio.v3 as iio
-
-    captions = random_captions(clips, torch.Generator().manual_seed(1))
-    sheet = torch.nn.functional.pad(
-        render(captions, range(clips), size)[:, :, ::8], (1, 1, 1, 1), value=1.0
-    )
-    sheet = sheet.permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)
-    iio.imwrite(path, ((sheet + 1) * 127.5).round().byte().numpy().repeat(zoom, 0).repeat(zoom, 1))
+def main(path: str) -> None:
+    """Write a contact sheet PNG of eight clips: one a row, every 8th frame a column."""
+    captions = random_captions(8, torch.Generator().manual_seed(1))
+    write_sheet(path, render(captions, range(8)), columns=11)
     print("\n".join(captions))
 
 

@@ -5,7 +5,7 @@ Tiny networks, the real scripts, each in a process of its own that is killed aft
 Then the weights must equal, bit for bit on a CPU, those of an uninterrupted run, and no
 temporary file may be left or taken for good.
 
-    python -m tools.kill --kills 50           # about 5 minutes on two cores
+    python -m tests.kill --kills 50           # about 5 minutes on two cores
 """
 
 import os
@@ -37,10 +37,9 @@ def jobs(folder: Path) -> dict[str, str]:
         f"--student {paths['student']} --vae {paths['vae']} --steps 250 --ratio 2 "
         f"--save_every 1 --sheet_every 0 --out {folder}"
     )
-    train = f"{ode} --steps 600 --save_every 1 --out {folder}/ode"
     return {
         "generate": f"{ode} --generate",
-        "stage 1": train,
+        "stage 1": f"{ode} --steps 600 --save_every 1 --out {folder}/ode",
         "stage 2": f"{dmd}/dmd",
         "stage 2, two processes": f"{dmd}/two",
     }
@@ -49,19 +48,9 @@ def jobs(folder: Path) -> dict[str, str]:
 def launch(words: str, processes: int, errors: typing.TextIO) -> subprocess.Popen:
     """Start a script as a group of its own; what it says goes to a file, for a pipe that nobody
     reads fills up."""
-    start = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-    )
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
     return subprocess.Popen(
-        [*start, *words.split()],
+        [sys.executable, *torchrun * (processes > 1), *words.split()],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=errors,
@@ -111,31 +100,33 @@ class Config:
     seed: int = 0
 
 
+OUT = {"generate": "pairs", "stage 1": "ode", "stage 2": "dmd", "stage 2, two processes": "two"}
+
+
+def compare(alone: Path, folder: Path) -> None:
+    """Weights and pairs must be those of the run left alone, and nothing else may be left."""
+    for name in ("ode", "dmd", "two"):
+        if (far := apart(alone / name, folder / name)) > 0:
+            raise UserError(f"{name}: the killed run differs by {far} from the one left alone")
+    for path in (alone / "pairs").iterdir():
+        if path.read_bytes() != (folder / "pairs" / path.name).read_bytes():
+            raise UserError(f"{path.name} differs from the one of the run left alone")
+    if left := list(folder.rglob(".*.tmp*")):
+        raise UserError(f"{left[0]} was left by a process that was killed")
+
+
 def main(config: Config) -> None:
-    r, total = random.Random(config.seed), 0  # round 0 is left alone
+    r, total, rounds = random.Random(config.seed), 0, 0  # round 0 is left alone
     with tempfile.TemporaryDirectory() as root:
         (Path(root) / "start").mkdir()
-        rounds = 0
         while total < config.kills or not rounds:
             folder, kind = Path(root) / str(rounds), "killed" if rounds else "left alone"
             for name, command in jobs(folder).items():
-                out = folder / {"generate": "pairs", "stage 1": "ode", "stage 2": "dmd"}.get(
-                    name, "two"
-                )
-                done = out / ("index.json" if name == "generate" else "student.safetensors")
-                struck = drive(name, command, done, rounds > 0, r)
+                last = "index.json" if name == "generate" else "student.safetensors"
+                struck = drive(name, command, folder / OUT[name] / last, rounds > 0, r)
                 total += struck
                 print(f"{kind}, {name}: done after {struck} kills", flush=True)
-            for name in ("ode", "dmd", "two"):
-                if (far := apart(Path(root) / "0" / name, folder / name)) > 0:
-                    raise UserError(
-                        f"{name}: the killed run differs by {far} from the one left alone"
-                    )
-            for path in (Path(root) / "0" / "pairs").iterdir():
-                if path.read_bytes() != (folder / "pairs" / path.name).read_bytes():
-                    raise UserError(f"{path.name} differs from the one of the run left alone")
-            if left := [p for p in folder.rglob(".*.tmp*")]:
-                raise UserError(f"{left[0]} was left by a process that was killed")
+            compare(Path(root) / "0", folder)
             rounds += 1
     print(f"{total} kills; all weights and pairs are those of the runs left alone, bit for bit")
 

@@ -3,8 +3,8 @@
 A number in a document is true for a day. So README's lines per file and the table of docs/files.md
 come from here:
 
-    python -m tools.house                # the counts
-    python -m tools.house --write true   # and put them into README.md, docs/files.md
+    python -m tests.house                # the counts
+    python -m tests.house --write true   # and put them into README.md, docs/files.md
 
 Nested comprehensions are a measure of packed sentences: a comprehension inside another one.
 """

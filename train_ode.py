@@ -46,7 +46,7 @@ from lib.pairs import (
 from lib.states import EMA, write_network
 from lib.text import Prompts
 from lib.training import (
-    RANGES,
+    Training,
     clip_gradients,
     computing,
     distribute,
@@ -61,11 +61,11 @@ from sampler import Recipe, many_steps, noise_from, student_sigmas
 
 
 @dataclass
-class Config:
+class Config(Training):
     """Stage 1: make ODE pairs (--generate, --check), or train on them."""
 
     PRESETS = presets.ODE
-    RANGES = RANGES | {
+    RANGES = {
         "preset": tuple(PRESETS),
         "plans": tuple(MIXES),
         "pairs": (1, 10**9),
@@ -92,13 +92,10 @@ class Config:
     steps: int = 1000  # training iterations [paper: 6000]
     schedule_steps: int = 0  # iterations that the rate is planned over, if not --steps
     batch: int = 16  # samples an iteration, over all processes [paper: 128]
-    micro: int = 0  # samples a forward pass, the rest is accumulated; 0: all of a process's share
     lr: float = 3e-4  # AdamW, constant between warm-up and decay [paper: 2e-6]
     warmup: int = 50  # iterations
     decay: float = 0.5  # share of the steps, at the end, while the rate falls to zero [paper: 0]
     betas: tuple[float, ...] = (0.9, 0.999)  # [paper]
-    weight_decay: float = 0.01  # [paper]
-    clip: float = 10.0  # gradient norm [Self-Forcing]
     block: int = 3  # B: latents a step [paper]
     anchors: int = 3  # P: anchors before each backward block [paper]; 0 uses the dummy block
     head: int = 0  # size of the block of latent 0 if not --block (--block 6 --anchors 0 --head 3)
@@ -106,14 +103,6 @@ class Config:
     clean: float = 0.0  # share of steps at t = 0, without loss: clean context [paper: 0]
     teacher_forcing: bool = False  # all context clean: [clean | noisy]
     share_noise: str = "none"  # none, start or all: of an anchor with its latent, in the recipe
-    seed: int = 0
-    save_every: int = 200  # iterations between resume states; 0: one at the end
-    keep: int = 0  # keep the state of every so many iterations; 0: only the last
-    parallel: str = "ddp"  # ddp, or fsdp: shard the model [paper]
-    checkpointing: bool = False  # recompute activations in the backward pass
-    compile: bool = False  # torch.compile the blocks: faster steps, after minutes
-    dtype: str = "bfloat16"  # of computation; weights, optimiser, sums and ODE states are float32
-    device: str = "auto"
 
 
 def mix_of(config) -> Mix:

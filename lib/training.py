@@ -68,6 +68,24 @@ RANGES = {  # of the flags that trainings share; 0 is "off" for those that may b
 }
 
 
+@dataclasses.dataclass
+class Training:
+    """The flags of every training; a script's Config adds its own."""
+
+    RANGES = RANGES
+    micro: int = 0  # samples a forward pass, the rest is accumulated; 0: all of a process's share
+    weight_decay: float = 0.01  # of AdamW [paper]
+    clip: float = 10.0  # gradient norm, 0: not clipped [Self-Forcing]
+    seed: int = 0
+    save_every: int = 200  # iterations between resume states; 0: one at the end
+    keep: int = 0  # keep the state of every so many iterations; 0: only the last
+    parallel: str = "ddp"  # ddp, or fsdp: shard all networks that are trained [paper]
+    checkpointing: bool = False  # recompute activations in the backward pass
+    compile: bool = False  # torch.compile the blocks: faster steps, after minutes
+    dtype: str = "bfloat16"  # of computation and frozen networks; all else is float32
+    device: str = "auto"
+
+
 # ---------------------------------------------------------------- processes and precision
 def distribute(model: nn.Module, how: str, dtype: torch.dtype | None = None) -> nn.Module:
     """Prepare a model for training on all processes, before its optimiser is made.

@@ -229,7 +229,21 @@ def weights_2(
     compute."""
     sizes = size_of(student), size_of(student), size_of(teacher)
     blocks = 2 * gathered(student, itemsize) + gathered(teacher, itemsize)
-    return train_dmd.memory_of_weights(*sizes, gpus, itemsize) | {"gathered blocks": blocks}
+    return memory_of_weights(*sizes, gpus, itemsize) | {"gathered blocks": blocks}
+
+
+def memory_of_weights(
+    student: int, critic: int, teacher: int, gpus: int, itemsize: int
+) -> dict[str, float]:
+    """GiB a process for networks of so many parameters, sharded over the GPUs as FSDP2 does.
+
+    Float32 masters, gradients and Adam's two moments are 16 bytes a parameter, the average 4 more;
+    the frozen teacher is kept in computation's type."""
+    return {
+        "teacher": teacher * itemsize / gpus / GIB,
+        "student: master, gradient, Adam, average": student * 20 / gpus / GIB,
+        "critic: master, gradient, Adam": critic * 16 / gpus / GIB,
+    }
 
 
 def weights_1(student: DiTConfig, gpus: int, itemsize: int = 2) -> dict[str, float]:

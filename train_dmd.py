@@ -372,6 +372,8 @@ def main(
     dtype, recipe = dtype_of(config.dtype), recipe_of(config).write()
     mix = possible(config, mix or mix_of(config))
     rounds = split_batch(config.batch, config.micro, rank, processes)
+    if config.sheet_every:
+        load_vae(config.vae)  # a file that cannot be read is named now, not after a step
     teacher = network(config, config.teacher, device, trained=False, dtype=dtype)
     students = trained(config, config.student, config.shared_student, config.lr, device)
     critics = trained(config, config.critic, config.shared_critic, config.lr_critic, device)

@@ -769,6 +769,7 @@ def test_nan_later_leaves_the_saved_state_good(
         ({"plans": "all"}, "--plans 'all' must be paper or any"),
         ({"denoising": (250.0, 500.0)}, "--denoising 250.0 500.0 must fall"),
         ({"first_denoising": (0.0,)}, "--first_denoising 0.0 must be from 0.001"),
+        ({"vae": "nowhere.safetensors", "sheet_every": 2}, "nowhere.safetensors does not exist"),
         ({"share_noise": "some"}, "--share_noise 'some' must be none or start or all"),
     ],
 )

@@ -338,12 +338,13 @@ def sheet(world: World, students: Trained, step: int) -> None:
 # ---------------------------------------------------------------- a run
 def possible(config: Config, mix: Mix) -> Mix:
     """The plans that can be trained: those around real clips need --clips. raises: UserError"""
-    if config.clips or len(without_given(mix)) == len(mix):
+    free = without_given(mix)
+    if config.clips or len(free) == len(mix):
         return mix
-    say("plans around given clips are left out: they need --clips (tools/encode.py)")
-    if not without_given(mix):
+    if not free:
         raise UserError("all plans are around given clips: use --clips (tools/encode.py)")
-    return without_given(mix)
+    say("plans around given clips are left out: they need --clips (tools/encode.py)")
+    return free
 
 
 def trained(config: Config, path: str, shared: bool, lr: float, device: torch.device) -> Trained:

@@ -31,12 +31,12 @@ import anchors
 import train_ode
 from anchors import layout
 from dit import DiT, load_dit, save_dit
-from lib import pairs
+from lib import pairs, states
 from lib.common import UserError
 from lib.pairs import kept_states, pair_noise
 from lib.text import Prompts
 from lib.weights import read_tensors, write_safetensors
-from sampler import many_steps, noise_from, ode_sigmas, student_sigmas
+from sampler import Recipe, many_steps, noise_from, ode_sigmas, student_sigmas
 from train_ode import Config, given_slots, main, ode_loss
 
 LATENT = (6, 4, 4)
@@ -414,6 +414,15 @@ def test_log_has_a_row_each_step(files, tmp_path):
     assert (
         load_dit(tmp_path).config == tiny_dit(**WORDED).config
     )  # the student is a checkpoint as any other
+
+
+def test_a_student_of_a_state_remembers_its_recipe(files, tmp_path):
+    """The student that a run writes, and one that is taken from its state, know how to be run."""
+    train(files, tmp_path, steps=1, shift=5.0, anchors=2)
+    states.main(states.Config(str(tmp_path / "state.pt"), str(tmp_path / "taken.safetensors")))
+    for name in ("student.safetensors", "taken.safetensors"):
+        made = Recipe.read(load_dit(tmp_path / name).recipe)
+        assert (made.levels, made.anchors) == ((1000.0, 750.0, 500.0, 250.0), 2)
 
 
 def test_each_iteration_draws_anew(files, tmp_path):

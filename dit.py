@@ -199,58 +199,28 @@ KV = tuple[Tensor, Tensor]  # keys, not rotated, and values of a sequence [B, L,
 Past = tuple[Tensor, Tensor]  # keys, rotated, and values of finished latents [B, K, A, D]
 
 
-class RMSNorm(nn.RMSNorm):
-    """Over the full width, all heads together, before the split into heads [Wan]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
-class SelfAttention(nn.Module):
-    """Video tokens see video tokens."""
+class Attention(nn.Module):
+    """The weights of an attention: of the video to itself, or to the text."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        # over the full width, all heads together, before the split into heads [Wan]
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
 
-    def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))  # (B, L, E) -> (B, L, A, D)
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, L, E] -> [B, L, A, D]"""
+        q, weight = self.q(x), self.norm_q.weight
+        q = F.rms_norm(q, weight.shape, weight.to(q.dtype), self.norm_q.eps)
+        return q.unflatten(-1, (self.num_heads, -1))
 
     def kv(self, x: Tensor) -> KV:
-        return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
-
-    def forward(
-        self,
-        x: Tensor,
-        angles: Angles,
-        key_angles: Angles,
-        visible: Visible | None = None,
-        past: Past | None = None,
-    ) -> tuple[Tensor, KV]:
-        """x: [B, L, E] -> output [B, L, E], and keys and values for a cache to keep.
-
-        angles, key_angles: of the queries, and of the keys of this sequence"""
-        q = rotate(self.heads(self.norm_q(self.q(x))), angles)  # (B, L, A, D)
-        own = k, v = self.kv(x)  # (B, L, A, D) each
-        if visible is not None:
-            k, v = visible.keys_of(k), visible.keys_of(v)  # (B, K, A, D): a latent may repeat
-        k = rotate(k, key_angles)
-        if past is not None:
-            k = torch.cat([past[0], k], dim=1)  # (B, past + K, A, D)
-            v = torch.cat([past[1], v], dim=1)
-        y = attend(q, k, v, visible).flatten(2)  # (B, L, E)
-        return self.o(y), own
-
-
-class CrossAttention(SelfAttention):
-    """Queries from the video, keys and values from the text; no positions."""
-
-    def forward(self, x: Tensor, text: Tensor | KV) -> Tensor:
-        q = self.heads(self.norm_q(self.q(x)))
-        k, v = text if isinstance(text, tuple) else self.kv(text)
-        return self.o(attend(q, k, v).flatten(2))  # (B, L, E)
+        """[B, L, E] -> keys and values, [B, L, A, D] each"""
+        k, weight = self.k(x), self.norm_k.weight
+        k = F.rms_norm(k, weight.shape, weight.to(k.dtype), self.norm_k.eps)
+        split = (self.num_heads, -1)
+        return k.unflatten(-1, split), self.v(x).unflatten(-1, split)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -265,8 +235,8 @@ class Block(nn.Module):
         super().__init__()
         c = config
         self.eps = c.eps
-        self.self_attn = SelfAttention(c.dim, c.num_heads, c.eps)
-        self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps)
+        self.self_attn = Attention(c.dim, c.num_heads, c.eps)
+        self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, c.eps)  # before cross-attention; the one with weights
         self.ffn = nn.Sequential(
             Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), Linear(c.ffn_dim, c.dim)
@@ -286,7 +256,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, KV]:
         """x: [B, T, N, E] float32, T latents of N tokens;  time: [B, T, 6, E] float32
         text: [B, text_len, E], or its keys and values
-        keys_only: stop at the keys and values of the self-attention; x is returned as it came"""
+        angles, key_angles: of the queries, and of the keys of this sequence
+        keys_only: stop at the keys and values of the self-attention
+        returns: x, as it came if keys_only, and these keys and values, for a cache to keep"""
         dtype = self.ffn[0].weight.dtype
         six = (self.modulation.float() + time).unsqueeze(3)  # (B, T, 6, 1, E)
         shift1, scale1, gate1, shift2, scale2, gate2 = six.unbind(2)  # (B, T, 1, E) each
@@ -294,13 +266,22 @@ class Block(nn.Module):
         y = modulate(x, shift1, scale1, self.eps).to(dtype).flatten(1, 2)  # (B, L, E)
         if keys_only:
             return x, self.self_attn.kv(y)
-        y, own = self.self_attn(y, angles, key_angles, visible, past)
+        q = rotate(self.self_attn.queries(y), angles)  # (B, L, A, D)
+        own = k, v = self.self_attn.kv(y)  # (B, L, A, D) each
+        if visible is not None:
+            k, v = visible.keys_of(k), visible.keys_of(v)  # (B, K, A, D): a latent may repeat
+        k = rotate(k, key_angles)
+        if past is not None:
+            k = torch.cat([past[0], k], dim=1)  # (B, past + K, A, D)
+            v = torch.cat([past[1], v], dim=1)
+        y = self.self_attn.o(attend(q, k, v, visible).flatten(2))  # (B, L, E)
         x = torch.addcmul(x, y.view_as(x), gate1)  # x + y * gate
 
         weight, bias = self.norm3.weight.float(), self.norm3.bias.float()
         y = F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
-        y = self.cross_attn(y.to(dtype).flatten(1, 2), text)  # (B, L, E)
-        x = x + y.view_as(x)
+        q = self.cross_attn.queries(y.to(dtype).flatten(1, 2))  # (B, L, A, D); no positions
+        k, v = text if isinstance(text, tuple) else self.cross_attn.kv(text)
+        x = x + self.cross_attn.o(attend(q, k, v).flatten(2)).view_as(x)
 
         y = self.ffn(modulate(x, shift2, scale2, self.eps).to(dtype))  # (B, T, N, E)
         x = torch.addcmul(x, y, gate2)

@@ -103,12 +103,6 @@ def features(z: Tensor) -> Tensor:
     return torch.cat([z.mean(rest), z.std(rest), z.diff(dim=1).std(rest)], dim=1)
 
 
-def measure_latents(vae: VAE, z: Tensor, video: Tensor, plan: Plan) -> Values:
-    """What needs the VAE, of latents z [B, T, C, h, w] and their pixels [B, 3, F, H, W]."""
-    again = torch.cat([vae.encode(clip[None].to(z.device)) for clip in video])
-    return {"round trip": round_trip(z, again, plan).cpu(), "features": features(again).cpu()}
-
-
 # ---------------------------------------------------------------- the order of generation
 def order_of(plan: Plan) -> list[int]:
     """Latents in a plan's order, without dummies; backward(9): [6, 7, 8, 3, 4, 5, 0, 1, 2]."""
@@ -242,18 +236,19 @@ class Maker:
         first: clip n has the noise (seed, first + n, 0);  given: latent -> [B, C, h, w]"""
         c, device = self.dit.config, self.dit.patch_embedding.weight.device
         words = text.embed(captions, c.text_dim, c.text_len, self.embeddings, self.weights)
-        words = words.to(device)  # (B, L, text_dim)
+        texts = [words.to(device)] * plan.prompts()  # (B, L, text_dim) each
         h, w = (side // self.vae.config.space for side in self.size)
         seeds = [(self.seed, first + n, 0) for n in range(len(captions))]
         noise = noise_seeded(seeds, (c.in_dim, h, w), device)
-        texts, recipe = [words] * plan.prompts(), recipe_of(self.dit)
-        recipe = replace(recipe, share_noise=self.share_noise or recipe.share_noise)
-        blocks = student_blocks(self.dit, plan, texts, noise, recipe, given)
-        if self.guidance is not None:
-            rule = {"share_noise": recipe.share_noise}
-            none = torch.zeros_like(words[:1])  # the empty prompt
-            how = (none, noise, self.guidance, given)
-            blocks = teacher_blocks(self.dit, plan, texts, *how, **rule)
+        recipe = recipe_of(self.dit)
+        share = self.share_noise or recipe.share_noise
+        if self.guidance is None:
+            recipe = replace(recipe, share_noise=share)
+            blocks = student_blocks(self.dit, plan, texts, noise, recipe, given)
+        else:
+            empty = torch.zeros_like(texts[0][:1])  # the empty prompt
+            how = (empty, noise, self.guidance, given)
+            blocks = teacher_blocks(self.dit, plan, texts, *how, share_noise=share)
         z = gather(plan, blocks)
         return z, torch.cat([self.vae.decode(x[None]).cpu() for x in z])
 
@@ -262,8 +257,10 @@ def measure_all(
     vae: VAE, z: Tensor, video: Tensor, plan: Plan, world: World | None, captions: Sequence[str]
 ) -> Values:
     """All there is to measure of clips: latents z [B, T, C, h, w] and pixels [B, 3, F, H, W]."""
-    found = measure(video, plan) | measure_latents(vae, z, video, plan)
-    return found | measure_words(world, video, plan, captions) if world else found
+    again = torch.cat([vae.encode(clip[None].to(z.device)) for clip in video])
+    found = measure(video, plan)
+    found |= {"round trip": round_trip(z, again, plan).cpu(), "features": features(again).cpu()}
+    return found | (measure_words(world, video, plan, captions) if world else {})
 
 
 def measure_made(
@@ -300,6 +297,12 @@ def measure_true(
 class Config:
     """Measure videos, or the clips that a student makes."""
 
+    RANGES = {
+        "clips": (2, 10**6),
+        "block": (1, 10**4),
+        "share_noise": ("none", "start", "all"),
+        "orders": tuple(anchors.ORDERS),
+    }
     weights: str = "toy/weights"  # a folder with student and VAE
     world: str = ""  # a module of captions and their reader; default: toy.world for a toy student
     prompts: str = ""  # instead of a world: a file of prompts, or what text.py made of it
@@ -332,15 +335,17 @@ def measure_files(config: Config) -> dict[str, dict[str, Stat]]:
         latents = (there + 3) // 4 // block * block
         used = 4 * latents - 3
         print(f"{file.name}: the first {used} of {there} frames, {latents} latents by {block}")
-        blocks = anchors.forward(latents, block, View(window=0))  # who reads what does not matter
-        found = summary(measure(video[:, :, :used], blocks))
+        plan = anchors.forward(latents, block, View(window=0))  # who reads what does not matter
+        found = summary(measure(video[:, :, :used], plan))
         if found["FR inter"].clips or found["FR intra"].clips:
             rows[file.name] = found | {"flicker (VBench)": stat(temporal_flickering(video))}
         else:
             print(f"{file.name} is left out: it does not move, so it has no flickering ratio")
     if not rows:
         raise UserError(f"{path} does not move, so it has no flickering ratio")
-    return rows | ({f"all {len(rows)}": over_files(list(rows.values()))} if path.is_dir() else {})
+    if path.is_dir():
+        rows[f"all {len(rows)}"] = over_files(list(rows.values()))
+    return rows
 
 
 def measure_student(config: Config, device: torch.device) -> dict[str, dict[str, Stat]]:
@@ -382,14 +387,8 @@ def measure_student(config: Config, device: torch.device) -> dict[str, dict[str,
 
 def main(config: Config) -> None:
     device = start(config.device)[2]
-    if config.clips < 2 or config.block < 1:
-        raise UserError(f"--clips {config.clips} must be at least 2, --block {config.block} 1")
-    if config.share_noise not in ("", "none", "start", "all"):
-        raise UserError(f"--share_noise {config.share_noise} must be none, start or all")
     if config.out:
         check_out(config.out, inputs=[config.video])
-    if wrong := set(config.orders) - anchors.ORDERS.keys():
-        raise UserError(f"--orders {min(wrong)} is none of {', '.join(anchors.ORDERS)}")
     measured = measure_files(config) if config.video else measure_student(config, device)
     report.show(measured, config.out)
 

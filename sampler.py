@@ -18,7 +18,7 @@ the batch, the device, the number of processes, or the order of generation.
     z = generate(dit, anchors.backward(21), [text], noise_seeded([(0, 0, 0)], (16, 4, 4)))
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -264,25 +264,6 @@ def many_steps(
 
 
 # ---------------------------------------------------------------- remembering
-@torch.no_grad()
-def commit(
-    dit: DiT,
-    cache: KVCache,
-    latents: tuple[int | None, ...],
-    x: Tensor,
-    pos: Tensor,
-    text: Text,
-    past: list[Past] | None,
-    sigma: float = 0.0,
-) -> None:
-    """Write the keys and values of latents x [B, T, C, h, w]; a None in `latents` is only seen.
-
-    sigma: the level that x is noised to"""
-    t = torch.full(x.shape[:2], 1000 * sigma, device=x.device)
-    kv = dit(x, t, text, pos, past=past, keys_only=True)
-    cache.write(latents, kv)
-
-
 def clean_pass(
     dit: DiT,
     plan: Plan,
@@ -296,6 +277,7 @@ def clean_pass(
     commit_anchors: let the denoised anchors be seen in it (the paper leaves that open); their own
         keys are never stored.  copies: 2 for a teacher with guidance, whose cache holds both"""
 
+    @torch.no_grad()
     def remember(n, step, own, past):
         keep = [i for i in step.targets if plan.is_read_after(n, i)]
         if not keep:
@@ -304,7 +286,9 @@ def clean_pass(
         pos = torch.tensor(step.pos[skip:], device=own.device)
         latents = tuple(i if i in keep else None for i in step.own[skip:])
         x = own[:, skip:].repeat(copies, 1, 1, 1, 1)
-        commit(dit, cache, latents, x, pos, texts[step.prompt], past)
+        t = torch.zeros(x.shape[:2], device=x.device)
+        kv = dit(x, t, texts[step.prompt], pos, past=past, keys_only=True)
+        cache.write(latents, kv)
 
     return remember
 
@@ -337,13 +321,14 @@ def student_blocks(
         share_noise=recipe.share_noise,
     )
     remember = clean_pass(dit, plan, texts, cache, commit_anchors)
-    yield from rollout(plan, denoise, remember, cache, given)
+    return rollout(plan, denoise, remember, cache, given)
 
 
 def generate(dit: DiT, plan: Plan, texts: Sequence[Text], noise: Noise, **options) -> Tensor:
     """Run a student's rollout: latents [B, plan.length, C, h, w] in time; options as for
     `student_blocks`."""
-    return gather(plan, student_blocks(dit, plan, texts, noise, **options))
+    made = list(student_blocks(dit, plan, texts, noise, **options))
+    return gather(plan, made)
 
 
 def teacher_blocks(
@@ -383,7 +368,7 @@ def cache_for(
     return kind(dit.config, copies * B, plan.capacity, h, w, dtype or weight.dtype, weight.device)
 
 
-def gather(plan: Plan, finished: Iterator[tuple[int, Tensor]]) -> Tensor:
+def gather(plan: Plan, finished: Iterable[tuple[int, Tensor]]) -> Tensor:
     """What a rollout yields, put in time: [B, plan.length, C, h, w]."""
     made: dict[int, Tensor] = {}
     for n, x0 in finished:

@@ -23,8 +23,9 @@ Guidance is uncond + w (cond - uncond); the "3.0" of public DMD code is w = 4.
     torchrun --nnodes=8 --nproc_per_node=8 train_dmd.py --preset wan
 """
 
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,16 +33,16 @@ import torch
 from torch import Tensor
 
 import sampler
+from anchors import Plan
 from dit import DiT
 from lib import presets
 from lib.clips import Clips
-from lib.common import Stream, dtype_of, generator, run, start
+from lib.common import Stream, UserError, dtype_of, generator, is_first, run, say, start
 from lib.media import write_sheet
-from lib.states import whole_state
+from lib.states import EMA, write_network
 from lib.text import Prompts
 from lib.training import (
-    EMA,
-    RANGES,
+    Training,
     clip_gradients,
     computing,
     finite_means,
@@ -50,23 +51,20 @@ from lib.training import (
     sync_gradients,
     training_steps,
 )
-from lib.weights import read_dit, write_safetensors
-from plans import MIXES, Mix, draw, rows_of, without_given
+from plans import MIXES, Mix, rows_of, without_given
 from sampler import cfg_velocity, noise_from, shift_sigma
-from train_ode import mix_of, network, recipe_of
+from train_ode import draw_entry, mix_of, network, recipe_of
 from vae import load_vae
 
 
 @dataclass
-class Config:
+class Config(Training):
     """Stage 2: distribution matching on the student's own rollouts, in every order."""
 
     PRESETS = presets.DMD
-    RANGES = RANGES | {
+    RANGES = {
         "preset": tuple(PRESETS),
         "plans": tuple(MIXES),
-        "share_noise": ("none", "start", "all"),
-        "denoising": (1e-3, 1000),
         "first_denoising": (1e-3, 1000),
         "ratio": (1, 10**6),
         "lr_critic": (0, 1),
@@ -87,12 +85,9 @@ class Config:
     steps: int = 500  # iterations: critic updates [paper: 600]
     ratio: int = 5  # critic updates a student update [paper]
     batch: int = 8  # samples an update and plan, over all processes [paper: 64]
-    micro: int = 0  # samples a rollout, the rest is accumulated; 0: all of a process's share
     lr: float = 5e-5  # of the student, AdamW [paper: 2e-6]
     lr_critic: float = 2e-4  # of the critic [paper: 4e-7]
     betas: tuple[float, ...] = (0.0, 0.999)  # [paper]
-    weight_decay: float = 0.01  # [paper]
-    clip: float = 10.0  # gradient norm [Self-Forcing]
     ema: float = 0.95  # of the student [paper: 0.99]
     ema_start: int = 100  # iteration from which it averages [paper: 200]
     guidance: float = 2.0  # of the real score, conventional w [paper's code: 4]
@@ -103,21 +98,12 @@ class Config:
     block: int = 3  # B: latents a step [paper]
     anchors: int = 3  # P: anchors before each backward block [paper]; 0 uses the dummy block
     head: int = 0  # size of the block of latent 0 if not --block (--block 6 --anchors 0 --head 3)
-    share_noise: str = (
-        "none"  # at which levels anchors share their latent's noise: none, start, all
-    )
+    share_noise: str = "none"  # at which levels an anchor has its latent's noise: none, start, all
     commit_anchors: bool = False  # let anchors be seen while their block is written to the cache
     shared_student: bool = True  # false: one student a direction (ablation, Table 2)
     shared_critic: bool = True  # false: one critic a direction (ablation, Table 2)
-    seed: int = 0
     save_every: int = 50  # iterations between resume states; 0: one at the end
-    keep: int = 0  # keep the state of every so many iterations; 0: only the last
     sheet_every: int = 100  # iterations between sample sheets; 0: none
-    parallel: str = "ddp"  # ddp, or fsdp: shard all three networks [paper]
-    checkpointing: bool = False  # recompute activations in the backward pass
-    compile: bool = False  # torch.compile the blocks: faster steps, after minutes
-    dtype: str = "bfloat16"  # of computation and of the teacher; weights, optimisers, sums: float32
-    device: str = "auto"
 
 
 # ---------------------------------------------------------------- losses
@@ -154,8 +140,7 @@ def scores(teacher: DiT, critic: DiT, x: Tensor, at: Score) -> tuple[Tensor, Ten
 
 
 def dmd_gradient(x: Tensor, x_real: Tensor, x_fake: Tensor) -> Tensor:
-    """The direction in which x is less like the teacher's videos, per sample (Eq. 2): [B, T, C, h,
-    w].
+    """The direction in which x [B, T, C, h, w] is less like the teacher's videos (Eq. 2).
 
     Another way to match distributions is another function of these three."""
     return (x_fake - x_real) / (x - x_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -175,13 +160,8 @@ def critic_loss(critic: DiT, x: Tensor, at: Score) -> Tensor:
 
 
 # ---------------------------------------------------------------- what an iteration draws
-class Draw(NamedTuple):
-    """This process's share of one rollout and its score."""
-
-    noise: Tensor  # [levels, B, rows, C, h, w]: rows of latents, dummies, and anchors
-    exits: tuple[int, int]  # the levels after which the first block and the others stop
-    given: dict[int, Tensor]  # latent -> [B, C, h, w], of real clips
-    score: Score
+Generate = Callable[..., Tensor]  # as `sampler.generate`
+GradientOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `dmd_gradient`
 
 
 class World(NamedTuple):
@@ -192,42 +172,45 @@ class World(NamedTuple):
     source: Prompts
     negative: Tensor
     clips: Clips | None
-    levels: tuple[int, int]  # how many of the first block, and of the others
     channels: int
-    micro: int
-    rounds: int
-    rank: int
-    processes: int
+    rounds: list[list[int]]  # this process's samples, a list a rollout
     device: torch.device
+    generate: Generate = sampler.generate
+    gradient_of: GradientOf = dmd_gradient
+
+    def levels(self) -> tuple[int, int]:
+        """How many levels the first block has, and the others."""
+        config = self.config
+        return len(config.first_denoising or config.denoising), len(config.denoising)
 
 
-def samples_of(world: World, r: int) -> list[int]:
-    """The numbers of this process's samples in round r."""
-    first = (r * world.processes + world.rank) * world.micro
-    return list(range(first, first + world.micro))
+class Draw(NamedTuple):
+    """This process's share of one rollout and its score."""
+
+    noise: Tensor  # [levels, B, rows, C, h, w]: rows of latents, dummies, and anchors
+    exits: tuple[int | None, int | None]  # the levels that end the first block and the others
+    given: dict[int, Tensor]  # latent -> [B, C, h, w], of real clips
+    score: Score
 
 
-def draw_round(world: World, role: Stream, step: int, r: int, entry: int, d: int) -> Draw:
-    """Round r of plan d: everything random is a function of (seed, role, iteration, sample, d)."""
-    config, plan = world.config, world.mix[entry][1][d]
-    shape = (world.channels, *config.latent[1:])
-    rows = rows_of([plan])
-    uses_clips = any(s.given for s in plan.steps)
+def draw_round(
+    world: World, role: Stream, step: int, samples: list[int], plan: Plan, d: int
+) -> Draw:
+    """What plan d gets in a round: all is a function of (seed, role, iteration, sample, d)."""
+    config, levels = world.config, world.levels()
+    grid = (world.channels, *config.latent[1:])
+    around_clips = any(s.given for s in plan.steps)
     numbers, noise, u, score_noise = [], [], [], []
-    for j in samples_of(world, r):
+    for j in samples:
         g = generator(config.seed, role, step, j, d)
-        limit = len(world.clips) if uses_clips else 1 << 30
+        limit = len(world.clips) if around_clips else 1 << 30
         numbers.append(int(torch.randint(limit, (1,), generator=g)))
-        noise.append(torch.randn(max(world.levels), rows, *shape, generator=g))
+        noise.append(torch.randn(max(levels), rows_of([plan]), *grid, generator=g))
         u.append(torch.rand(1, generator=g))
-        score_noise.append(torch.randn(plan.length, *shape, generator=g))
+        score_noise.append(torch.randn(plan.length, *grid, generator=g))
     g = generator(config.seed, role, step, d, 1 << 31)  # alike on all processes
-    exits = [int(torch.randint(n, (1,), generator=g)) for n in world.levels]
-    given = {}
-    if uses_clips:
-        clips = torch.stack([world.clips[n] for n in numbers]).to(world.device)
-        given = {i: clips[:, i] for s in plan.steps for i in s.given}
-    at = Score(
+    first, others = (int(torch.randint(n, (1,), generator=g)) for n in levels)
+    score = Score(
         torch.cat(u).to(world.device),
         torch.stack(score_noise).to(world.device),
         world.source(numbers).to(world.device),
@@ -235,21 +218,27 @@ def draw_round(world: World, role: Stream, step: int, r: int, entry: int, d: int
         config.guidance,
         config.shift,
     )
-    exits = (exits[0] if config.first_denoising else exits[1], exits[1])
-    return Draw(torch.stack(noise, 1).to(world.device), exits, given, at)
+    exits = (first if config.first_denoising else others, others)
+    noise = torch.stack(noise, dim=1).to(world.device)
+    return Draw(noise, exits, real_latents(world, plan, numbers), score)
 
 
-Generate = Callable[..., Tensor]  # as `sampler.generate`
-GradientOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `dmd_gradient`
+def real_latents(world: World, plan: Plan, numbers: list[int]) -> dict[int, Tensor]:
+    """What a plan is given, latent -> [B, C, h, w], of the real clips with these numbers."""
+    given = [i for step in plan.steps for i in step.given]
+    if not given:
+        return {}
+    clips = torch.stack([world.clips[n] for n in numbers]).to(world.device)  # (B, T, C, h, w)
+    return {i: clips[:, i] for i in given}
 
 
-def roll(world: World, student: DiT, drawn: Draw, entry: int, d: int, generate: Generate) -> Tensor:
-    """The student's video x [B, T, C, h, w] by plan d, stopped at the exit level."""
-    config, plan = world.config, world.mix[entry][1][d]
+def roll(world: World, student: DiT, plan: Plan, drawn: Draw) -> Tensor:
+    """The student's video x [B, T, C, h, w], each block stopped at its exit level (Fig. 9)."""
+    config = world.config
     fsdp = config.parallel == "fsdp"
     prompt = drawn.score.prompt
     text = prompt if fsdp else student.text_kv(prompt)  # FSDP gathers weights in forward alone
-    return generate(
+    return world.generate(
         student,
         plan,
         [text] * plan.prompts(),
@@ -272,68 +261,46 @@ class Trained(NamedTuple):
     def of(self, d: int) -> DiT:
         return self.networks[d % len(self.networks)]
 
+    def named(self, name: str) -> dict[str, tuple[DiT, torch.optim.Optimizer]]:
+        return {f"{name}{i}": pair for i, pair in enumerate(zip(*self))}
+
 
 def student_step(
-    world: World,
-    step: int,
-    entry: int,
-    students: Trained,
-    critics: Trained,
-    teacher: DiT,
-    generate: Generate,
-    gradient_of: GradientOf,
+    world: World, step: int, entry: int, students: Trained, critics: Trained, teacher: DiT
 ) -> dict[str, float]:
     """Accumulate the DMD gradient of every plan and update the student; rows for the log."""
-    plans, sizes, motion, lost = world.mix[entry][1], {}, {}, []
-    for d, plan in enumerate(plans):
-        for r in range(world.rounds):
-            drawn = draw_round(world, Stream.STUDENT, step, r, entry, d)
-            x = roll(world, students.of(d), drawn, entry, d, generate)
+    sizes, motion = defaultdict(list), defaultdict(float)
+    for d, plan in enumerate(world.mix[entry][1]):
+        for samples in world.rounds:
+            drawn = draw_round(world, Stream.STUDENT, step, samples, plan, d)
+            x = roll(world, students.of(d), plan, drawn)
             with inference():
                 x_real, x_fake = scores(teacher, critics.of(d), x.detach(), drawn.score)
-                gradient = gradient_of(x.detach(), x_real, x_fake)
-            (dmd_loss(x, gradient).mean() / world.rounds).backward()
-            size = gradient.abs().flatten(1).mean(1)  # (B,)
+                gradient = world.gradient_of(x.detach(), x_real, x_fake)
+            (dmd_loss(x, gradient).mean() / len(world.rounds)).backward()
+            sizes[f"dmd_{plan.name}"].append(gradient.abs().flatten(1).mean(1))  # (B,)
             change = x.detach().diff(dim=1).abs().mean() if plan.length > 1 else x.new_zeros(())
-            add(sizes, f"dmd_{plan.name}", size.mean().item() / world.rounds)
-            add(motion, f"motion_{plan.name}", change.item() / world.rounds)
-            lost += not_finite(size, samples_of(world, r))
-    sizes = finite_means(sizes, lost, f"step {step}: the DMD gradient", world.device)
+            motion[f"motion_{plan.name}"] += change.item() / len(world.rounds)
+    means = finite_means(sizes, world.rounds, f"step {step}: the DMD gradient", world.device)
     norm = update(world.config, students, f"step {step}, student")
-    return sizes | motion | {"norm_student": norm}
+    return means | motion | {"norm_student": norm}
 
 
 def critic_step(
-    world: World,
-    step: int,
-    entry: int,
-    students: Trained,
-    critics: Trained,
-    generate: Generate,
+    world: World, step: int, entry: int, students: Trained, critics: Trained
 ) -> dict[str, float]:
     """Accumulate the critic's loss on fresh rollouts of every plan and update it."""
-    plans, losses, lost = world.mix[entry][1], {}, []
-    for d, plan in enumerate(plans):
-        for r in range(world.rounds):
-            drawn = draw_round(world, Stream.CRITIC, step, r, entry, d)
+    losses = defaultdict(list)
+    for d, plan in enumerate(world.mix[entry][1]):
+        for samples in world.rounds:
+            drawn = draw_round(world, Stream.CRITIC, step, samples, plan, d)
             with inference():
-                x = roll(world, students.of(d), drawn, entry, d, generate)
+                x = roll(world, students.of(d), plan, drawn)
             loss = critic_loss(critics.of(d), x, drawn.score)  # (B,)
-            (loss.mean() / world.rounds).backward()
-            add(losses, f"critic_{plan.name}", loss.mean().item() / world.rounds)
-            lost += not_finite(loss, samples_of(world, r))
-    losses = finite_means(losses, lost, f"step {step}: the critic's loss", world.device)
-    return losses | {"norm_critic": update(world.config, critics, f"step {step}, critic")}
-
-
-def add(sums: dict[str, float], name: str, value: float) -> None:
-    """Add to a sum that may not be there yet."""
-    sums[name] = sums.get(name, 0.0) + value
-
-
-def not_finite(values: Tensor, samples: list[int]) -> list[int]:
-    """The samples whose value [B] is not finite."""
-    return [j for j, good in zip(samples, values.isfinite().tolist()) if not good]
+            (loss.mean() / len(world.rounds)).backward()
+            losses[f"critic_{plan.name}"].append(loss.detach())
+    means = finite_means(losses, world.rounds, f"step {step}: the critic's loss", world.device)
+    return means | {"norm_critic": update(world.config, critics, f"step {step}, critic")}
 
 
 def update(config: Config, trained: Trained, where: str) -> float:
@@ -349,63 +316,50 @@ def update(config: Config, trained: Trained, where: str) -> float:
     return max(norms)
 
 
-# ---------------------------------------------------------------- a run
-def memory_of_weights(
-    student: int, critic: int, teacher: int, gpus: int, itemsize: int
-) -> dict[str, float]:
-    """GiB a process for networks of so many parameters, sharded over the GPUs as FSDP2 does.
-
-    Float32 masters, gradients and Adam's two moments are 16 bytes a parameter, the average 4 more;
-    the frozen teacher is kept in computation's type."""
-    gib = gpus * 2**30
-    return {
-        "teacher": teacher * itemsize / gib,
-        "student: master, gradient, Adam, average": student * 20 / gib,
-        "critic: master, gradient, Adam": critic * 16 / gib,
-    }
-
-
-def announce_memory(config: Config, processes: int) -> None:
-    """Print what the weights alone take of each GPU."""
-    students, critics = 2 - config.shared_student, 2 - config.shared_critic
-    sizes = [
-        n * sum(x.numel() for x in read_dit(path)[1].values())
-        for path, n in ((config.student, students), (config.critic, critics), (config.teacher, 1))
-    ]
-    gpus = processes if config.parallel == "fsdp" else 1
-    memory = memory_of_weights(*sizes, gpus, dtype_of(config.dtype).itemsize)
-    parts = ", ".join(f"{name} {gib:.2f} GiB" for name, gib in memory.items())
-    print(f"memory a process: {parts}; activations and cache come on top (tools/memory.py)")
-
-
-def sheet(world: World, students: Trained, step: int, generate: Generate) -> None:
-    """Fixed prompts and noise, all levels: two clips by each plan of the first entry."""
+def sheet(world: World, students: Trained, step: int) -> None:
+    """Fixed prompts and noise, all levels: two clips by each plan of one entry of the mix, the
+    first that is given nothing, if there is one."""
     config, drawn = world.config, []
-    for d, plan in enumerate(world.mix[0][1]):
-        rows = rows_of([plan])
-        shape = (max(world.levels), rows, world.channels, *config.latent[1:])
+    prompt = world.source(range(2)).to(world.device)
+    score = Score(None, None, prompt, world.negative, config.guidance, config.shift)
+    for d, plan in enumerate((without_given(world.mix) or world.mix)[0][1]):
+        shape = (max(world.levels()), rows_of([plan]), world.channels, *config.latent[1:])
         gs = [generator(config.seed, Stream.SHEET, i) for i in range(2)]
-        noise = torch.stack([torch.randn(shape, generator=g) for g in gs], 1).to(world.device)
-        prompt = world.source(range(2)).to(world.device)
-        at = Score(None, None, prompt, world.negative, config.guidance, config.shift)
-        whole = Draw(noise, (None, None), {}, at)
-        drawn.append(roll(world, students.of(d), whole, 0, d, generate))
-    if world.rank == 0:
+        noise = torch.stack([torch.randn(shape, generator=g) for g in gs], dim=1)
+        given = real_latents(world, plan, [0, 1])
+        whole = Draw(noise.to(world.device), (None, None), given, score)
+        drawn.append(roll(world, students.of(d), plan, whole))
+    if is_first():
         vae = load_vae(config.vae, device=world.device)
         videos = torch.cat([vae.decode(z[None]) for z in torch.cat(drawn)])
         write_sheet(Path(config.out) / f"sheet-{step:05d}.png", videos, columns=11)
 
 
-def write_students(config: Config, students: Trained, averages: dict[str, EMA], rank: int) -> None:
-    """The averages of the students' weights, with the recipe they were trained by."""
+# ---------------------------------------------------------------- a run
+def possible(config: Config, mix: Mix) -> Mix:
+    """The plans that can be trained: those around real clips need --clips. raises: UserError"""
+    free = without_given(mix)
+    if config.clips or len(free) == len(mix):
+        return mix
+    if not free:
+        raise UserError("all plans are around given clips: use --clips (tools/encode.py)")
+    say("plans around given clips are left out: they need --clips (tools/encode.py)")
+    return free
+
+
+def trained(config: Config, path: str, shared: bool, lr: float, device: torch.device) -> Trained:
+    """One network for both directions, or one for each, with optimisers."""
+    models = [network(config, path, device, trained=True) for _ in range(2 - shared)]
+    how = {"lr": lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    return Trained(models, [torch.optim.AdamW(m.parameters(), **how) for m in models])
+
+
+def write_students(config: Config, students: Trained, averages: dict[str, EMA]) -> None:
+    """The averages of the students' weights; how they were trained is in `recipe`."""
     names = ["student"] if config.shared_student else ["forward", "backward"]
-    for name, model, average in zip(names, students.networks, averages.values()):
-        average.copy_to(model)
-        weights = whole_state(model)
-        if rank == 0:
-            made = asdict(model.config) | {"recipe": recipe_of(config).write()}
-            write_safetensors(Path(config.out) / f"{name}.safetensors", weights, made)
-            print(f"wrote {config.out}/{name}.safetensors, the average of the student's weights")
+    for name, student, average in zip(names, students.networks, averages.values()):
+        average.copy_to(student)
+        write_network(Path(config.out) / f"{name}.safetensors", student)
 
 
 def main(
@@ -415,73 +369,40 @@ def main(
     gradient_of: GradientOf | None = None,
 ) -> None:
     """generate, mix, gradient_of: another method's rollout, plans and loss in the place of ours."""
-    gradient_of = gradient_of or dmd_gradient
     rank, processes, device = start(config.device)
-    dtype, mix = dtype_of(config.dtype), mix or mix_of(config)
-    recipe_of(config)  # impossible levels are refused before any work
-    if not config.clips and len(without_given(mix)) < len(mix):
-        mix = without_given(mix)
-        if rank == 0:
-            print("plans around given clips are left out: they need --clips (tools/encode.py)")
-    micro, rounds = split_batch(config.batch, config.micro, rank, processes)
-    if rank == 0:
-        announce_memory(config, processes)
-
+    dtype, recipe = dtype_of(config.dtype), recipe_of(config).write()
+    mix = possible(config, mix or mix_of(config))
+    rounds = split_batch(config.batch, config.micro, rank, processes)
+    if config.sheet_every:
+        load_vae(config.vae)  # a file that cannot be read is named now, not after a step
     teacher = network(config, config.teacher, device, trained=False, dtype=dtype)
-    c = teacher.config
-
-    def trained(path: str, count: int, lr: float) -> Trained:
-        models = [network(config, path, device, trained=True) for _ in range(count)]
-        decay = config.weight_decay
-        return Trained(
-            models,
-            [
-                torch.optim.AdamW(m.parameters(), lr, config.betas, weight_decay=decay)
-                for m in models
-            ],
-        )
-
-    students = trained(config.student, 2 - config.shared_student, config.lr)
-    critics = trained(config.critic, 2 - config.shared_critic, config.lr_critic)
+    students = trained(config, config.student, config.shared_student, config.lr, device)
+    critics = trained(config, config.critic, config.shared_critic, config.lr_critic, device)
     averages = {f"ema{i}": EMA(m, config.ema) for i, m in enumerate(students.networks)}
+    for student in students.networks:
+        student.recipe = recipe
+    c = teacher.config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
-    world = World(
-        config,
-        mix,
-        source,
-        source.embed([config.negative]).to(device),
-        Clips(config.clips, config.latent, c.in_dim, source) if config.clips else None,
-        (len(config.first_denoising or config.denoising), len(config.denoising)),
-        c.in_dim,
-        micro,
-        rounds,
-        rank,
-        processes,
-        device,
-    )
-    states = {
-        f"{name}{i}": pair
-        for name, some in (("student", students), ("critic", critics))
-        for i, pair in enumerate(zip(*some))
-    }
+    negative = source.embed([config.negative]).to(device)
+    clips = Clips(config.clips, config.latent, c.in_dim, source) if config.clips else None
+    methods = (generate, gradient_of or dmd_gradient)
+    world = World(config, mix, source, negative, clips, c.in_dim, rounds, device, *methods)
+    states = students.named("student") | critics.named("critic")
     with computing(dtype if config.parallel == "ddp" else torch.float32, device):  # FSDP2 casts
         for step, row in training_steps(config, "stage 2", states, device, averages):
-            u = torch.rand(1, generator=generator(config.seed, Stream.PLANS, step)).item()
-            entry = draw(mix, u)
+            entry = draw_entry(config, mix, step)
             row["latents"] = mix[entry][1][0].length
             if step % config.ratio == 0:
-                row |= student_step(
-                    world, step, entry, students, critics, teacher, generate, gradient_of
-                )
-                for average, model in zip(averages.values(), students.networks):
+                row |= student_step(world, step, entry, students, critics, teacher)
+                for average, student in zip(averages.values(), students.networks):
                     average.decay = config.ema if step >= config.ema_start else 0.0
-                    average.update(model)
-            row |= critic_step(world, step, entry, students, critics, generate)
+                    average.update(student)
+            row |= critic_step(world, step, entry, students, critics)
             last = step + 1 == config.steps
             if config.sheet_every and (step % config.sheet_every == 0 or last):
                 with inference():
-                    sheet(world, students, step + last, generate)
-    write_students(config, students, averages, rank)
+                    sheet(world, students, step + last)
+    write_students(config, students, averages)
 
 
 if __name__ == "__main__":

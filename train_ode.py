@@ -19,9 +19,9 @@ zoo/consistency.py.
     torchrun --nproc_per_node=8 train_ode.py --preset wan
 """
 
-import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from anchors import Layout, Plan, forward, layout
 from dit import DiT, load_dit
 from lib import presets
-from lib.common import Stream, UserError, dtype_of, generator, run, start
+from lib.common import Stream, dtype_of, generator, run, say, start
 from lib.pairs import (
     Pair,
     check_shards,
@@ -43,10 +43,10 @@ from lib.pairs import (
     write_missing,
     wrong_states,
 )
-from lib.states import whole_state
+from lib.states import EMA, write_network
 from lib.text import Prompts
 from lib.training import (
-    RANGES,
+    Training,
     clip_gradients,
     computing,
     distribute,
@@ -54,24 +54,22 @@ from lib.training import (
     split_batch,
     sync_gradients,
     training_steps,
+    trapezoid,
 )
-from lib.weights import write_safetensors
 from plans import MIXES, Mix, draw
 from sampler import Recipe, many_steps, noise_from, student_sigmas
 
 
 @dataclass
-class Config:
+class Config(Training):
     """Stage 1: make ODE pairs (--generate, --check), or train on them."""
 
     PRESETS = presets.ODE
-    RANGES = RANGES | {
+    RANGES = {
         "preset": tuple(PRESETS),
         "plans": tuple(MIXES),
-        "share_noise": ("none", "start", "all"),
         "pairs": (1, 10**9),
         "shard": (1, 10**6),
-        "denoising": (1e-3, 1000),
         "clean": (0, 1),
     }
     FREE = ("lr", "weight_decay", "clip", "clean")  # what may change when a run goes on
@@ -94,13 +92,10 @@ class Config:
     steps: int = 1000  # training iterations [paper: 6000]
     schedule_steps: int = 0  # iterations that the rate is planned over, if not --steps
     batch: int = 16  # samples an iteration, over all processes [paper: 128]
-    micro: int = 0  # samples a forward pass, the rest is accumulated; 0: all of a process's share
     lr: float = 3e-4  # AdamW, constant between warm-up and decay [paper: 2e-6]
     warmup: int = 50  # iterations
     decay: float = 0.5  # share of the steps, at the end, while the rate falls to zero [paper: 0]
     betas: tuple[float, ...] = (0.9, 0.999)  # [paper]
-    weight_decay: float = 0.01  # [paper]
-    clip: float = 10.0  # gradient norm [Self-Forcing]
     block: int = 3  # B: latents a step [paper]
     anchors: int = 3  # P: anchors before each backward block [paper]; 0 uses the dummy block
     head: int = 0  # size of the block of latent 0 if not --block (--block 6 --anchors 0 --head 3)
@@ -108,24 +103,10 @@ class Config:
     clean: float = 0.0  # share of steps at t = 0, without loss: clean context [paper: 0]
     teacher_forcing: bool = False  # all context clean: [clean | noisy]
     share_noise: str = "none"  # none, start or all: of an anchor with its latent, in the recipe
-    seed: int = 0
-    save_every: int = 200  # iterations between resume states; 0: one at the end
-    keep: int = 0  # keep the state of every so many iterations; 0: only the last
-    parallel: str = "ddp"  # ddp, or fsdp: shard the model [paper]
-    checkpointing: bool = False  # recompute activations in the backward pass
-    compile: bool = False  # torch.compile the blocks: faster steps, after minutes
-    dtype: str = "bfloat16"  # of computation; weights, optimiser, sums and ODE states are float32
-    device: str = "auto"
 
 
 def mix_of(config) -> Mix:
-    """The plans that a script trains on. raises: UserError"""
-    if len(config.latent) != 3 or min(config.latent) < 1:
-        raise UserError(f"--latent {config.latent} must be three numbers: latents, height, width")
-    if config.plans not in MIXES:
-        raise UserError(f"--plans {config.plans!r} must be one of {', '.join(MIXES)}")
-    if config.share_noise not in ("none", "start", "all"):
-        raise UserError(f"--share_noise {config.share_noise!r} must be none, start or all")
+    """The plans that a script trains on. raises: UserError for sizes that do not fit"""
     return MIXES[config.plans](config.latent[0], config.block, config.anchors, config.head)
 
 
@@ -160,6 +141,11 @@ def mean_over(error: Tensor, scored: Tensor) -> Tensor:
     return total / scored.sum(1).clamp_min(1)
 
 
+def given_slots(plan: Plan, lay: Layout) -> Tensor:
+    """Which slots [slots] show the user's own latents: held clean, as in a rollout."""
+    return torch.tensor([i in plan.steps[n].given for n, i in zip(lay.step, lay.latent)])
+
+
 def denoise(dit: DiT, lay: Layout, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
     """x0 as the network sees it from every slot: x [B, slots, C, h, w], sigma [B, slots]."""
     v = dit(x, 1000 * sigma, prompt, torch.tensor(lay.pos, device=x.device), lay.visible)
@@ -174,13 +160,18 @@ def ode_loss(
     sigmas: Tensor,
     prompt: Tensor,
     loss_on_anchors: bool = False,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Regress the end point from every slot's state, in one masked pass (paper Eq. 1).
 
     states: [B, K+1, slots, C, h, w], noisiest first, the end point last
     levels: [B, steps of the plan], in 0 .. K, where K is clean context without loss
-    sigmas: [K+1], the last is 0.  returns: the mean squared error of each sample [B]"""
+    sigmas: [K+1], the last is 0
+    given: slots [slots] that are clean whatever the level of their step (`given_slots`)
+    returns: the mean squared error of each sample [B]"""
     level = per_slot(lay, levels, len(sigmas) - 1)  # (B, slots)
+    if given is not None:
+        level = level.masked_fill(given.to(level.device), len(sigmas) - 1)
     batch = torch.arange(len(level), device=states.device)[:, None]
     slot = torch.arange(level.shape[1], device=states.device)
     x = states[batch, level, slot]  # (B, slots, C, h, w)
@@ -253,14 +244,6 @@ def network(
     return distribute(dit, config.parallel, dtype_of(config.dtype))
 
 
-def rate(config, step: int) -> float:
-    """The learning rate: a linear warm-up, constant, a linear decay to zero."""
-    rising = (step + 1) / max(config.warmup, 1)
-    planned = config.schedule_steps or config.steps
-    falling = (planned - step) / max(planned * config.decay, 1)
-    return config.lr * max(min(1.0, rising, falling), 0.0)
-
-
 def prepared_layouts(
     config, mix: Mix, dit: DiT, teacher_forcing: bool, device: torch.device
 ) -> Callable[[int], list[Layout]]:
@@ -292,35 +275,35 @@ def fit(
     world: int,
     device: torch.device,
     name: str,
-    average: tuple | None = None,
+    average: tuple[EMA, DiT] | None = None,
 ) -> None:
     """Train on the mean of `loss_of` in every plan of an entry; write `name`.safetensors.
 
-    average: (EMA, the network that holds it), kept up to date for the loss; this is written"""
-    micro, rounds = split_batch(config.batch, config.micro, rank, world)
+    average: an average, and the network that holds it for the loss and is written in the end"""
+    rounds = split_batch(config.batch, config.micro, rank, world)
+    planned = config.schedule_steps or config.steps
     optimiser = torch.optim.AdamW(
         dit.parameters(), config.lr, config.betas, weight_decay=config.weight_decay
     )
     averages = {"ema": average[0]} if average else {}
+    result = average[1] if average else dit
+    dit.recipe = result.recipe = recipe_of(config).write() if name == "student" else None
     dtype = dtype_of(config.dtype if config.parallel == "ddp" else "float32")  # FSDP2 casts itself
     with computing(dtype, device):
         for step, row in training_steps(config, name, {"dit": (dit, optimiser)}, device, averages):
             for group in optimiser.param_groups:
-                group["lr"] = rate(config, step)
+                group["lr"] = trapezoid(step, planned, config.lr, config.warmup, config.decay)
             if average:
                 average[0].copy_to(average[1])
             entry = draw_entry(config, mix, step)
-            plans = mix[entry][1]
-            losses, lost = dict.fromkeys([plan.name for plan in plans], 0.0), []
-            for r in range(rounds):
-                samples = [(r * world + rank) * micro + m for m in range(micro)]
+            plans, losses = mix[entry][1], defaultdict(list)
+            for samples in rounds:
                 for d, plan in enumerate(plans):
-                    loss = loss_of(step, samples, entry, d) / rounds  # (micro,)
-                    loss.mean().backward()
-                    losses[plan.name] += loss.mean().item()
-                    lost += [j for j, x in zip(samples, loss.tolist()) if not math.isfinite(x)]
+                    loss = loss_of(step, samples, entry, d)  # (B,)
+                    (loss / len(rounds)).mean().backward()
+                    losses[plan.name].append(loss.detach())
             sync_gradients(dit, config.parallel)
-            row |= finite_means(losses, lost, f"step {step}: the loss", device)
+            row |= finite_means(losses, rounds, f"step {step}: the loss", device)
             row["norm"] = clip_gradients(dit, config.clip, f"step {step}")
             row["latents"] = plans[0].length
             optimiser.step()
@@ -329,14 +312,26 @@ def fit(
                 average[0].update(dit)
     if average:
         average[0].copy_to(average[1])
-    weights, path = (
-        whole_state(average[1] if average else dit),
-        Path(config.out) / f"{name}.safetensors",
-    )
-    if rank == 0:
-        recipe = {"recipe": recipe_of(config).write()} if name == "student" else {}
-        write_safetensors(path, weights, asdict(dit.config) | recipe)
-        print(f"wrote {path}")
+    write_network(Path(config.out) / f"{name}.safetensors", result)
+
+
+def with_pairs(mix: Mix, there: list[bool]) -> Mix:
+    """The mix without the entries that have no pairs: the others keep their shares' ratio."""
+    if all(there):
+        return mix
+    say(f"{there.count(False)} of {len(mix)} kinds of plans have no pairs yet: left out")
+    total = sum(share for (share, _), here in zip(mix, there) if here)
+    return tuple((share / total * here, plans) for (share, plans), here in zip(mix, there))
+
+
+def drawn_levels(plans: Sequence[Plan], noisy: int, clean: float, g: torch.Generator) -> list:
+    """A level in 0 .. noisy - 1 for each step of each plan, and by chance `noisy`: clean."""
+    levels = []
+    for plan in plans:
+        k = torch.randint(noisy, (len(plan.steps),), generator=g)
+        is_clean = torch.rand(len(k), generator=g) < clean
+        levels.append(k.masked_fill(is_clean, noisy))
+    return levels
 
 
 def train(
@@ -350,37 +345,29 @@ def train(
     device: torch.device,
 ) -> None:
     """Regress the end points of stored pairs. group_of: entry of the mix -> its group of pairs"""
-    there = [group_of(entry) in pairs for entry in range(len(mix))]
-    if not all(there):
-        print(f"{there.count(False)} of {len(mix)} kinds of plans have no pairs yet: left out")
-        total = sum(share for (share, _), here in zip(mix, there) if here)
-        mix = tuple((share / total * here, plans) for (share, plans), here in zip(mix, there))
+    mix = with_pairs(mix, [group_of(entry) in pairs for entry in range(len(mix))])
     dit = network(config, config.weights, device, trained=True)
     source = Prompts(config.prompts, dit.config.text_dim, dit.config.text_len)
     sigmas = torch.tensor([*student_sigmas(config.denoising, config.shift), 0.0], device=device)
     layouts = prepared_layouts(config, mix, dit, teacher_forcing, device)
-    clean_level = len(sigmas) - 1
-
-    def drawn_levels(plans: Sequence[Plan], g: torch.Generator) -> list[Tensor]:
-        """A noise level per step of each plan; what is given, and by chance --clean, is clean."""
-        levels = []
-        for plan in plans:
-            k = torch.randint(clean_level, (len(plan.steps),), generator=g)
-            clean = torch.rand(len(k), generator=g) < config.clean
-            clean |= torch.tensor([step.commits for step in plan.steps])
-            levels.append(k.masked_fill(clean, clean_level))
-        return levels
 
     def loss_of(step: int, samples: list[int], entry: int, d: int) -> Tensor:
-        lay, group, some, levels = layouts(entry)[d], pairs[group_of(entry)], [], []
+        """Sample j of an iteration: a pair of the entry's group, and a noise level per step."""
+        plans, lay, group = mix[entry][1], layouts(entry)[d], pairs[group_of(entry)]
+        some, levels = [], []
         for j in samples:
             g = generator(config.seed, Stream.ODE, step, j)
             some.append(group[int(torch.randint(len(group), (1,), generator=g))])
-            levels.append(drawn_levels(mix[entry][1], g)[d])
-        states = torch.stack([slot_states(pair, lay, d) for pair in some]).to(device)
-        prompt = source([pair.number for pair in some]).to(device)
+            levels.append(drawn_levels(plans, len(config.denoising), config.clean, g)[d])
         return ode_loss(
-            dit, lay, states, torch.stack(levels).to(device), sigmas, prompt, config.loss_on_anchors
+            dit,
+            lay,
+            torch.stack([slot_states(pair, lay, d) for pair in some]).to(device),
+            torch.stack(levels).to(device),
+            sigmas,
+            source([pair.number for pair in some]).to(device),
+            config.loss_on_anchors,
+            given_slots(plans[d], lay),
         )
 
     fit(config, dit, mix, loss_of, rank, world, device, "student")

@@ -42,14 +42,12 @@ def run(main: Callable, cls: type) -> None:
 
     Exit codes: 2 for UserError and OSError, 1 for numbers that are not finite and for too little
     memory, 130 for Ctrl-C. Any other exception is a bug and keeps its traceback."""
-    code = None
+    code = None  # exceptions end here, for a traceback would keep networks from `leave`
     if hasattr(sys.stdout, "reconfigure"):  # no letter that a terminal lacks ends a run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(from_cli(cls))
-    except (
-        SystemExit
-    ) as stop:  # its traceback would keep the networks alive; `leave` wants them gone
+    except SystemExit as stop:
         code = stop.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -98,17 +96,20 @@ def say(sentence: str) -> None:
 
 
 def launched() -> bool:
-    """Whether torchrun started this process: all of its variables are there.
+    """Whether torchrun started this process: all of its variables are there. raises: UserError
 
     Schedulers set some of them for purposes of their own: those are named and not believed."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    absent = [name for name in names if not os.environ.get(name)]
-    there = [name for name in names if name not in absent]
+    there = [name for name in names if os.environ.get(name)]
+    absent = [name for name in names if name not in there]
     if absent:
         if there:
             sets = f"{', '.join(there)} set but {', '.join(absent)} not"
             say(f"note: {sets}, so this is no job of torchrun; running as one process")
         return False
+    for name in ("MASTER_PORT", "LOCAL_RANK"):
+        if not (os.environ.get(name) or "0").isdecimal():
+            raise UserError(f"{name}={os.environ[name]} is no number; unset it")
     rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UserError(f"RANK={rank} and WORLD_SIZE={world} name no process of a job; unset them")
@@ -124,25 +125,25 @@ def start(device: str = "auto") -> tuple[int, int, torch.device]:
         raise UserError(f"--device {device} must be cpu, cuda or auto")
     if device != "cpu" and int(device[5:] or 0) >= gpus:
         raise UserError(f"--device {device}: torch sees {gpus or 'no'} GPU; use --device cpu")
-    rank, world, local, many = 0, 1, 0, launched()
-    if many:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_RANK") or rank % max(gpus, 1))
+    many = launched()
+    rank = int(os.environ["RANK"]) if many else 0
     if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK") or rank % gpus) if many else 0
+        if local >= gpus:
+            raise UserError(f"LOCAL_RANK={local}, but torch sees {gpus} GPU; start fewer processes")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    if many and not dist.is_initialized():
+    if not many:
+        return 0, 1, torch.device(device)
+    if not dist.is_initialized():
         # torchrun restarts with the store of before: what was left there hangs the new attempt
         # [measured], so that each attempt gets names of its own
         store, rank, world = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        dist.init_process_group(
-            "gloo" if device == "cpu" else "nccl",
-            store=dist.PrefixStore(f"attempt {attempt}", store),
-            rank=rank,
-            world_size=world,
-        )
-    return rank, world, torch.device(device)
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "gloo" if device == "cpu" else "nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 
 def dtype_of(name: str, device: torch.device | str = "cpu", flag: str = "dtype") -> torch.dtype:
@@ -268,19 +269,14 @@ def clear_temporaries(folder: pathlib.Path, stem: str = "", suffix: str = "") ->
     name = glob.escape(stem[:100]) if stem else "*"
     for old in folder.glob(f".{name}.{HOST}.*.tmp{glob.escape(suffix) or '*'}"):
         process = old.name[: old.name.rindex(".tmp")].rpartition(".")[2]
-        if process.isdecimal() and not _is_running(int(process)):
+        if not process.isdecimal():
+            continue
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
             old.unlink(missing_ok=True)
-
-
-def _is_running(process: int) -> bool:
-    """Whether a process of this host is there."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
+        except OSError:
+            pass  # it runs, and is somebody else's
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> str:

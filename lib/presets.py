@@ -10,55 +10,47 @@ TOY64 = {"latent": (21, 8, 8)}
 WAN = {"latent": (21, 60, 104), "plans": "paper", "parallel": "fsdp", "checkpointing": True}
 PROMPTS = {"prompts": "prompts.safetensors", "negative": NEGATIVE}
 CONSTANT = {"micro": 1, "lr": 2e-6, "warmup": 0, "decay": 0.0}
-LATENTS = {
-    "prompts": "out/latents/prompts.safetensors"
-}  # beside the clips that tools/encode.py made
+LATENTS = {"prompts": "out/latents/prompts.safetensors"}  # beside what tools/encode.py made
 FRAMEWISE = {"block": 1, "anchors": 1}
 ANY = {"plans": "any"}
 
-WAN_ODE = (
-    WAN
-    | PROMPTS
-    | CONSTANT
-    | {  # [paper App. A.1]
-        "teacher": "Wan2.1-T2V-14B",
-        "weights": "Wan2.1-T2V-1.3B",
-        "pairs": 16000,
-        "guidance": 3.0,
-        "shard": 16,
-        "steps": 6000,
-        "batch": 128,
-    }
-)
+WAN_ODE = {  # [paper App. A.1]
+    **WAN,
+    **PROMPTS,
+    **CONSTANT,
+    "teacher": "Wan2.1-T2V-14B",
+    "weights": "Wan2.1-T2V-1.3B",
+    "pairs": 16000,
+    "guidance": 3.0,
+    "shard": 16,
+    "steps": 6000,
+    "batch": 128,
+}
 ODE = {"toy": {}, "toy64": TOY64, "wan": WAN_ODE, "wan-any": WAN_ODE | ANY}
 
-WAN_DMD = (
-    WAN
-    | PROMPTS
-    | {  # [paper App. A.1]
-        "student": "out/ode/student.safetensors",
-        "teacher": "Wan2.1-T2V-14B",
-        "critic": "Wan2.1-T2V-1.3B",
-        "vae": "Wan2.1-T2V-1.3B",
-        "guidance": 4.0,
-        "steps": 600,
-        "batch": 64,
-        "micro": 1,
-        "lr": 2e-6,
-        "lr_critic": 4e-7,
-        "ratio": 5,
-        "ema": 0.99,
-        "ema_start": 200,
-    }
-)
-TWO_STEPS = (
-    WAN_DMD
-    | FRAMEWISE
-    | {  # [Causal Forcing++]
-        "denoising": (1000.0, 500.0),
-        "first_denoising": (1000.0, 750.0, 500.0, 250.0),
-    }
-)
+WAN_DMD = {  # [paper App. A.1]
+    **WAN,
+    **PROMPTS,
+    "student": "out/ode/student.safetensors",
+    "teacher": "Wan2.1-T2V-14B",
+    "critic": "Wan2.1-T2V-1.3B",
+    "vae": "Wan2.1-T2V-1.3B",
+    "guidance": 4.0,
+    "steps": 600,
+    "batch": 64,
+    "micro": 1,
+    "lr": 2e-6,
+    "lr_critic": 4e-7,
+    "ratio": 5,
+    "ema": 0.99,
+    "ema_start": 200,
+}
+TWO_STEPS = {  # [Causal Forcing++]
+    **WAN_DMD,
+    **FRAMEWISE,
+    "denoising": (1000.0, 500.0),
+    "first_denoising": (1000.0, 750.0, 500.0, 250.0),
+}
 DMD = {
     "toy": {},
     "toy64": TOY64,
@@ -70,33 +62,29 @@ DMD = {
     "wan-1step": TWO_STEPS | {"denoising": (1000.0,)},
 }
 
-WAN_AR = (
-    WAN
-    | LATENTS
-    | CONSTANT
-    | {  # [Causal Forcing]
-        "weights": "Wan2.1-T2V-1.3B",
-        "vae": "",
-        "steps": 2000,
-        "batch": 64,
-        "betas": (0.0, 0.999),
-        "dropout": 0.0,
-        "shift": 5.0,
-    }
-)
+WAN_AR = {  # [Causal Forcing]
+    **WAN,
+    **LATENTS,
+    **CONSTANT,
+    "weights": "Wan2.1-T2V-1.3B",
+    "vae": "",
+    "steps": 2000,
+    "batch": 64,
+    "betas": (0.0, 0.999),
+    "dropout": 0.0,
+    "shift": 5.0,
+}
 AR_TEACHER = {"toy": {}, "toy64": TOY64, "wan": WAN_AR, "wan-framewise": WAN_AR | FRAMEWISE}
 
-WAN_CAUSAL = (
-    WAN_ODE
-    | LATENTS
-    | {  # [Causal Forcing]
-        "teacher": "out/ar/teacher.safetensors",
-        "weights": "out/ar/teacher.safetensors",
-        "guidance": 6.0,
-        "steps": 1000,
-        "batch": 64,
-    }
-)
+WAN_CAUSAL = {  # [Causal Forcing]
+    **WAN_ODE,
+    **LATENTS,
+    "teacher": "out/ar/teacher.safetensors",
+    "weights": "out/ar/teacher.safetensors",
+    "guidance": 6.0,
+    "steps": 1000,
+    "batch": 64,
+}
 CAUSAL_ODE = {
     "toy": {},
     "toy64": TOY64,

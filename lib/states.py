@@ -107,11 +107,21 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(model, options=WHOLE)
 
 
-# ---------------------------------------------------------------- states
+def write_network(path: str | os.PathLike, model: nn.Module) -> None:
+    """Write a network's weights, sizes and recipe. Call it on every process."""
+    weights = whole_state(model)
+    if is_first():
+        write_safetensors(path, weights, _described(model))
+        print(f"wrote {path}")
+
+
 def _described(model: nn.Module) -> dict:
     """What a checkpoint says of a network: its sizes and, of a student, how it is trained."""
     recipe = vars(model).get("recipe")
     return dataclasses.asdict(model.config) | ({"recipe": recipe} if recipe else {})
+
+
+# ---------------------------------------------------------------- states
 
 
 def save_state(

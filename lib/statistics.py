@@ -9,9 +9,7 @@ from torch import Tensor
 
 from lib.common import UserError
 
-Values = dict[
-    str, Tensor
-]  # what is measured of each clip: [B] or [B, ...], NaN where there is none
+Values = dict[str, Tensor]  # name -> what is measured of each clip [B, ...], NaN where nothing is
 
 
 @dataclass(frozen=True)

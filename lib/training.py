@@ -19,11 +19,11 @@ import pathlib
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
@@ -56,6 +56,8 @@ RANGES = {  # of the flags that trainings share; 0 is "off" for those that may b
     "guidance": (0, 100),
     "shift": (0.1, 100),
     "latent": (1, 10000, 3),
+    "denoising": (1e-3, 1000),
+    "share_noise": ("none", "start", "all"),
     "block": (1, 1000),
     "anchors": (0, 1000),
     "head": (0, 1000),
@@ -66,6 +68,24 @@ RANGES = {  # of the flags that trainings share; 0 is "off" for those that may b
 }
 
 
+@dataclasses.dataclass
+class Training:
+    """The flags of every training; a script's Config adds its own."""
+
+    RANGES = RANGES
+    micro: int = 0  # samples a forward pass, the rest is accumulated; 0: all of a process's share
+    weight_decay: float = 0.01  # of AdamW [paper]
+    clip: float = 10.0  # gradient norm, 0: not clipped [Self-Forcing]
+    seed: int = 0
+    save_every: int = 200  # iterations between resume states; 0: one at the end
+    keep: int = 0  # keep the state of every so many iterations; 0: only the last
+    parallel: str = "ddp"  # ddp, or fsdp: shard all networks that are trained [paper]
+    checkpointing: bool = False  # recompute activations in the backward pass
+    compile: bool = False  # torch.compile the blocks: faster steps, after minutes
+    dtype: str = "bfloat16"  # of computation and frozen networks; all else is float32
+    device: str = "auto"
+
+
 # ---------------------------------------------------------------- processes and precision
 def distribute(model: nn.Module, how: str, dtype: torch.dtype | None = None) -> nn.Module:
     """Prepare a model for training on all processes, before its optimiser is made.
@@ -73,20 +93,15 @@ def distribute(model: nn.Module, how: str, dtype: torch.dtype | None = None) -> 
     "ddp": every process holds all of it, `sync_gradients` averages. "fsdp": FSDP2 shards each block
     and the rest; float32 masters, computation in `dtype`, gradients reduced in float32. Inputs are
     not cast: t needs its float32."""
-    if how == "fsdp":
-        if not dist.is_initialized():  # one process without torchrun
-            cuda = next(model.parameters()).is_cuda
-            dist.init_process_group(
-                "nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1
-            )
-        policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        for block in model.blocks:
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-    elif how != "ddp":
-        raise UserError(f"--parallel {how!r} must be ddp or fsdp")
+    if how == "ddp":
+        return model
+    if not dist.is_initialized():  # one process without torchrun
+        backend = "nccl" if next(model.parameters()).is_cuda else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
     return model
 
 
@@ -97,11 +112,11 @@ def computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     Casts are not cached: a cast made without gradient would be reused with gradient, and the weight
     would get none. On a CPU attention is spelt out: under gradients the fused kernel takes twice as
     long in bfloat16 [measured]."""
-    with ExitStack() as stack:
-        if dtype != torch.float32:
-            stack.enter_context(torch.autocast(device.type, dtype, cache_enabled=False))
-            if device.type == "cpu":
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    if dtype == torch.float32:
+        yield
+        return
+    spelt_out = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, dtype, cache_enabled=False), spelt_out:
         yield
 
 
@@ -124,20 +139,21 @@ def inference() -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
-def split_batch(batch: int, micro: int, rank: int, world: int) -> tuple[int, int]:
-    """Samples a forward pass and rounds accumulated: micro * rounds * world = batch; prints it.
+def split_batch(batch: int, micro: int, rank: int, world: int) -> list[list[int]]:
+    """The numbers of this process's samples, a list for each forward pass; prints how many.
 
-    micro = 0: the whole share of a process at once. raises: UserError if it does not divide."""
+    micro: samples a pass, 0: the whole share of a process at once
+    raises: UserError if processes and passes do not share the batch evenly"""
     micro = micro or max(batch // world, 1)
     if batch % (micro * world):
         raise UserError(
             f"--batch {batch} is not a multiple of --micro {micro} times {world} processes"
         )
     rounds = batch // (micro * world)
-    if rank == 0:
-        product = f"{world} processes x {rounds} accumulated x {micro} = {batch}"
-        print(f"{product} samples a step, in each direction", flush=True)
-    return micro, rounds
+    product = f"{world} processes x {rounds} accumulated x {micro} = {batch}"
+    say(f"{product} samples a step, in each direction")
+    firsts = [(r * world + rank) * micro for r in range(rounds)]
+    return [list(range(first, first + micro)) for first in firsts]
 
 
 def sync_gradients(model: nn.Module, how: str) -> None:
@@ -176,20 +192,23 @@ def mean_over_processes(values: dict[str, float], device: torch.device) -> dict[
 
 
 def finite_means(
-    losses: dict[str, float], lost: list[int], what: str, device: torch.device
+    losses: dict[str, list[Tensor]], rounds: list[list[int]], what: str, device: torch.device
 ) -> dict[str, float]:
-    """The mean over the processes of each named loss.
+    """The mean over rounds and processes of each named loss, a tensor [B] a round.
 
-    lost: this process's samples whose loss is not finite
+    rounds: the samples whose losses they are (`split_batch`)
     raises: FloatingPointError, on all processes, that names the losses and the samples"""
-    means = mean_over_processes(losses, device)
-    if not all(map(math.isfinite, means.values())):
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
-        where = f"sample {', '.join(map(str, lost))}" if lost else "a sample of another process"
-        raise FloatingPointError(
-            f"{what} is {shown}, through {where}; the last saved state is good"
-        )
-    return means
+    means = {k: sum(x.mean().item() / len(rounds) for x in xs) for k, xs in losses.items()}
+    means = mean_over_processes(means, device)
+    if all(map(math.isfinite, means.values())):
+        return means
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+    lost = []
+    for parts in losses.values():
+        for samples, x in zip(rounds, parts):
+            lost += [j for j, good in zip(samples, x.isfinite().tolist()) if not good]
+    where = f"sample {', '.join(map(str, lost))}" if lost else "a sample of another process"
+    raise FloatingPointError(f"{what} is {shown}, through {where}; the last saved state is good")
 
 
 # ---------------------------------------------------------------- learning rates
@@ -207,52 +226,38 @@ def trapezoid(step: int, steps: int, peak: float, warmup: int, decay: float) -> 
 
 
 # ---------------------------------------------------------------- the folder of a run
-def _take(path: pathlib.Path):
-    """The open and locked file; "" where there are no locks, None where somebody else has it."""
-    try:
-        import fcntl
-    except ImportError:  # not a Unix
-        return ""
-    file = open(path, "a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError as error:
-        file.close()
-        say(f"note: {path.parent} cannot be locked ({error}); see that no other run writes there")
-        return ""
-    return file
-
-
 @contextmanager
 def locked(path: str | os.PathLike) -> Iterator[None]:
     """Hold a lock file; the operating system frees it however the process ends, so none is stale.
 
     raises: UserError naming the process that holds it"""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        yield
+        return
     path, me = pathlib.Path(path), f"process {os.getpid()} on {HOST}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = _take(path)
-    if file is None and path.read_text(encoding="utf-8") == me:
+    if path.exists() and path.read_text(encoding="utf-8") == me:
         gc.collect()  # a run of this process that ended by an exception, and is not yet gone
-        file = _take(path)
-    if file is None:
-        holder = path.read_text(encoding="utf-8") or "another run"
-        raise UserError(
-            f"{path.parent} is in use by {holder} ({path.name}); wait for it, stop it, "
-            "or use another --out"
-        )
-    if file:
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = path.read_text(encoding="utf-8") or "another run"
+            raise UserError(
+                f"{path.parent} is in use by {holder} ({path.name}); wait for it, stop it, "
+                "or use another --out"
+            ) from None
+        except OSError as error:
+            say(f"note: {path.parent} cannot be locked ({error}); see that no other run writes it")
         file.truncate(0)
         file.write(me)
         file.flush()
-    try:
-        yield
-    finally:
-        if file:
+        try:
+            yield
+        finally:
             path.unlink(missing_ok=True)
-            file.close()
 
 
 def trim_log(path: str | os.PathLike, step: int) -> None:
@@ -300,17 +305,17 @@ def training_steps(
     state, log = out / f"{prefix}state.pt", out / f"{prefix}log.jsonl"
     settings, averages = dataclasses.asdict(config), averages or {}
     settings |= contents(settings, getattr(type(config), "UNREAD", ()))
+    every, total = settings.get("keep", 0), config.steps
     with locked(out / f"{prefix}lock") if is_first() else nullcontext(), stop_signals() as stop:
         if is_first():
             clear_temporaries(out)
         first = 0
         if state.exists():
-            free = getattr(type(config), "FREE", ())
-            first = load_state(state, settings, trained, free, **averages)
+            first = load_state(state, settings, trained, getattr(config, "FREE", ()), **averages)
             trim_log(log, first)
-            rest = "" if first < config.steps else "; nothing left to do"
-            say(f"{state}: resuming at step {first} of {config.steps}{rest}")
-        total, quiet = config.steps, not is_first()
+            rest = "" if first < total else "; nothing left to do"
+            say(f"{state}: resuming at step {first} of {total}{rest}")
+        quiet = not is_first()
         bar = trange(first, total, initial=first, total=total, desc=name, disable=quiet)
         for step in bar:
             began, row = time.perf_counter(), {}
@@ -319,31 +324,18 @@ def training_steps(
             stopping = mean_over_processes({"stop": float(stop())}, device)["stop"] > 0
             if row and is_first():
                 log_row(log, step=step, seconds=round(time.perf_counter() - began, 3), **row)
-                bar.set_postfix(_shown(row))
-            keeping = _is_due(done, settings.get("keep", 0))
-            if keeping or stopping or done == config.steps or _is_due(done, config.save_every):
+                hidden = ("norm", "motion")
+                bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if not k.startswith(hidden)})
+            keeping = every > 0 and done % every == 0
+            saving = config.save_every > 0 and done % config.save_every == 0
+            if saving or keeping or stopping or done == total:
                 save_state(state, done, settings, trained, **averages)
-                if is_first():
-                    if log.exists():
-                        write_curves(out / f"{prefix}curves.png", log)
-                    if keeping:
-                        _copy(state, out / f"{prefix}state-{done:06d}.pt")
-            if stopping and done < config.steps:
+                if is_first() and log.exists():
+                    write_curves(out / f"{prefix}curves.png", log)
+                if is_first() and keeping:
+                    with atomic(out / f"{prefix}state-{done:06d}.pt") as tmp:
+                        shutil.copyfile(state, tmp)
+            if stopping and done < total:
                 bar.close()
                 say(f"stopped at step {done}; run the same command to go on")
                 raise SystemExit(0)
-
-
-def _is_due(done: int, every: int) -> bool:
-    """Whether something that is done every so many steps is due; 0: never."""
-    return every > 0 and done % every == 0
-
-
-def _shown(row: dict[str, float]) -> dict[str, str]:
-    """What the progress bar shows of a row."""
-    return {k: f"{v:.4f}" for k, v in row.items() if not k.startswith(("norm", "motion"))}
-
-
-def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    with atomic(target) as tmp:
-        shutil.copyfile(source, tmp)

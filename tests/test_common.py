@@ -284,6 +284,25 @@ def test_variables_of_no_job_are_refused(rank, world, alone, monkeypatch):
         common.start()
 
 
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("MASTER_PORT", "ib0", "MASTER_PORT=ib0 is no number; unset it"),
+        ("LOCAL_RANK", "x", "LOCAL_RANK=x is no number; unset it"),
+        ("LOCAL_RANK", "3", "LOCAL_RANK=3, but torch sees 2 GPU; start fewer processes"),
+    ],
+)
+def test_other_variables_are_checked_too(name, value, says, alone, monkeypatch):
+    """What is no number; more processes than GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    values = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for key, text in (values | {name: value}).items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(UserError, match=says):
+        common.start()
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", "gpu"])
 def test_absent_device_is_a_user_error(alone, device):
     """A device that does not exist is named, with one that does."""

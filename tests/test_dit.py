@@ -18,9 +18,9 @@ from torch.nn.attention import flex_attention as flex
 import anchors
 from dit import (
     PRESETS,
+    Block,
     DiT,
     DiTConfig,
-    SelfAttention,
     Visible,
     attend,
     load_dit,
@@ -487,19 +487,25 @@ def test_dense_by_hand():
 
 def test_one_latent_may_be_several_keys():
     """key_slot and key_pos: the layer equals dense attention over gathered keys at these positions,
-    gradients too."""
-    layer = randomise(SelfAttention(24, 2, 1e-6)).requires_grad_()
-    h, w, pos = 1, 3, torch.arange(5)
-    x = randn(0, 2, 15, 24).requires_grad_()
-    out, (k_own, _) = layer(x, rope(pos, h, w, 12), rope(REPEATED.key_pos, h, w, 12), REPEATED)
-    q, k, v = layer.norm_q(layer.q(x)), layer.norm_k(layer.k(x)), layer.v(x)
+    gradients too. (The block adds to x only the attention of the normed x.)"""
+    block = randomise(Block(DiTConfig(dim=24, ffn_dim=8, num_heads=2))).requires_grad_()
+    with torch.no_grad():
+        block.modulation.zero_()[:, 2] = 1  # the gate of the self-attention
+        block.cross_attn.o.weight.zero_()
+        block.cross_attn.o.bias.zero_()
+    h, w, pos, text = 1, 3, torch.arange(5), randn(1, 2, 4, 24)
+    x, time = randn(0, 2, 5, 3, 24).requires_grad_(), torch.zeros(2, 5, 6, 24)
+    turned, keys_turned = rope(pos, h, w, 12), rope(REPEATED.key_pos, h, w, 12)
+    out, (k_own, _) = block(x, time, text, turned, keys_turned, REPEATED)
+    layer, y = block.self_attn, F.layer_norm(x, (24,), eps=block.eps).flatten(1, 2)
+    q, k, v = layer.norm_q(layer.q(y)), layer.norm_k(layer.k(y)), layer.v(y)
     rows = (REPEATED.key_slot[:, None] * 3 + torch.arange(3)).flatten()
     q, k, v = (y.view(2, -1, 2, 12) for y in (q, k[:, rows], v[:, rows]))
-    q, k = rotate(q, rope(pos, h, w, 12)), rotate(k, rope(REPEATED.key_pos, h, w, 12))
+    q, k = rotate(q, turned), rotate(k, keys_turned)
     dense = F.scaled_dot_product_attention(
         *(y.transpose(1, 2) for y in (q, k, v)), attn_mask=REPEATED.dense(3)
     )
-    dense = layer.o(dense.transpose(1, 2).flatten(2))
+    dense = x + layer.o(dense.transpose(1, 2).flatten(2)).view_as(x)
     wrt, weight = (x, *layer.parameters()), randn(9, *out.shape)
     assert distance(out, dense) <= 1e-5 and k_own.shape == (2, 15, 2, 12)
     assert distance(*(torch.autograd.grad(y, wrt, weight) for y in (out, dense))) <= 1e-5

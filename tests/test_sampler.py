@@ -433,12 +433,12 @@ def test_gradients_stay_in_their_block_and_level(name, level):
     noise, made = leaves()
     with_grad, caches, real = [], [], sampler.cache_for
     model.register_forward_pre_hook(lambda *_: with_grad.append(torch.is_grad_enabled()))
-    made_blocks = student_blocks(model, plan, [randn(5, 1, 5, 32)], noise, exit_at=lambda n: level)
+    text = randn(5, 1, 5, 32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             sampler, "cache_for", lambda *a, **k: caches.append(real(*a, **k)) or caches[0]
         )
-        finished = dict(made_blocks)
+        finished = dict(student_blocks(model, plan, [text], noise, exit_at=lambda n: level))
     kept = [any(plan.last_read.get(i, -1) > n for i in s.targets) for n, s in enumerate(plan.steps)]
     passes = [[k == level for k in range(level + 1)] + [False] * keeps for keeps in kept]
     assert with_grad == sum(passes, [])

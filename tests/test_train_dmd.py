@@ -34,6 +34,7 @@ import train_dmd
 from dit import DiT, load_dit, save_dit
 from lib.common import Stream, UserError
 from lib.text import Prompts
+from lib.training import split_batch
 from lib.weights import read_tensors
 from plans import any_mix, paper_mix, without_given
 from sampler import Recipe, generate, noise_from
@@ -236,26 +237,22 @@ def test_updates_move_samples_to_the_teachers():
 
 
 # ---------------------------------------------------------------- what an iteration draws
-def world_of(files, mix, rank=0, processes=1, micro=4, rounds=1, clips=None, levels=(4, 4)):
+def world_of(files, mix, rounds=(range(4),), clips=None):
     """A process's view of a run."""
     source = Prompts("toy", 64, 12)
-    nothing = source.embed([""])
-    config, device = Config(**files), torch.device("cpu")
-    return World(
-        config, mix, source, nothing, clips, levels, 2, micro, rounds, rank, processes, device
-    )
+    nothing, device = source.embed([""]), torch.device("cpu")
+    return World(Config(**files), mix, source, nothing, clips, 2, list(rounds), device)
 
 
 def test_a_draw_does_not_depend_on_how_the_batch_is_shared(files):
     """Four samples in one process, in two rounds of two, or as two processes of two rounds of one:
     the same noise, levels, prompts and exits."""
     mix = paper_mix(6)
-    whole = draw_round(world_of(files, mix), Stream.STUDENT, 3, 0, 0, 1)
-    for rank, processes, micro, rounds in ((0, 1, 2, 2), (0, 2, 1, 2), (1, 2, 1, 2)):
-        world = world_of(files, mix, rank, processes, micro, rounds)
-        for r in range(rounds):
-            part = draw_round(world, Stream.STUDENT, 3, r, 0, 1)
-            own = train_dmd.samples_of(world, r)
+    world, plan = world_of(files, mix), mix[0][1][1]
+    whole = draw_round(world, Stream.STUDENT, 3, range(4), plan, 1)
+    for rank, processes, micro in ((0, 1, 2), (0, 2, 1), (1, 2, 1)):
+        for own in split_batch(4, micro, rank, processes):
+            part = draw_round(world, Stream.STUDENT, 3, own, plan, 1)
             assert part.exits == whole.exits and torch.equal(part.noise, whole.noise[:, own])
             for a, b in zip(part.score[:3], whole.score[:3]):
                 assert torch.equal(a, b[own])
@@ -264,33 +261,28 @@ def test_a_draw_does_not_depend_on_how_the_batch_is_shared(files):
 def test_each_draw_is_its_own(files):
     """Another iteration, role, plan or sample has other noise. All blocks of a
     rollout exit at one level, unless the first block has levels of its own."""
-    world = world_of(files, paper_mix(6), levels=(4, 4))
+    mix = paper_mix(6)
+    world = world_of(files, mix)
     draws = [
-        draw_round(world, role, step, 0, 0, d)
+        draw_round(world, role, step, range(4), plan, d)
         for role in (Stream.STUDENT, Stream.CRITIC)
         for step in range(40)
-        for d in range(2)
+        for d, plan in enumerate(mix[0][1])
     ]
     starts = torch.stack([x.noise[0].flatten() for x in draws])
     assert len(starts.unique(dim=0)) == len(draws)
     assert {x.exits for x in draws} == {(k, k) for k in range(4)}
-    first = world_of(files | {"first_denoising": (1000.0, 500.0)}, paper_mix(6), levels=(2, 4))
-    exits = {draw_round(first, Stream.STUDENT, step, 0, 0, 0).exits for step in range(100)}
+    first, plan = world_of(files | {"first_denoising": (1000.0, 500.0)}, mix), mix[0][1][0]
+    exits = {draw_round(first, Stream.STUDENT, n, range(4), plan, 0).exits for n in range(100)}
     assert exits == {(a, b) for a in range(2) for b in range(4)}
 
 
 def test_a_draw_has_noise_for_dummies_and_anchors(files):
     """[levels, B, rows, C, h, w]: the video, the dummies, and as many rows again for anchors."""
     for P, rows_of_noise in ((3, 12), (0, 18)):
-        world = world_of(files, paper_mix(6, anchors=P))
-        assert draw_round(world, Stream.STUDENT, 0, 0, 0, 1).noise.shape == (
-            4,
-            4,
-            rows_of_noise,
-            2,
-            4,
-            4,
-        )
+        mix = paper_mix(6, anchors=P)
+        drawn = draw_round(world_of(files, mix), Stream.STUDENT, 0, range(4), mix[0][1][1], 1)
+        assert drawn.noise.shape == (4, 4, rows_of_noise, 2, 4, 4)
 
 
 def test_given_latents_are_of_the_prompts_clip(files):
@@ -299,8 +291,8 @@ def test_given_latents_are_of_the_prompts_clip(files):
     mix, clips = any_mix(15), [torch.full((15, 2, 4, 4), float(n)) for n in range(5)]
     entry = next(e for e, (_, plans) in enumerate(mix) if plans[-1].name == "before a clip")
     world = world_of(files | {"latent": (15, 4, 4)}, mix, clips=clips)
-    drawn = draw_round(world, Stream.STUDENT, 0, 0, entry, 1)
     plan = mix[entry][1][1]
+    drawn = draw_round(world, Stream.STUDENT, 0, range(4), plan, 1)
     assert sorted(drawn.given) == sorted(i for step in plan.steps for i in step.given)
     for i in drawn.given:
         numbers = drawn.given[i][:, 0, 0, 0].int().tolist()
@@ -387,6 +379,21 @@ def test_another_method_brings_its_rollout_and_plans(files, tmp_path):
     train(files, tmp_path, mine, ((1.0, (plan,)),), latent=(9, 4, 4), steps=3)
     assert seen == ["inbetween"] * 5  # two of the student's, three of the critic's
     assert rows(tmp_path)[0].keys() >= {"dmd_inbetween", "critic_inbetween", "motion_inbetween"}
+
+
+def test_a_sheet_is_of_plans_that_are_given_nothing(files, tmp_path, monkeypatch):
+    """A mix that begins with plans around a clip: the sheet shows another entry, and if there is
+    none, clips 0 and 1 are given."""
+    around = next(plans for _, plans in any_mix(15) if plans[-1].name == "before a clip")
+    flags = files | {"latent": (15, 4, 4), "steps": 1, "batch": 1, "sheet_every": 1}
+    flags |= in_place_of_clips(monkeypatch)
+    for name, mix in (
+        ("some", ((0.5, around), (0.5, (anchors.forward(15),)))),
+        ("all", ((1.0, around),)),
+    ):
+        assert (train(flags, tmp_path / name, sampler.generate, mix) / "sheet-00001.png").exists()
+    with pytest.raises(UserError, match="all plans are around given clips: use --clips"):
+        train(flags | {"clips": ""}, tmp_path / "none", sampler.generate, mix)
 
 
 def in_place_of_clips(monkeypatch):
@@ -762,6 +769,7 @@ def test_nan_later_leaves_the_saved_state_good(
         ({"plans": "all"}, "--plans 'all' must be paper or any"),
         ({"denoising": (250.0, 500.0)}, "--denoising 250.0 500.0 must fall"),
         ({"first_denoising": (0.0,)}, "--first_denoising 0.0 must be from 0.001"),
+        ({"vae": "nowhere.safetensors", "sheet_every": 2}, "nowhere.safetensors does not exist"),
         ({"share_noise": "some"}, "--share_noise 'some' must be none or start or all"),
     ],
 )

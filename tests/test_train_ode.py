@@ -31,13 +31,13 @@ import anchors
 import train_ode
 from anchors import layout
 from dit import DiT, load_dit, save_dit
-from lib import pairs
+from lib import pairs, states
 from lib.common import UserError
 from lib.pairs import kept_states, pair_noise
 from lib.text import Prompts
 from lib.weights import read_tensors, write_safetensors
-from sampler import many_steps, noise_from, ode_sigmas, student_sigmas
-from train_ode import Config, main, ode_loss
+from sampler import Recipe, many_steps, noise_from, ode_sigmas, student_sigmas
+from train_ode import Config, given_slots, main, ode_loss
 
 LATENT = (6, 4, 4)
 
@@ -163,6 +163,18 @@ def test_clean_steps_are_not_scored():
     assert dit.t[0].tolist() == [1000] * 3 + [0] * 3 + [1000] * 3 and dit.x[
         0, 3:6, 0, 0, 0
     ].tolist() == [0, 1, 2]
+
+
+def test_given_latents_are_clean_in_a_step_that_is_not():
+    """Latent 3 of block 3-5 is the user's own: shown at its end point and t = 0, as a rollout holds
+    it, and not scored; the others have the level of their step."""
+    plan = anchors.with_given(anchors.backward(6, 3, 3), [1, 3])
+    given = given_slots(plan, layout(plan))
+    assert given.tolist() == [True, False, False, False, True, False, False, True, False]
+    loss, dit = by_hand(plan, [0, 1], v=(18.0, 18.0), given=given)
+    assert loss == [(2 * 4 + 2 * 1) / 4]
+    assert dit.t.tolist() == [[0, 1000, 1000, 500, 0, 500, 1000, 0, 1000]]
+    assert dit.x[0, :, 0, 0, 0].tolist() == [3, 24, 25, 10, 1, 12, 20, 1, 22]
 
 
 def test_student_is_trained_on_the_levels_it_samples_with():
@@ -402,6 +414,15 @@ def test_log_has_a_row_each_step(files, tmp_path):
     assert (
         load_dit(tmp_path).config == tiny_dit(**WORDED).config
     )  # the student is a checkpoint as any other
+
+
+def test_a_student_of_a_state_remembers_its_recipe(files, tmp_path):
+    """The student that a run writes, and one that is taken from its state, know how to be run."""
+    train(files, tmp_path, steps=1, shift=5.0, anchors=2)
+    states.main(states.Config(str(tmp_path / "state.pt"), str(tmp_path / "taken.safetensors")))
+    for name in ("student.safetensors", "taken.safetensors"):
+        made = Recipe.read(load_dit(tmp_path / name).recipe)
+        assert (made.levels, made.anchors) == ((1000.0, 750.0, 500.0, 250.0), 2)
 
 
 def test_each_iteration_draws_anew(files, tmp_path):

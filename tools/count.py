@@ -192,7 +192,7 @@ def ledger(own: int, seen: int) -> Ledger:
         (dit, "attend", lambda q, k, v, visible=None: book.one("attention", q, k, v)),
         (dit, "rotate", book.within("RoPE", dit.rotate)),
         (dit, "modulate", book.within(NORMS, dit.modulate)),
-        (dit.RMSNorm, "forward", lambda self, x: book.one(NORMS, x, self.weight)),
+        (F, "rms_norm", lambda x, shape, weight, eps: book.one(NORMS, x, weight)),
     ):
         model = DiT(c).to(torch.bfloat16)
         text = model.text_kv(torch.empty(1, c.text_len, c.text_dim))

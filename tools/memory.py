@@ -217,7 +217,19 @@ def weights_2(student: DiTConfig, teacher: DiTConfig, gpus: int) -> dict[str, fl
     """The same in stage 2, which has teacher and critic, too."""
     sizes = size_of(student), size_of(student), size_of(teacher)
     blocks = 2 * gathered(student) + gathered(teacher)
-    return train_dmd.memory_of_weights(*sizes, gpus, BFLOAT) | {"gathered blocks": blocks}
+    return memory_of_weights(*sizes, gpus) | {"gathered blocks": blocks}
+
+
+def memory_of_weights(student: int, critic: int, teacher: int, gpus: int) -> dict[str, float]:
+    """GiB a process for networks of so many parameters, sharded over the GPUs as FSDP2 does.
+
+    Float32 masters, gradients and Adam's two moments are 16 bytes a parameter, the average 4 more;
+    the frozen teacher is kept in computation's type."""
+    return {
+        "teacher": teacher * BFLOAT / gpus / GIB,
+        "student: master, gradient, Adam, average": student * 20 / gpus / GIB,
+        "critic: master, gradient, Adam": critic * 16 / gpus / GIB,
+    }
 
 
 def sheet(weights: dict[int, dict[str, float]], active: dict[str, float]) -> str:

@@ -8,10 +8,11 @@ another way. Each file ends with METHODS, name -> Method; zoo/run.py has all of 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from anchors import Plan, forward, long
-from dit import KV, DiT
+from dit import KV, DiT, Past
 from kvcache import KVCache
 from sampler import Noise, Recipe, Remember, Text, cache_for, clean_pass
 from sampler import generate as block_by_block
@@ -55,6 +56,25 @@ def read_later(plan: Plan, n: int) -> tuple[int | None, ...]:
     step = plan.steps[n]
     later = {i for i in step.targets if plan.last_read.get(i, -1) > n}
     return tuple(i if i in later else None for i in step.own)
+
+
+@torch.no_grad()
+def commit(
+    dit: DiT,
+    cache: KVCache,
+    latents: tuple[int | None, ...],
+    x: Tensor,
+    pos: Tensor,
+    text: Text,
+    past: list[Past] | None,
+    sigma: float = 0.0,
+) -> None:
+    """Write the keys and values of latents x [B, T, C, h, w]; a None in `latents` is only seen.
+
+    sigma: the level they are shown at; x must be noised accordingly"""
+    t = torch.full(x.shape[:2], 1000 * sigma, device=x.device)
+    kv = dit(x, t, text, pos, past=past, keys_only=True)
+    cache.write(latents, kv)
 
 
 def forward_plan(length: int, block: int, anchors: int) -> Plan:

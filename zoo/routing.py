@@ -99,9 +99,12 @@ def generate(
     denoise = few_steps(dit, texts, noise, recipe.sigmas, share_noise=recipe.share_noise)
     hooks = []
     for layer, block in enumerate(dit.blocks):
-        norm = block.self_attn.norm_q
-        listen = partial(cache.listen, layer)
-        hooks.append(norm.register_forward_hook(lambda _, __, q, listen=listen: listen(q)))
+        attention = block.self_attn
+
+        def heard(_, __, q, layer=layer, norm=attention.norm_q):
+            cache.listen(layer, norm(q))
+
+        hooks.append(attention.q.register_forward_hook(heard))
     try:
         return gather(plan, rollout(plan, denoise, remember, cache, given))
     finally:

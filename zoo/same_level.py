@@ -27,14 +27,13 @@ from sampler import (
     Noise,
     Recipe,
     Text,
-    commit,
     gather,
     hold,
     rollout,
     student_sigmas,
     times,
 )
-from zoo.common import PAPER, Method, Overheard, forward_plan, memory, read_later
+from zoo.common import PAPER, Method, Overheard, commit, forward_plan, memory, read_later
 
 
 def generate(

@@ -23,8 +23,8 @@ from torch import Tensor
 import anchors
 from anchors import HORIZON, Plan, forward, place
 from dit import DiT
-from sampler import Noise, Recipe, Text, commit, few_steps, gather, rollout
-from zoo.common import PAPER, Method, memory
+from sampler import Noise, Recipe, Text, few_steps, gather, rollout
+from zoo.common import PAPER, Method, commit, memory
 
 RECACHED = 12  # latents [LongLive]
 CUT_AT = 45  # position of a new scene's first latent [Infinity-RoPE]

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchors import forward, with_given
+from anchors import forward
 from dit import DiT
 from lib.clips import Clips
 from lib.common import Stream, generator, run, start
 from lib.text import Prompts
+from plans import with_given
 from sampler import Noise, gather, shift_sigma, teacher_blocks
 from train_ode import fit, network
 from zoo import ar_teacher

@@ -14,8 +14,8 @@ Left open: FVDM says nothing of a video VAE whose first latent is a picture; her
     python -m tools.encode && python -m zoo.vector_time         compare evaluate.py's inbetween
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,13 +23,12 @@ from torch import Tensor
 from anchors import forward
 from dit import DiT
 from lib.clips import Clips
-from lib.common import Stream, generator, run, start
-from lib.text import Prompts
+from lib.common import Stream, run
 from plans import with_given
 from sampler import Noise, gather, shift_sigma, teacher_blocks
-from train_ode import fit, network
+from train_ode import Setup, fit
 from zoo import ar_teacher
-from zoo.ar_teacher import timestep_weight
+from zoo.ar_teacher import draw_clips, open_clips, timestep_weight
 
 
 @dataclass
@@ -77,28 +76,24 @@ def complete(
     return gather(plan, made)
 
 
+def clip_loss(
+    setup: Setup, clips: Clips, step: int, samples: list[int], entry: int, d: int
+) -> Tensor:
+    """The loss [B] of an iteration's samples."""
+    config, T = setup.config, setup.config.latent[0]
+
+    def draw_levels(g: torch.Generator) -> Tensor:
+        return levels(g, T, config.together, config.shift)
+
+    key = (Stream.AR, step, d)
+    drawn = draw_clips(setup, clips, range(T), draw_levels, key, samples, config.dropout)
+    return vector_loss(setup.dit, *drawn, config.shift)
+
+
 def main(config: Config) -> None:
-    rank, world, device = start(config.device)
     T = config.latent[0]
-    dit = network(config, config.weights, device, trained=True)
-    source = Prompts(config.prompts, dit.config.text_dim, dit.config.text_len)
-    clips = Clips(config.clips, config.latent, dit.config.in_dim, source)
-    nothing = source.embed([""])
-
-    def loss_of(step: int, samples: Sequence[int], entry: int, d: int) -> Tensor:
-        numbers, sigma, noise, keep = [], [], [], []
-        for j in samples:
-            g = generator(config.seed, Stream.AR, step, j, d)
-            numbers.append(int(torch.randint(len(clips), (1,), generator=g)))
-            sigma.append(levels(g, T, config.together, config.shift))
-            noise.append(torch.randn(clips[0].shape, generator=g))
-            keep.append(float(torch.rand(1, generator=g)) >= config.dropout)
-        prompt = torch.where(torch.tensor(keep).view(-1, 1, 1), source(numbers), nothing)
-        x0 = torch.stack([clips[n] for n in numbers])
-        given = (x0, torch.stack(noise), torch.stack(sigma), prompt)
-        return vector_loss(dit, *(x.to(device) for x in given), config.shift)
-
-    fit(config, dit, ((1.0, (forward(T, T),)),), loss_of, rank, world, device, "teacher")
+    setup = Setup(config, ((1.0, (forward(T, T),)),), teacher_forcing=False)
+    fit(setup, partial(clip_loss, setup, open_clips(setup)), "teacher")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -244,6 +245,15 @@ def masked(plan: Plan, teacher_forcing: bool, tokens: int, device: torch.device)
     return replace(lay, visible=lay.visible.prepare(tokens, device))
 
 
+class Part(NamedTuple):
+    """What one backward pass is for: samples of an iteration, in plan d of an entry of the mix."""
+
+    step: int
+    samples: list[int]
+    entry: int
+    d: int
+
+
 class Setup:
     """What does not change in a run: a network that learns, and the plans and prompts for it."""
 
@@ -255,9 +265,11 @@ class Setup:
         self.source = Prompts(config.prompts, c.text_dim, c.text_len)
         self.tokens = c.tokens(*config.latent[1:])
 
-    def layout(self, entry: int, d: int) -> Layout:
-        """Plan d of an entry of the mix as one sequence."""
-        return masked(self.mix[entry][1][d], self.teacher_forcing, self.tokens, self.device)
+    def plan(self, part: Part) -> Plan:
+        return self.mix[part.entry][1][part.d]
+
+    def layout(self, part: Part) -> Layout:
+        return masked(self.plan(part), self.teacher_forcing, self.tokens, self.device)
 
 
 def draw_entry(config, mix: Mix, step: int) -> int:
@@ -265,11 +277,13 @@ def draw_entry(config, mix: Mix, step: int) -> int:
     return draw(mix, torch.rand(1, generator=generator(config.seed, Stream.PLANS, step)).item())
 
 
-LossOf = Callable[[int, list[int], int, int], Tensor]  # (step, samples, entry, plan) -> [B]
-
-
-def fit(setup: Setup, loss_of: LossOf, name: str, average: tuple[EMA, DiT] | None = None) -> None:
-    """Train on the mean of `loss_of` in every plan of an entry; write `name`.safetensors.
+def fit(
+    setup: Setup,
+    loss_of: Callable[[Part], Tensor],
+    name: str,
+    average: tuple[EMA, DiT] | None = None,
+) -> None:
+    """Train on the mean of `loss_of`, [B], in every plan of an entry; write `name`.safetensors.
 
     average: an average, and the network that holds it for the loss and is written in the end"""
     config, mix, dit, device = setup.config, setup.mix, setup.dit, setup.device
@@ -292,7 +306,7 @@ def fit(setup: Setup, loss_of: LossOf, name: str, average: tuple[EMA, DiT] | Non
             plans, losses = mix[entry][1], defaultdict(list)
             for samples in rounds:
                 for d, plan in enumerate(plans):
-                    loss = loss_of(step, samples, entry, d)  # (B,)
+                    loss = loss_of(Part(step, samples, entry, d))  # (B,)
                     (loss / len(rounds)).mean().backward()
                     losses[plan.name].append(loss.detach())
             sync_gradients(dit, config.parallel)
@@ -317,34 +331,25 @@ def with_pairs(mix: Mix, there: list[bool]) -> Mix:
     return tuple((share / total * here, plans) for (share, plans), here in zip(mix, there))
 
 
-def drawn_levels(plans: Sequence[Plan], noisy: int, clean: float, g: torch.Generator) -> list:
-    """A level in 0 .. noisy - 1 for each step of each plan, and by chance `noisy`: clean."""
-    levels = []
-    for plan in plans:
-        k = torch.randint(noisy, (len(plan.steps),), generator=g)
-        is_clean = torch.rand(len(k), generator=g) < clean
-        levels.append(k.masked_fill(is_clean, noisy))
-    return levels
-
-
-def pair_loss(
-    setup: Setup, pairs: list[list[Pair]], step: int, samples: list[int], entry: int, d: int
-) -> Tensor:
-    """Sample j of an iteration: a pair of the entry's, and a noise level per step of plan d: [B].
+def pair_loss(setup: Setup, pairs: list[list[Pair]], part: Part) -> Tensor:
+    """The loss [B] of samples: a pair of the entry's, and a noise level per step of the plan.
 
     pairs: of each entry of the mix"""
-    config, device, lay = setup.config, setup.device, setup.layout(entry, d)
+    config, device, lay = setup.config, setup.device, setup.layout(part)
+    noisy, group = len(config.denoising), pairs[part.entry]
     some, levels = [], []
-    for j in samples:
-        g = generator(config.seed, Stream.ODE, step, j)
-        some.append(pairs[entry][int(torch.randint(len(pairs[entry]), (1,), generator=g))])
-        plans = setup.mix[entry][1]
-        levels.append(drawn_levels(plans, len(config.denoising), config.clean, g)[d])
+    for j in part.samples:
+        g = generator(config.seed, Stream.ODE, part.step, j)
+        some.append(group[int(torch.randint(len(group), (1,), generator=g))])
+        for plan in setup.mix[part.entry][1][: part.d + 1]:  # plans do not share their levels
+            k = torch.randint(noisy, (len(plan.steps),), generator=g)
+            is_clean = torch.rand(len(k), generator=g) < config.clean
+        levels.append(k.masked_fill(is_clean, noisy))  # the last state is the clean one
     sigmas = [*student_sigmas(config.denoising, config.shift), 0.0]
     return ode_loss(
         setup.dit,
         lay,
-        torch.stack([slot_states(pair, lay, d) for pair in some]).to(device),
+        torch.stack([slot_states(pair, lay, part.d) for pair in some]).to(device),
         torch.stack(levels).to(device),
         torch.tensor(sigmas, device=device),
         setup.source([pair.number for pair in some]).to(device),

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +31,9 @@ from lib.common import Stream, generator, run
 from lib.media import write_sheet
 from lib.text import HELD_OUT
 from lib.training import Training
+from plans import Mix
 from sampler import gather, noise_seeded, shift_sigma, teacher_blocks
-from train_ode import Setup, fit, mean_over, mix_of, per_slot, scored_slots
+from train_ode import Part, Setup, fit, mean_over, mix_of, per_slot, scored_slots
 from vae import load_vae
 
 
@@ -95,74 +95,53 @@ def ar_loss(
     return mean_over(error, scored_slots(lay, loss_on_anchors, dummies=loss_on_anchors))
 
 
-class Drawn(NamedTuple):
-    """Real clips, and what is drawn for each sample; a row a sample."""
+class OnClips(Setup):
+    """A network that learns from real clips."""
 
-    x0: Tensor  # [B, slots, C, h, w]: the clips at every slot
-    noise: Tensor  # like x0
-    level: Tensor  # as the method draws them, for each step or each latent
-    prompt: Tensor  # [B, L, text_dim], some of them the empty one
+    def __init__(self, config, mix: Mix, teacher_forcing: bool) -> None:
+        super().__init__(config, mix, teacher_forcing)
+        self.clips = Clips(config.clips, config.latent, self.dit.config.in_dim, self.source)
 
-
-def draw_clips(
-    setup: Setup,
-    clips: Clips,
-    latent: Sequence[int],
-    draw_level: Callable[[torch.Generator], Tensor],
-    key: tuple[int, int, int],
-    samples: Sequence[int],
-    dropout: float = 0.0,
-) -> Drawn:
-    """Sample j of an iteration: a clip, a level, its noise in each slot, and whether it is told.
-
-    latent: which latent of the clip each slot shows; key: (stream, iteration, plan)"""
-    stream, step, d = key
-    numbers, level, noise, is_told = [], [], [], []
-    for j in samples:
-        g = generator(setup.config.seed, stream, step, j, d)
-        numbers.append(int(torch.randint(len(clips), (1,), generator=g)))
-        level.append(draw_level(g))
-        noise.append(torch.randn(len(latent), *clips[0].shape[1:], generator=g))
-        is_told.append(float(torch.rand(1, generator=g)) >= dropout)
-    real = [i if i >= 0 else ~i for i in latent]  # a dummy stands at a latent
-    x0 = torch.stack([clips[n][real] for n in numbers])
-    told = torch.tensor(is_told).view(-1, 1, 1)
-    prompt = torch.where(told, setup.source(numbers), setup.source.embed([""]))
-    drawn = (x0, torch.stack(noise), torch.stack(level), prompt)
-    return Drawn(*(x.to(setup.device) for x in drawn))
+    def draw(
+        self,
+        part: Part,
+        stream: Stream,
+        latent: Sequence[int],
+        draw_level: Callable[[torch.Generator], Tensor],
+        dropout: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Clips x0 [B, slots, C, h, w], noise like them, levels as drawn, and the prompts, some of
+        them the empty one. latent: which one of the clip each slot shows"""
+        numbers, noise, level, is_told = [], [], [], []
+        for j in part.samples:
+            g = generator(self.config.seed, stream, part.step, j, part.d)
+            numbers.append(int(torch.randint(len(self.clips), (1,), generator=g)))
+            level.append(draw_level(g))
+            noise.append(torch.randn(len(latent), *self.clips[0].shape[1:], generator=g))
+            is_told.append(float(torch.rand(1, generator=g)) >= dropout)
+        real = [i if i >= 0 else ~i for i in latent]  # a dummy stands at a latent
+        x0 = torch.stack([self.clips[n][real] for n in numbers])
+        told = torch.tensor(is_told).view(-1, 1, 1)
+        prompt = torch.where(told, self.source(numbers), self.source.embed([""]))
+        drawn = (x0, torch.stack(noise), torch.stack(level), prompt)
+        return tuple(x.to(self.device) for x in drawn)
 
 
-def open_clips(setup: Setup) -> Clips:
-    """The real clips of --clips, which must be of --prompts and of the network's size."""
-    config = setup.config
-    return Clips(config.clips, config.latent, setup.dit.config.in_dim, setup.source)
+History = Callable[[OnClips, Part, Tensor, Tensor], Tensor]  # (setup, part, x0, prompt) -> x0
 
 
-History = Callable[..., Tensor]  # (step, samples, d, dit, plan, layout, x0, prompt) -> x0
-
-
-def clip_loss(
-    setup: Setup,
-    clips: Clips,
-    history: History | None,
-    step: int,
-    samples: list[int],
-    entry: int,
-    d: int,
-) -> Tensor:
-    """The loss [B] of an iteration's samples in plan d, at a time per step of the plan."""
-    config, plan, lay = setup.config, setup.mix[entry][1][d], setup.layout(entry, d)
+def clip_loss(setup: OnClips, history: History | None, part: Part) -> Tensor:
+    """The loss [B] of samples: a clip, and a time per step of the plan."""
+    config, lay, steps = setup.config, setup.layout(part), len(setup.plan(part).steps)
 
     def times(g: torch.Generator) -> Tensor:
-        return shift_sigma(torch.rand(len(plan.steps), generator=g), config.shift)
+        return shift_sigma(torch.rand(steps, generator=g), config.shift)
 
-    key = (Stream.AR, step, d)
-    x0, noise, sigma, prompt = draw_clips(
-        setup, clips, lay.latent, times, key, samples, config.dropout
-    )
+    x0, noise, sigma, prompt = setup.draw(part, Stream.AR, lay.latent, times, config.dropout)
     if history:
-        x0 = history(step, samples, d, setup.dit, plan, lay, x0, prompt)
-    return ar_loss(setup.dit, lay, x0, noise, sigma, prompt, config.shift, config.loss_on_anchors)
+        x0 = history(setup, part, x0, prompt)
+    on_anchors = config.loss_on_anchors
+    return ar_loss(setup.dit, lay, x0, noise, sigma, prompt, config.shift, on_anchors)
 
 
 @torch.no_grad()
@@ -189,8 +168,8 @@ def main(config: Config, history: History | None = None) -> None:
     mix = mix_of(config)
     if config.vae:
         load_vae(config.vae)  # a file that cannot be read is named now, not after the training
-    setup = Setup(config, mix, teacher_forcing=True)
-    fit(setup, partial(clip_loss, setup, open_clips(setup), history), "teacher")
+    setup = OnClips(config, mix, teacher_forcing=True)
+    fit(setup, partial(clip_loss, setup, history), "teacher")
     if config.vae:
         sheet(setup)
 

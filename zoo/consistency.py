@@ -20,12 +20,11 @@ from torch import Tensor
 from anchors import Layout
 from dit import DiT
 from lib import presets
-from lib.clips import Clips
 from lib.common import Stream, UserError, dtype_of, run
 from lib.training import EMA, inference
 from sampler import ODE_STEPS, cfg_velocity, ode_sigmas
 from train_ode import (
-    Setup,
+    Part,
     denoise,
     fit,
     mean_over,
@@ -36,7 +35,7 @@ from train_ode import (
     scored_slots,
 )
 from zoo import causal_ode
-from zoo.ar_teacher import draw_clips, open_clips
+from zoo.ar_teacher import OnClips
 
 
 @dataclass
@@ -80,31 +79,18 @@ def cd_loss(
     return mean_over(error, scored_slots(lay, loss_on_anchors))
 
 
-def clip_loss(
-    setup: Setup,
-    clips: Clips,
-    average: DiT,
-    teacher: DiT,
-    step: int,
-    samples: list[int],
-    entry: int,
-    d: int,
-) -> Tensor:
-    """The loss [B] of an iteration's samples in plan d, at a level per step of the plan."""
-    config, lay = setup.config, setup.layout(entry, d)
+def clip_loss(setup: OnClips, average: DiT, teacher: DiT, part: Part) -> Tensor:
+    """The loss [B] of samples: a clip, and a level per step of the plan."""
+    config, lay, steps = setup.config, setup.layout(part), len(setup.plan(part).steps)
     grid = torch.tensor(ode_sigmas(ODE_STEPS, config.shift), device=setup.device)
-    steps = len(setup.mix[entry][1][d].steps)
 
     def levels(g: torch.Generator) -> Tensor:
         return torch.randint(len(grid) - 2, (steps,), generator=g)
 
-    x0, noise, index, prompt = draw_clips(
-        setup, clips, lay.latent, levels, (Stream.CD, step, d), samples
-    )
-    networks = (setup.dit, average, teacher)
+    x0, noise, index, prompt = setup.draw(part, Stream.CD, lay.latent, levels)
     negative = setup.source.embed([config.negative]).to(setup.device)
-    how = (config.guidance, config.loss_on_anchors)
-    return cd_loss(*networks, lay, x0, noise, index, grid, prompt, negative, *how)
+    how = (prompt, negative, config.guidance, config.loss_on_anchors)
+    return cd_loss(setup.dit, average, teacher, lay, x0, noise, index, grid, *how)
 
 
 def main(config: Config) -> None:
@@ -112,11 +98,11 @@ def main(config: Config) -> None:
         raise UserError("consistency distillation has no pairs: leave out --generate and --check")
     mix = mix_of(config)
     recipe_of(config)  # impossible levels are refused before any work
-    setup = Setup(config, mix, teacher_forcing=True)
+    setup = OnClips(config, mix, teacher_forcing=True)
     average = network(config, config.weights, setup.device, trained=False)
     dtype = dtype_of(config.dtype)
     teacher = network(config, config.teacher, setup.device, trained=False, dtype=dtype)
-    loss_of = partial(clip_loss, setup, open_clips(setup), average, teacher)
+    loss_of = partial(clip_loss, setup, average, teacher)
     fit(setup, loss_of, "student", (EMA(setup.dit, config.ema), average))
 
 

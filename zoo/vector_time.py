@@ -22,13 +22,12 @@ from torch import Tensor
 
 from anchors import forward
 from dit import DiT
-from lib.clips import Clips
 from lib.common import Stream, run
 from plans import with_given
 from sampler import Noise, gather, shift_sigma, teacher_blocks
-from train_ode import Setup, fit
+from train_ode import Part, fit
 from zoo import ar_teacher
-from zoo.ar_teacher import draw_clips, open_clips, timestep_weight
+from zoo.ar_teacher import OnClips, timestep_weight
 
 
 @dataclass
@@ -76,24 +75,21 @@ def complete(
     return gather(plan, made)
 
 
-def clip_loss(
-    setup: Setup, clips: Clips, step: int, samples: list[int], entry: int, d: int
-) -> Tensor:
-    """The loss [B] of an iteration's samples."""
+def clip_loss(setup: OnClips, part: Part) -> Tensor:
+    """The loss [B] of samples: a clip, and a level for each of its latents."""
     config, T = setup.config, setup.config.latent[0]
 
     def draw_levels(g: torch.Generator) -> Tensor:
         return levels(g, T, config.together, config.shift)
 
-    key = (Stream.AR, step, d)
-    drawn = draw_clips(setup, clips, range(T), draw_levels, key, samples, config.dropout)
+    drawn = setup.draw(part, Stream.AR, range(T), draw_levels, config.dropout)
     return vector_loss(setup.dit, *drawn, config.shift)
 
 
 def main(config: Config) -> None:
     T = config.latent[0]
-    setup = Setup(config, ((1.0, (forward(T, T),)),), teacher_forcing=False)
-    fit(setup, partial(clip_loss, setup, open_clips(setup)), "teacher")
+    setup = OnClips(config, ((1.0, (forward(T, T),)),), teacher_forcing=False)
+    fit(setup, partial(clip_loss, setup), "teacher")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ and backward, with anchors, before the first. Your own clip is a plan with one s
 
 *Mixes.* Which plans a training run draws from is data: a list of (share, plans). An iteration draws
 one entry and trains on each of its plans. The paper's mix has one entry, forward and backward over
-the whole clip. A new order joins the training by a line in `any_mix`.
+the whole clip. A new order joins the training by a line in `any_mix`; a mix of your own, by
+`MIXES["mine"] = f` before `main`, is a name for --plans (zoo/lookahead.py has one).
 
     python -c "import anchors, plans; print(anchors.text_picture(plans.story()))"
 """

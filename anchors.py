@@ -293,18 +293,6 @@ def backward(
     return Plan("backward", length, tuple(steps))
 
 
-def both_directions(
-    length: int = 21, block: int = 3, anchors: int = 3, head: int = 0
-) -> tuple[Plan, Plan]:
-    """The forward and the backward plan that train a student (paper App. B.1 and B.2).
-
-    head: size of the forward blocks and of the block of latent 0; 0: block. Without anchors, the
-        first backward block could be taken for a beginning if it is as large: a dummy precedes."""
-    head = head or block
-    dummy = not anchors and head == block < length
-    return forward(length, head), backward(length, block, anchors, head=head, dummy=dummy)
-
-
 def inbetween(length: int = 21, block: int = 3, anchors: int = 3, given: bool = False) -> Plan:
     """Head, then tail, then all of the gap as one block that sees both (paper A.2).
 
@@ -314,15 +302,15 @@ def inbetween(length: int = 21, block: int = 3, anchors: int = 3, given: bool = 
         parts = f"two ends of {block}, a gap between them and {anchors} anchors in it"
         raise UserError(f"{length} latents have no room for {parts}")
     head, tail = range(block), range(gap.stop, length)
-    imagined = tuple(range(tail.start - anchors, tail.start))
+    imagined = () if given else tuple(range(tail.start - anchors, tail.start))
     ends = place(head, 0) + place(tail, tail.start)
+    users = (tuple(head), tuple(tail)) if given else ((), ())
     steps = (
-        Step(tuple(head), tuple(head)),
-        Step(tuple(tail), imagined + tuple(tail), imagined, place(head, 0)),
+        Step(tuple(head), tuple(head), given=users[0]),
+        Step(tuple(tail), imagined + tuple(tail), imagined, place(head, 0), given=users[1]),
         Step(tuple(gap), tuple(gap), reads=ends),
     )
-    plan = Plan("inbetween", length, steps)
-    return with_given(plan, (*head, *tail)) if given else plan
+    return Plan("inbetween", length, steps)
 
 
 def loop(length: int = 21, block: int = 3, gap: int = 0) -> Plan:
@@ -368,31 +356,6 @@ def long(
     return backward(length, block, anchors, view)
 
 
-# ---------------------------------------------------------------- a plan for the user's own
-def with_given(plan: Plan, latents: Sequence[int]) -> Plan:
-    """The same plan where these latents are the user's; a step that only commits has no anchors."""
-    given = set(latents)
-    steps = []
-    for step in plan.steps:
-        if given.issuperset(step.targets):
-            pos = step.pos[len(step.anchors) :]
-            steps.append(replace(step, anchors=(), pos=pos, given=step.targets))
-        else:
-            steps.append(replace(step, given=tuple(i for i in step.own if i in given)))
-    return replace(plan, steps=tuple(steps))
-
-
-def switch(plan: Plan, starts: Sequence[int]) -> Plan:
-    """The same plan with prompt n + 1 from latent starts[n] on, in time.
-
-    A step follows the prompt of its first target."""
-    steps = []
-    for step in plan.steps:
-        begins = max(step.targets[0], 0)
-        steps.append(replace(step, prompt=sum(start <= begins for start in starts)))
-    return replace(plan, steps=tuple(steps))
-
-
 # Registered here, an order is known to generate, evaluate and the pictures: order(length, block,
 # anchors) or fewer of these, and options of its own. (plans.py adds stories.)
 ORDERS = {"forward": forward, "backward": backward, "inbetween": inbetween, "loop": loop}
@@ -407,6 +370,7 @@ class Slot(NamedTuple):
     pos: int
     is_target: bool  # not an anchor
     is_clean: bool  # a finished latent of teacher forcing, only there to be read
+    is_given: bool  # the user's own: held clean, as in a rollout
 
 
 @dataclass(frozen=True)
@@ -419,6 +383,7 @@ class Layout:
     pos: tuple[int, ...]
     is_target: tuple[bool, ...]
     is_clean: tuple[bool, ...]
+    is_given: tuple[bool, ...]
     visible: Visible
 
 
@@ -457,13 +422,15 @@ def _slots(plan: Plan, teacher_forcing: bool) -> list[Slot]:
     """The sequence: [clean targets that are read |] targets of all steps | anchors of all steps."""
     clean, targets, anchors = [], [], []
     for n, step in enumerate(plan.steps):
-        placed = list(zip(step.own, step.pos))
-        imagined, made = placed[: len(step.anchors)], placed[len(step.anchors) :]
+        slots = []
+        for i, p in zip(step.own, step.pos):
+            slots.append(Slot(i, n, p, i in step.targets, False, i in step.given))
+        imagined, made = slots[: len(step.anchors)], slots[len(step.anchors) :]
         if teacher_forcing and any(i in plan.last_read for i in step.targets):
-            clean += [Slot(i, n, p, True, True) for i, p in made]
+            clean += [slot._replace(is_clean=True) for slot in made]
         if not (teacher_forcing and step.commits):
-            targets += [Slot(i, n, p, True, False) for i, p in made]
-            anchors += [Slot(i, n, p, False, False) for i, p in imagined]
+            targets += made
+            anchors += imagined
     return clean + targets + anchors
 
 

@@ -37,7 +37,7 @@ from anchors import HORIZON, Plan, View
 from lib.common import UserError
 from lib.media import load_clip
 from lib.story import LONGEST, Story, read_keyframes, read_story
-from plans import timeline
+from plans import switch, timeline, with_given
 from sampler import FPS, Recipe
 from vae import VAE
 
@@ -148,7 +148,7 @@ def prompted(
     if seconds:
         return _switched(plan, prompts, seconds)
     if parts is not None or len(prompts) == 1:
-        plan = anchors.switch(plan, parts if len(prompts) > 1 else ())
+        plan = switch(plan, parts if len(prompts) > 1 else ())
     if len(prompts) != plan.prompts():
         raise UserError(
             f"{len(prompts)} prompts for a plan with {plan.prompts()}; give one, in quotes, or one"
@@ -162,7 +162,7 @@ def _switched(plan: Plan, prompts: Sequence[str], seconds: Sequence[float]) -> P
     if len(prompts) != len(seconds) + 1 or not is_rising:
         needs = f"rising times above 0 and {len(seconds) + 1} prompts, got {len(prompts)}"
         raise UserError(f"--switch {' '.join(map(str, seconds))} needs {needs}")
-    plan = anchors.switch(plan, [math.ceil(s * FPS / TIME) for s in seconds])
+    plan = switch(plan, [math.ceil(s * FPS / TIME) for s in seconds])
     idle = set(range(len(prompts))) - {step.prompt for step in plan.steps}
     if idle:
         raise UserError(
@@ -220,7 +220,7 @@ class Around:
             prompts = list(config.prompt)
             plan = prompted(plan, prompts, config.switch, parts)
         plan = replace(plan, name=" ".join(map(flag, commands)))
-        return anchors.with_given(plan, list(self.given.latents)), prompts
+        return with_given(plan, list(self.given.latents)), prompts
 
     def make(self) -> tuple[Plan, list[int] | None]:
         """Whatever is no story; the latents at which its parts begin, if each may have a prompt."""

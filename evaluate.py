@@ -40,6 +40,7 @@ from lib.common import UserError, check_out, dtype_of, run, start
 from lib.media import read_frames, videos_in
 from lib.statistics import Stat, Values, frechet, joined, largest, over_files, stat
 from lib.world import OTHER, World, find_world, numbers_of
+from plans import both_directions
 from sampler import Recipe, gather, noise_seeded, student_blocks, teacher_blocks
 from vae import VAE
 
@@ -203,7 +204,7 @@ def recipe_of(dit: DiT) -> Recipe:
 def plans_of(recipe: Recipe) -> dict[str, Plan]:
     """The two plans a student was trained for; and its anchors kept as output (paper Fig. 9c)."""
     block, head = recipe.block, recipe.head or recipe.block
-    pair = anchors.both_directions(HORIZON, block, recipe.anchors, recipe.head)
+    pair = both_directions(HORIZON, block, recipe.anchors, recipe.head)
     plans = {"forward": pair[0], "backward": pair[1]}
     if recipe.anchors and (HORIZON - head) % (2 * block) == 0:
         plans["backward, anchors as output"] = anchors.backward(HORIZON, 2 * block, 0, head=head)

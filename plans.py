@@ -3,13 +3,14 @@
     [scene 0]  gap  [scene 1]  after          before  [your clip]  after
 
 *Scenes.* A scene is a run of latents with a prompt of its own, made forward and blind to the
-others, or given by the user (`anchors.with_given`). When all scenes are there, the gaps between
+others, or given by the user (`with_given`). When all scenes are there, the gaps between
 them are filled, each seeing both of its sides; then the video grows forward after the last scene,
 and backward, with anchors, before the first. Your own clip is a plan with one scene.
 
 *Mixes.* Which plans a training run draws from is data: a list of (share, plans). An iteration draws
 one entry and trains on each of its plans. The paper's mix has one entry, forward and backward over
-the whole clip. A new order joins the training by a line in `any_mix`.
+the whole clip. A new order joins the training by a line in `any_mix`; a mix of your own, by
+`MIXES["mine"] = f` before `main`, is a name for --plans (zoo/lookahead.py has one).
 
     python -c "import anchors, plans; print(anchors.text_picture(plans.story()))"
 """
@@ -27,14 +28,37 @@ from anchors import (
     View,
     backward,
     backward_step,
-    both_directions,
     check_anchors,
     forward,
     forward_step,
     place,
-    with_given,
 )
 from lib.common import UserError
+
+
+# ---------------------------------------------------------------- changes to any plan
+def with_given(plan: Plan, latents: Sequence[int]) -> Plan:
+    """The same plan where these latents are the user's; a step that only commits has no anchors."""
+    given = set(latents)
+    steps = []
+    for step in plan.steps:
+        if given.issuperset(step.targets):
+            pos = step.pos[len(step.anchors) :]
+            steps.append(replace(step, anchors=(), pos=pos, given=step.targets))
+        else:
+            steps.append(replace(step, given=tuple(i for i in step.own if i in given)))
+    return replace(plan, steps=tuple(steps))
+
+
+def switch(plan: Plan, starts: Sequence[int]) -> Plan:
+    """The same plan with prompt n + 1 from latent starts[n] on, in time.
+
+    A step follows the prompt of its first target."""
+    steps = []
+    for step in plan.steps:
+        begins = max(step.targets[0], 0)
+        steps.append(replace(step, prompt=sum(start <= begins for start in starts)))
+    return replace(plan, steps=tuple(steps))
 
 
 # ---------------------------------------------------------------- scenes
@@ -182,6 +206,18 @@ ORDERS |= {"story": story, "transition": transition}
 
 # ---------------------------------------------------------------- what training draws
 Mix = tuple[tuple[float, tuple[Plan, ...]], ...]  # (share, the plans of one iteration)
+
+
+def both_directions(
+    length: int = 21, block: int = 3, anchors: int = 3, head: int = 0
+) -> tuple[Plan, Plan]:
+    """The forward and the backward plan that train a student (paper App. B.1 and B.2).
+
+    head: size of the forward blocks and of the block of latent 0; 0: block. Without anchors, the
+        first backward block could be taken for a beginning if it is as large: a dummy precedes."""
+    head = head or block
+    dummy = not anchors and head == block < length
+    return forward(length, head), backward(length, block, anchors, head=head, dummy=dummy)
 
 
 def paper_mix(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -> Mix:

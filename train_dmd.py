@@ -51,7 +51,7 @@ from lib.training import (
     sync_gradients,
     training_steps,
 )
-from plans import MIXES, Mix, rows_of, without_given
+from plans import Mix, rows_of, without_given
 from sampler import cfg_velocity, noise_from, shift_sigma
 from train_ode import draw_entry, mix_of, network, recipe_of
 from vae import load_vae
@@ -63,8 +63,6 @@ class Config(Training):
 
     PRESETS = presets.DMD
     RANGES = {
-        "preset": tuple(PRESETS),
-        "plans": tuple(MIXES),
         "first_denoising": (1e-3, 1000),
         "ratio": (1, 10**6),
         "lr_critic": (0, 1),
@@ -80,8 +78,6 @@ class Config(Training):
     prompts: str = "toy"  # toy: captions without end; or what lib/text.py wrote; or a text file
     clips: str = ""  # folder of real clips' latents (tools/encode.py), for plans around given clips
     out: str = "out/dmd"  # folder of student.safetensors, log.jsonl, curves.png, sheets, state.pt
-    latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
-    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (plans.py) [ours]
     steps: int = 500  # iterations: critic updates [paper: 600]
     ratio: int = 5  # critic updates a student update [paper]
     batch: int = 8  # samples an update and plan, over all processes [paper: 64]
@@ -94,11 +90,6 @@ class Config(Training):
     negative: str = ""  # prompt of the real score's unconditional pass
     denoising: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # noise levels, unshifted [paper]
     first_denoising: tuple[float, ...] = ()  # of the block made first, if others [Causal Forcing++]
-    shift: float = 5.0  # of all noise levels [paper]
-    block: int = 3  # B: latents a step [paper]
-    anchors: int = 3  # P: anchors before each backward block [paper]; 0 uses the dummy block
-    head: int = 0  # size of the block of latent 0 if not --block (--block 6 --anchors 0 --head 3)
-    share_noise: str = "none"  # at which levels an anchor has its latent's noise: none, start, all
     commit_anchors: bool = False  # let anchors be seen while their block is written to the cache
     shared_student: bool = True  # false: one student a direction (ablation, Table 2)
     shared_critic: bool = True  # false: one critic a direction (ablation, Table 2)
@@ -371,7 +362,7 @@ def main(
     """generate, mix, gradient_of: another method's rollout, plans and loss in the place of ours."""
     rank, processes, device = start(config.device)
     dtype, recipe = dtype_of(config.dtype), recipe_of(config).write()
-    mix = possible(config, mix or mix_of(config))
+    mix = possible(config, mix_of(config, mix))
     rounds = split_batch(config.batch, config.micro, rank, processes)
     if config.sheet_every:
         load_vae(config.vae)  # a file that cannot be read is named now, not after a step

@@ -22,8 +22,9 @@ zoo/consistency.py.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +32,10 @@ from torch import Tensor
 from anchors import Layout, Plan, forward, layout
 from dit import DiT, load_dit
 from lib import presets
+from lib.cli import check_range
 from lib.common import Stream, dtype_of, generator, run, say, start
 from lib.pairs import (
+    MADE_BY,
     Pair,
     check_shards,
     kept_states,
@@ -57,7 +60,7 @@ from lib.training import (
     trapezoid,
 )
 from plans import MIXES, Mix, draw
-from sampler import Recipe, many_steps, noise_from, student_sigmas
+from sampler import Recipe, Text, many_steps, noise_from, student_sigmas
 
 
 @dataclass
@@ -65,13 +68,7 @@ class Config(Training):
     """Stage 1: make ODE pairs (--generate, --check), or train on them."""
 
     PRESETS = presets.ODE
-    RANGES = {
-        "preset": tuple(PRESETS),
-        "plans": tuple(MIXES),
-        "pairs": (1, 10**9),
-        "shard": (1, 10**6),
-        "clean": (0, 1),
-    }
+    RANGES = {"pairs": (1, 10**9), "clean": (0, 1)}
     FREE = ("lr", "weight_decay", "clip", "clean")  # what may change when a run goes on
     preset: str = "toy"  # toy, toy64 (64 pixels), wan (the paper's numbers), wan-any (every length)
     teacher: str = "toy/weights/teacher.safetensors"  # makes the pairs
@@ -83,31 +80,26 @@ class Config(Training):
     check: bool = False  # check the pairs instead of training
     pairs: int = 1024  # how many pairs [paper: 16000]
     shard: int = 32  # pairs a file, all of one entry of the mix
-    latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
-    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (plans.py) [ours]
     guidance: float = 2.0  # conventional: uncond + w (cond - uncond) [paper: 3]
     negative: str = ""  # prompt of the unconditional pass
     denoising: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # noise levels, unshifted [paper]
-    shift: float = 5.0  # of the noise levels [paper]
     steps: int = 1000  # training iterations [paper: 6000]
     schedule_steps: int = 0  # iterations that the rate is planned over, if not --steps
     batch: int = 16  # samples an iteration, over all processes [paper: 128]
     lr: float = 3e-4  # AdamW, constant between warm-up and decay [paper: 2e-6]
     warmup: int = 50  # iterations
     decay: float = 0.5  # share of the steps, at the end, while the rate falls to zero [paper: 0]
-    betas: tuple[float, ...] = (0.9, 0.999)  # [paper]
-    block: int = 3  # B: latents a step [paper]
-    anchors: int = 3  # P: anchors before each backward block [paper]; 0 uses the dummy block
-    head: int = 0  # size of the block of latent 0 if not --block (--block 6 --anchors 0 --head 3)
     loss_on_anchors: bool = False  # ablation of the paper's Table 5
     clean: float = 0.0  # share of steps at t = 0, without loss: clean context [paper: 0]
     teacher_forcing: bool = False  # all context clean: [clean | noisy]
-    share_noise: str = "none"  # none, start or all: of an anchor with its latent, in the recipe
 
 
-def mix_of(config) -> Mix:
-    """The plans that a script trains on. raises: UserError for sizes that do not fit"""
-    return MIXES[config.plans](config.latent[0], config.block, config.anchors, config.head)
+def mix_of(config, mix: Mix | None = None) -> Mix:
+    """The plans that a script trains on, `mix` or what --plans names of all that are registered.
+
+    raises: UserError for a name that is not, or sizes that do not fit"""
+    check_range("plans", config.plans, tuple(MIXES))
+    return mix or MIXES[config.plans](config.latent[0], config.block, config.anchors, config.head)
 
 
 def recipe_of(config) -> Recipe:
@@ -119,19 +111,18 @@ def recipe_of(config) -> Recipe:
 
 # ---------------------------------------------------------------- the loss
 def per_slot(lay: Layout, by_step: Tensor, clean: float) -> Tensor:
-    """Values [B, steps of the plan] -> [B, slots]; `clean` where the slot is clean context."""
+    """Values [B, steps of the plan] -> [B, slots]; `clean` for clean context and what is given."""
     device = by_step.device
     value = by_step[:, torch.tensor(lay.step, device=device)]
-    return value.masked_fill(torch.tensor(lay.is_clean, device=device), clean)
+    known = torch.tensor(lay.is_clean) | torch.tensor(lay.is_given)
+    return value.masked_fill(known.to(device), clean)
 
 
 def scored_slots(lay: Layout, anchors: bool = False, dummies: bool = False) -> Tensor:
-    """Which slots [slots] a loss is over: targets, never clean context; and what else is asked."""
-    counts = [
-        not clean and (latent >= 0 or dummies) and (target or anchors)
-        for latent, target, clean in zip(lay.latent, lay.is_target, lay.is_clean)
-    ]
-    return torch.tensor(counts)
+    """Which slots [slots] a loss is over: targets, never what is known; and what else is asked."""
+    target, latent = torch.tensor(lay.is_target), torch.tensor(lay.latent)
+    known = torch.tensor(lay.is_clean) | torch.tensor(lay.is_given)
+    return ~known & (target | anchors) & ((latent >= 0) | dummies)
 
 
 def mean_over(error: Tensor, scored: Tensor) -> Tensor:
@@ -139,11 +130,6 @@ def mean_over(error: Tensor, scored: Tensor) -> Tensor:
     scored = scored.to(error.device).expand(error.shape[:2])
     total = (error.flatten(2).mean(2) * scored).sum(1)
     return total / scored.sum(1).clamp_min(1)
-
-
-def given_slots(plan: Plan, lay: Layout) -> Tensor:
-    """Which slots [slots] show the user's own latents: held clean, as in a rollout."""
-    return torch.tensor([i in plan.steps[n].given for n, i in zip(lay.step, lay.latent)])
 
 
 def denoise(dit: DiT, lay: Layout, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
@@ -160,18 +146,14 @@ def ode_loss(
     sigmas: Tensor,
     prompt: Tensor,
     loss_on_anchors: bool = False,
-    given: Tensor | None = None,
 ) -> Tensor:
     """Regress the end point from every slot's state, in one masked pass (paper Eq. 1).
 
     states: [B, K+1, slots, C, h, w], noisiest first, the end point last
     levels: [B, steps of the plan], in 0 .. K, where K is clean context without loss
     sigmas: [K+1], the last is 0
-    given: slots [slots] that are clean whatever the level of their step (`given_slots`)
     returns: the mean squared error of each sample [B]"""
     level = per_slot(lay, levels, len(sigmas) - 1)  # (B, slots)
-    if given is not None:
-        level = level.masked_fill(given.to(level.device), len(sigmas) - 1)
     batch = torch.arange(len(level), device=states.device)[:, None]
     slot = torch.arange(level.shape[1], device=states.device)
     x = states[batch, level, slot]  # (B, slots, C, h, w)
@@ -182,54 +164,66 @@ def ode_loss(
 
 
 # ---------------------------------------------------------------- pairs
-def make_pairs(config: Config, mix: Mix, rank: int, world: int, device: torch.device) -> None:
-    """The bidirectional teacher's trajectories: one step that makes all latents of a plan."""
-    teacher = load_dit(config.teacher, dtype_of(config.dtype), device)
-    c = teacher.config
-    source = Prompts(config.prompts, c.text_dim, c.text_len)
-    negative = source.embed([config.negative]).to(device)
-    keep = kept_states(config.denoising)
+class Trajectories:
+    """The pairs of this stage: the bidirectional teacher makes all latents of a plan at once.
 
-    def make(T: int, numbers: range) -> dict[str, Tensor]:
-        prompt, states = source(numbers).to(device), {}
-        noise = torch.stack([pair_noise(config, c.in_dim, n, T) for n in numbers])
-        text = teacher.text_kv(torch.cat([prompt, negative.expand_as(prompt)]))
+    Entries of the mix whose plans make as many latents share their pairs: these are a group.
+    zoo/causal_ode.py has another kind."""
+
+    made_by = MADE_BY  # the flags that decide what is in a pair
+    group_is = "lengths"
+    clip_of = None  # pair -> the real clip in it, of kinds that hold one
+
+    def __init__(self, config: Config, mix: Mix, channels: int, source: Prompts) -> None:
+        self.config, self.mix, self.channels, self.source = config, mix, channels, source
+        self.keep = kept_states(config.denoising)
+        self.teacher_forcing = config.teacher_forcing
+
+    def group(self, entry: int) -> int:
+        return self.mix[entry][1][0].length
+
+    def shapes(self, group: int) -> dict[str, tuple[int, ...]]:
+        """What the teacher leaves of each pair: tensor -> its shape."""
+        return {"states": (len(self.keep), group, self.channels, *self.config.latent[1:])}
+
+    def noise(self, numbers: Sequence[int], rows: int) -> Tensor:
+        """What these pairs start from, [B, rows, C, h, w]."""
+        return torch.stack([pair_noise(self.config, self.channels, n, rows) for n in numbers])
+
+    def make(self, teacher: DiT, text: Text, group: int, numbers: range) -> dict[str, Tensor]:
+        """The teacher's states. text: of the prompts, then of as many unconditional ones"""
+        config, states = self.config, {}
 
         def record(_: int, k: int, x: Tensor) -> None:
-            if k in keep:
+            if k in self.keep:
                 states[k] = x
 
-        noise = noise_from(noise.to(device))
+        noise = noise_from(self.noise(numbers, group).to(teacher.patch_embedding.weight.device))
         solve = many_steps(teacher, [text], noise, config.guidance, config.shift, record=record)
-        solve(0, forward(T, T).steps[0], None, None, None)
-        return {"states": torch.stack([states[k] for k in keep], dim=1)}
+        solve(0, forward(group, group).steps[0], None, None, None)
+        return {"states": torch.stack([states[k] for k in self.keep], dim=1)}
 
-    length = length_of(mix)
-    where = pairs_where(config, source.words, lambda u: length(draw(mix, u)))
-    write_missing(
-        where, make, trajectory_shapes(config, c.in_dim), config.micro, rank, world, device
+    def wrong(self, group: int, pair: Pair) -> str:
+        """What is wrong with a pair: it starts elsewhere, or does not fall to its end; or ""."""
+        start = self.noise([pair.number], group)[0]
+        return wrong_states(pair.shard["states"][pair.row], start, self.config.seed)
+
+
+def make_pairs(kind: Trajectories, rank: int, world: int, device: torch.device) -> None:
+    """Write the pairs that are missing."""
+    config, source = kind.config, kind.source
+    teacher = load_dit(config.teacher, dtype_of(config.dtype), device)
+    negative = source.embed([config.negative]).to(device)
+
+    def make(group: int, numbers: range) -> dict[str, Tensor]:
+        prompt = source(numbers).to(device)
+        text = teacher.text_kv(torch.cat([prompt, negative.expand_as(prompt)]))
+        return kind.make(teacher, text, group, numbers)
+
+    where = pairs_where(
+        config, source.words, lambda u: kind.group(draw(kind.mix, u)), kind.made_by, kind.clip_of
     )
-
-
-def length_of(mix: Mix) -> Callable[[int], int]:
-    """entry of the mix -> how many latents its plans make: a trajectory depends on nothing else."""
-    return lambda entry: mix[entry][1][0].length
-
-
-def trajectory_shapes(config, channels: int) -> Callable[[int], dict]:
-    """length -> what the bidirectional teacher leaves of each pair."""
-    levels, (_, h, w) = len(config.denoising) + 1, config.latent
-    return lambda T: {"states": (levels, T, channels, h, w)}
-
-
-def check_pair(config, channels: int) -> Callable[[int, Pair], str]:
-    """What can be wrong with a trajectory: it starts elsewhere, or does not fall to its end."""
-
-    def check(T: int, pair: Pair) -> str:
-        start = pair_noise(config, channels, pair.number, T)
-        return wrong_states(pair.shard["states"][pair.row], start, config.seed)
-
-    return check
+    write_missing(where, make, kind.shapes, config.micro, rank, world, device)
 
 
 # ---------------------------------------------------------------- training
@@ -244,18 +238,38 @@ def network(
     return distribute(dit, config.parallel, dtype_of(config.dtype))
 
 
-def prepared_layouts(
-    config, mix: Mix, dit: DiT, teacher_forcing: bool, device: torch.device
-) -> Callable[[int], list[Layout]]:
-    """entry of the mix -> its plans as masked sequences, their masks on the device, kept."""
-    tokens = dit.config.tokens(*config.latent[1:])
+@cache
+def masked(plan: Plan, teacher_forcing: bool, tokens: int, device: torch.device) -> Layout:
+    """A plan as one sequence, its mask on the device, kept."""
+    lay = layout(plan, teacher_forcing)
+    return replace(lay, visible=lay.visible.prepare(tokens, device))
 
-    @cache
-    def layouts(entry: int) -> list[Layout]:
-        plain = [layout(plan, teacher_forcing) for plan in mix[entry][1]]
-        return [replace(lay, visible=lay.visible.prepare(tokens, device)) for lay in plain]
 
-    return layouts
+class Part(NamedTuple):
+    """What one backward pass is for: samples of an iteration, in plan d of an entry of the mix."""
+
+    step: int
+    samples: list[int]
+    entry: int
+    d: int
+
+
+class Setup:
+    """What does not change in a run: a network that learns, and the plans and prompts for it."""
+
+    def __init__(self, config, mix: Mix, teacher_forcing: bool) -> None:
+        self.config, self.mix, self.teacher_forcing = config, mix, teacher_forcing
+        self.rank, self.world, self.device = start(config.device)
+        self.dit = network(config, config.weights, self.device, trained=True)
+        c = self.dit.config
+        self.source = Prompts(config.prompts, c.text_dim, c.text_len)
+        self.tokens = c.tokens(*config.latent[1:])
+
+    def plan(self, part: Part) -> Plan:
+        return self.mix[part.entry][1][part.d]
+
+    def layout(self, part: Part) -> Layout:
+        return masked(self.plan(part), self.teacher_forcing, self.tokens, self.device)
 
 
 def draw_entry(config, mix: Mix, step: int) -> int:
@@ -263,24 +277,17 @@ def draw_entry(config, mix: Mix, step: int) -> int:
     return draw(mix, torch.rand(1, generator=generator(config.seed, Stream.PLANS, step)).item())
 
 
-LossOf = Callable[[int, list[int], int, int], Tensor]  # (step, samples, entry, plan) -> [B]
-
-
 def fit(
-    config,
-    dit: DiT,
-    mix: Mix,
-    loss_of: LossOf,
-    rank: int,
-    world: int,
-    device: torch.device,
+    setup: Setup,
+    loss_of: Callable[[Part], Tensor],
     name: str,
     average: tuple[EMA, DiT] | None = None,
 ) -> None:
-    """Train on the mean of `loss_of` in every plan of an entry; write `name`.safetensors.
+    """Train on the mean of `loss_of`, [B], in every plan of an entry; write `name`.safetensors.
 
     average: an average, and the network that holds it for the loss and is written in the end"""
-    rounds = split_batch(config.batch, config.micro, rank, world)
+    config, mix, dit, device = setup.config, setup.mix, setup.dit, setup.device
+    rounds = split_batch(config.batch, config.micro, setup.rank, setup.world)
     planned = config.schedule_steps or config.steps
     optimiser = torch.optim.AdamW(
         dit.parameters(), config.lr, config.betas, weight_decay=config.weight_decay
@@ -299,7 +306,7 @@ def fit(
             plans, losses = mix[entry][1], defaultdict(list)
             for samples in rounds:
                 for d, plan in enumerate(plans):
-                    loss = loss_of(step, samples, entry, d)  # (B,)
+                    loss = loss_of(Part(step, samples, entry, d))  # (B,)
                     (loss / len(rounds)).mean().backward()
                     losses[plan.name].append(loss.detach())
             sync_gradients(dit, config.parallel)
@@ -324,70 +331,51 @@ def with_pairs(mix: Mix, there: list[bool]) -> Mix:
     return tuple((share / total * here, plans) for (share, plans), here in zip(mix, there))
 
 
-def drawn_levels(plans: Sequence[Plan], noisy: int, clean: float, g: torch.Generator) -> list:
-    """A level in 0 .. noisy - 1 for each step of each plan, and by chance `noisy`: clean."""
-    levels = []
-    for plan in plans:
-        k = torch.randint(noisy, (len(plan.steps),), generator=g)
-        is_clean = torch.rand(len(k), generator=g) < clean
-        levels.append(k.masked_fill(is_clean, noisy))
-    return levels
+def pair_loss(setup: Setup, pairs: list[list[Pair]], part: Part) -> Tensor:
+    """The loss [B] of samples: a pair of the entry's, and a noise level per step of the plan.
+
+    pairs: of each entry of the mix"""
+    config, device, lay = setup.config, setup.device, setup.layout(part)
+    noisy, group = len(config.denoising), pairs[part.entry]
+    some, levels = [], []
+    for j in part.samples:
+        g = generator(config.seed, Stream.ODE, part.step, j)
+        some.append(group[int(torch.randint(len(group), (1,), generator=g))])
+        for plan in setup.mix[part.entry][1][: part.d + 1]:  # plans do not share their levels
+            k = torch.randint(noisy, (len(plan.steps),), generator=g)
+            is_clean = torch.rand(len(k), generator=g) < config.clean
+        levels.append(k.masked_fill(is_clean, noisy))  # the last state is the clean one
+    sigmas = [*student_sigmas(config.denoising, config.shift), 0.0]
+    return ode_loss(
+        setup.dit,
+        lay,
+        torch.stack([slot_states(pair, lay, part.d) for pair in some]).to(device),
+        torch.stack(levels).to(device),
+        torch.tensor(sigmas, device=device),
+        setup.source([pair.number for pair in some]).to(device),
+        config.loss_on_anchors,
+    )
 
 
-def train(
-    config,
-    mix: Mix,
-    pairs: dict[int, list[Pair]],
-    group_of: Callable[[int], int],
-    teacher_forcing: bool,
-    rank: int,
-    world: int,
-    device: torch.device,
-) -> None:
-    """Regress the end points of stored pairs. group_of: entry of the mix -> its group of pairs"""
-    mix = with_pairs(mix, [group_of(entry) in pairs for entry in range(len(mix))])
-    dit = network(config, config.weights, device, trained=True)
-    source = Prompts(config.prompts, dit.config.text_dim, dit.config.text_len)
-    sigmas = torch.tensor([*student_sigmas(config.denoising, config.shift), 0.0], device=device)
-    layouts = prepared_layouts(config, mix, dit, teacher_forcing, device)
-
-    def loss_of(step: int, samples: list[int], entry: int, d: int) -> Tensor:
-        """Sample j of an iteration: a pair of the entry's group, and a noise level per step."""
-        plans, lay, group = mix[entry][1], layouts(entry)[d], pairs[group_of(entry)]
-        some, levels = [], []
-        for j in samples:
-            g = generator(config.seed, Stream.ODE, step, j)
-            some.append(group[int(torch.randint(len(group), (1,), generator=g))])
-            levels.append(drawn_levels(plans, len(config.denoising), config.clean, g)[d])
-        return ode_loss(
-            dit,
-            lay,
-            torch.stack([slot_states(pair, lay, d) for pair in some]).to(device),
-            torch.stack(levels).to(device),
-            sigmas,
-            source([pair.number for pair in some]).to(device),
-            config.loss_on_anchors,
-            given_slots(plans[d], lay),
-        )
-
-    fit(config, dit, mix, loss_of, rank, world, device, "student")
-
-
-def main(config: Config) -> None:
+def main(config: Config, kind: type[Trajectories] = Trajectories) -> None:
+    """kind: which pairs are made, and learned from."""
     rank, world, device = start(config.device)
     mix = mix_of(config)
     recipe_of(config)  # impossible levels are refused before any work
-    if config.generate:
-        make_pairs(config, mix, rank, world, device)
-        return
     c = load_dit(config.teacher, None).config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
-    pairs = read_pairs(config, source.words, trajectory_shapes(config, c.in_dim))
-    if config.check:
-        check_shards(Path(config.data), pairs, check_pair(config, c.in_dim))
-        print(f"{sum(map(len, pairs.values()))} pairs of {len(pairs)} lengths are good")
+    made = kind(config, mix, c.in_dim, source)
+    if config.generate:
+        make_pairs(made, rank, world, device)
         return
-    train(config, mix, pairs, length_of(mix), config.teacher_forcing, rank, world, device)
+    groups = read_pairs(config, source.words, made.shapes, made.made_by)
+    if config.check:
+        check_shards(Path(config.data), groups, made.wrong)
+        print(f"{sum(map(len, groups.values()))} pairs of {len(groups)} {made.group_is} are good")
+        return
+    pairs = [groups.get(made.group(entry), []) for entry in range(len(mix))]
+    setup = Setup(config, with_pairs(mix, list(map(bool, pairs))), made.teacher_forcing)
+    fit(setup, partial(pair_loss, setup, pairs), "student")
 
 
 if __name__ == "__main__":

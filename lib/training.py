@@ -53,14 +53,9 @@ RANGES = {  # of the flags that trainings share; 0 is "off" for those that may b
     "weight_decay": (0, 1),
     "clip": (0, 1e9),
     "ema": (0, 0.99999),
-    "guidance": (0, 100),
-    "shift": (0.1, 100),
     "latent": (1, 10000, 3),
     "denoising": (1e-3, 1000),
     "share_noise": ("none", "start", "all"),
-    "block": (1, 1000),
-    "anchors": (0, 1000),
-    "head": (0, 1000),
     "save_every": (0, 10**9),
     "keep": (0, 10**9),
     "parallel": ("ddp", "fsdp"),
@@ -70,10 +65,18 @@ RANGES = {  # of the flags that trainings share; 0 is "off" for those that may b
 
 @dataclasses.dataclass
 class Training:
-    """The flags of every training; a script's Config adds its own."""
+    """The flags of every training on plans; a script's Config adds its own, or other defaults."""
 
     RANGES = RANGES
+    latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
+    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (plans.py) [ours]
+    block: int = 3  # B: latents a step [paper]
+    anchors: int = 3  # P: anchors before each backward block [paper]; 0 uses the dummy block
+    head: int = 0  # size of the block of latent 0 if not --block (--block 6 --anchors 0 --head 3)
+    share_noise: str = "none"  # at which levels an anchor has its latent's noise: none, start, all
+    shift: float = 5.0  # of all noise levels [paper]
     micro: int = 0  # samples a forward pass, the rest is accumulated; 0: all of a process's share
+    betas: tuple[float, ...] = (0.9, 0.999)  # of AdamW [paper]
     weight_decay: float = 0.01  # of AdamW [paper]
     clip: float = 10.0  # gradient norm, 0: not clipped [Self-Forcing]
     seed: int = 0

@@ -76,7 +76,8 @@ def folder_of_pairs(path: Path) -> object:
     """Read pairs whose shard or index was changed."""
     teacher = str(path.parents[1] / "teacher.safetensors")
     config = train_ode.Config(data=str(path.parent), teacher=teacher, latent=(6, 4, 4))
-    lengths = read_pairs(config, TOY.words, train_ode.trajectory_shapes(config, 2))
+    kind = train_ode.Trajectories(config, (), 2, TOY)
+    lengths = read_pairs(config, TOY.words, kind.shapes)
     return [x.float().sum() for some in lengths.values() for x in some[0].shard.values()]
 
 

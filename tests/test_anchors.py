@@ -283,7 +283,7 @@ def test_as_trained_by_hand():
 def test_given_latents_are_marked():
     """Whole steps only commit, without anchors; a part of a step is held; prompts can change at any
     block."""
-    plan = anchors.with_given(anchors.backward(9), [3, 4, 5, 8])
+    plan = plans.with_given(anchors.backward(9), [3, 4, 5, 8])
     assert (
         plan.steps[0] == Step((6, 7, 8), (3, 4, 5, 6, 7, 8), (3, 4, 5), given=(3, 4, 5, 8))
         and not plan.steps[0].commits
@@ -303,7 +303,7 @@ def test_given_latents_are_marked():
         "T",
         "G",
     ]
-    assert [s.prompt for s in anchors.switch(anchors.forward(9), (3, 4)).steps] == [0, 1, 2]
+    assert [s.prompt for s in plans.switch(anchors.forward(9), (3, 4)).steps] == [0, 1, 2]
 
 
 # ---------------------------------------------------------------- what holds for every plan

@@ -34,7 +34,7 @@ from lib.common import UserError
 from lib.pairs import kept_states, pair_noise, read_pairs, slot_states
 from lib.text import Prompts
 from lib.weights import read_tensors, write_safetensors
-from plans import both_directions, paper_mix, rows_of
+from plans import both_directions, paper_mix, rows_of, with_given
 from sampler import noise_from, ode_sigmas, teacher_blocks
 from tools import encode as latents
 from zoo import ar_teacher, causal_ode, consistency
@@ -242,6 +242,22 @@ def test_teachers_loss_by_hand():
         assert ar_loss(Constant(v), lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0, True).item() > 1e4
 
 
+def test_a_teacher_is_shown_given_latents_clean():
+    """Latent 3 of block 3-5 is the user's own: t = 0, no noise, no loss, as in the student's loss;
+    the rest of its block is as noisy as its step."""
+    plan = with_given(anchors.backward(6), [3])
+    lay = layout(plan, teacher_forcing=True)
+    n, known = len(lay.latent), [c or g for c, g in zip(lay.is_clean, lay.is_given)]
+    assert sum(known) == 3 + 1
+    v = torch.full((1, n, 1, 1, 1), 3.0).masked_fill(torch.tensor(known).view(1, -1, 1, 1, 1), 1000)
+    x0, sigma, seen = torch.zeros(1, n, 1, 1, 1), torch.tensor([[0.5, 0.5]]), Constant(v)
+    want = 4 * timestep_weight(torch.tensor(0.5), 5.0).item()
+    loss = ar_loss(seen, lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0)
+    assert loss.item() == pytest.approx(want)
+    assert seen.t[0].tolist() == [0 if k else 500 for k in known]
+    assert seen.x.flatten().tolist() == [0 if k else 0.5 for k in known]
+
+
 class TowardsZero(Towards):
     """Towards, in the masked pass."""
 
@@ -433,7 +449,7 @@ def test_causal_pairs_are_the_teachers(files, causal_pairs):
         data=str(files["folder"] / "pairs"),
     )
     source, clip = Prompts("toy", 64, 12), clips_of(files)[4]
-    shapes = causal_ode.causal_shapes(config, paper_mix(6), 2)
+    shapes = causal_ode.CausalPairs(config, paper_mix(6), 2, source).shapes
     (pair,) = [p for p in read_pairs(config, source.words, shapes)[0] if p.number == 4]
     assert distance(pair.shard["clean"][pair.row].float(), clip) <= 4e-3
     assert made["block"] == made["anchors"] == 3 and made["share_noise"] == "none"
@@ -519,6 +535,15 @@ def test_teacher_run_resumes_exactly_and_learns(files, tmp_path):
     for direction in ("forward", "backward"):
         first, last = (sum(r[direction] for r in part) / 15 for part in (log[:15], log[-15:]))
         assert last < first / 2, (direction, first, last)
+
+
+def test_a_teachers_vae_is_read_before_its_training(files, tmp_path, monkeypatch, capsys):
+    """Its sheet comes last; a VAE that is not there is named first, and nothing is trained."""
+    flags = {k: files[k] for k in ("weights", "clips", "latent", "plans")}
+    flags |= {"vae": "nowhere.safetensors", "out": tmp_path / "ar", "steps": 1}
+    code, error = command_line(monkeypatch, capsys, ar_teacher, **flags)
+    assert code == 2 and "nowhere.safetensors does not exist" in error
+    assert not (tmp_path / "ar").exists()
 
 
 def test_average_of_consistency_follows_the_student(files, tmp_path):

@@ -37,7 +37,7 @@ from lib.common import UserError
 from lib.media import VideoWriter
 from lib.statistics import Stat, frechet, largest, over_runs, stat
 from lib.world import find_world, numbers_of
-from plans import timeline
+from plans import timeline, with_given
 from sampler import Recipe
 from toy import world
 from vae import VAE, VAEConfig, save_vae
@@ -250,7 +250,7 @@ def test_order_is_the_plans():
     """Backward order makes the end first; given latents come first of all and are not made; dummies
     are nothing."""
     assert made(anchors.backward(9)) == [6, 7, 8, 3, 4, 5, 0, 1, 2]
-    plan = anchors.with_given(timeline(9, [(6, 9)]), range(6, 9))
+    plan = with_given(timeline(9, [(6, 9)]), range(6, 9))
     assert order_of(plan) == [6, 7, 8, 3, 4, 5, 0, 1, 2] and made(plan) == [3, 4, 5, 0, 1, 2]
     dummy = anchors.backward(9, anchors=0, dummy=True)
     assert made(dummy) == made(anchors.backward(9)) and min(dummy.steps[0].targets) < 0

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from tiny import command_line
 
 import anchors
+import train_dmd
+import train_ode
 from anchors import HORIZON, Step, View
+from lib.cli import from_cli
 from lib.common import UserError
 from lib.pairs import Where
 from plans import (
@@ -17,6 +21,7 @@ from plans import (
     rows_of,
     without_given,
 )
+from zoo import ar_teacher
 
 SIZES = [(length, block) for length in range(6, 22) for block in range(1, 7)]
 WHOLE = [(length, block) for length, block in SIZES if length % block == 0]
@@ -27,6 +32,21 @@ def test_the_papers_mix_is_exactly_the_papers():
     """One entry: forward and backward over 21 latents, block 3, three anchors; nothing else."""
     assert paper_mix() == ((1.0, (anchors.forward(21), anchors.backward(21))),)
     assert MIXES["paper"] is paper_mix
+
+
+def test_a_mix_of_your_own_is_a_name_on_the_command_line(monkeypatch, capsys):
+    """Registered after the scripts were imported, it is trained by name; a name that is not there
+    is refused in one sentence that lists all that are, from Python too."""
+    monkeypatch.setitem(
+        MIXES, "mine", lambda length, block, anchors, head: paper_mix(length, block)
+    )
+    config = from_cli(train_dmd.Config, ["--plans", "mine", "--latent", "6", "4", "4"])
+    assert train_ode.mix_of(config) == paper_mix(6)
+    for script in (train_ode, train_dmd, ar_teacher):
+        code, error = command_line(monkeypatch, capsys, script, plans="yours")
+        assert code == 2 and "--plans 'yours' must be paper or any" in error and "mine" in error
+        with pytest.raises(UserError, match="--plans 'yours' must be .* or mine"):
+            train_ode.mix_of(script.Config(plans="yours"), paper_mix())
 
 
 @pytest.mark.parametrize("P", range(4))

@@ -27,7 +27,7 @@ from lib.pairs import kept_states, pair_noise, read_pairs
 from lib.text import Prompts
 from lib.weights import read_tensors, write_safetensors
 from sampler import many_steps, noise_from, ode_sigmas, student_sigmas
-from train_ode import Config, main, mix_of, trajectory_shapes
+from train_ode import Config, Trajectories, main, mix_of
 
 LATENT = (6, 4, 4)
 LEVELS = (1000.0, 750.0, 500.0, 250.0)
@@ -71,7 +71,7 @@ def found(flags: dict) -> dict:
     """The pairs that training would read, by their length."""
     config = Config(**flags)
     words = Prompts(config.prompts, 64, 12).words
-    return read_pairs(config, words, trajectory_shapes(config, 2))
+    return read_pairs(config, words, Trajectories(config, mix_of(config), 2, None).shapes)
 
 
 # ---------------------------------------------------------------- what is kept

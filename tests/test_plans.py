@@ -3,9 +3,9 @@
 import pytest
 
 import anchors
-from anchors import Step, View, place, with_given
+from anchors import Step, View, place
 from lib.common import UserError
-from plans import ORDERS, story, timeline, transition
+from plans import ORDERS, story, switch, timeline, transition, with_given
 
 
 def same(*latents: int) -> tuple:
@@ -153,7 +153,7 @@ def test_timeline_contains_the_other_orders():
         (timeline(12, [(9, 12)], view=View(as_trained=True)), AS_TRAINED),
     ):
         assert a.steps[1:] == b.steps[1:]
-    joined = anchors.switch(timeline(21, [(0, 3), (18, 21)], joined=True), ())
+    joined = switch(timeline(21, [(0, 3), (18, 21)], joined=True), ())
     assert joined.steps == anchors.inbetween().steps
     ends = [0, 1, 2, 18, 19, 20]
     assert with_given(joined, ends).steps == anchors.inbetween(given=True).steps

@@ -36,8 +36,9 @@ from lib.common import UserError
 from lib.pairs import kept_states, pair_noise
 from lib.text import Prompts
 from lib.weights import read_tensors, write_safetensors
+from plans import with_given
 from sampler import Recipe, many_steps, noise_from, ode_sigmas, student_sigmas
-from train_ode import Config, given_slots, main, ode_loss
+from train_ode import Config, main, ode_loss
 
 LATENT = (6, 4, 4)
 
@@ -168,10 +169,9 @@ def test_clean_steps_are_not_scored():
 def test_given_latents_are_clean_in_a_step_that_is_not():
     """Latent 3 of block 3-5 is the user's own: shown at its end point and t = 0, as a rollout holds
     it, and not scored; the others have the level of their step."""
-    plan = anchors.with_given(anchors.backward(6, 3, 3), [1, 3])
-    given = given_slots(plan, layout(plan))
-    assert given.tolist() == [True, False, False, False, True, False, False, True, False]
-    loss, dit = by_hand(plan, [0, 1], v=(18.0, 18.0), given=given)
+    plan = with_given(anchors.backward(6, 3, 3), [1, 3])
+    assert layout(plan).is_given == (True, *[False] * 3, True, False, False, True, False)
+    loss, dit = by_hand(plan, [0, 1], v=(18.0, 18.0))
     assert loss == [(2 * 4 + 2 * 1) / 4]
     assert dit.t.tolist() == [[0, 1000, 1000, 500, 0, 500, 1000, 0, 1000]]
     assert dit.x[0, :, 0, 0, 0].tolist() == [3, 24, 25, 10, 1, 12, 20, 1, 22]

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tiny import ROOT, distance, randn, randomise, tiny_checkpoints, tiny_dit
 
+import plans
 import sampler
 import train_dmd
 from anchors import HORIZON, Plan, View, backward, forward, inbetween, layout, text_picture
@@ -17,6 +19,7 @@ from lib.media import read_frames
 from sampler import Recipe, gather, noise_seeded, teacher_blocks
 from tools import encode
 from train_dmd import dmd_gradient
+from train_ode import Part
 from vae import VAE, VAEConfig
 from zoo import (
     ar_teacher,
@@ -537,6 +540,13 @@ def test_what_is_known_is_held_and_the_rest_completed(at_once):
     assert not torch.equal(z[:, 1:6], at_once[:, 1:6])
 
 
+class Fixed:
+    """A setup of one plan."""
+
+    def __init__(self, dit, plan, lay):
+        self.dit, self.plan, self.layout = dit, lambda part: plan, lambda part: lay
+
+
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_a_history_of_little_noise_is_the_clip(name):
     """t_s = 0 gives the clip back; much noise another one; only clean slots are replaced."""
@@ -551,12 +561,12 @@ def test_a_history_of_little_noise_is_the_clip(name):
     lay = layout(plan, teacher_forcing=True)
     x0 = torch.stack([clip[i] for i in lay.latent], dim=1)
     config = resampling.Config(begin=3)
-    history = resampling.history_of(config)
-    assert history(2, [0, 1], 0, dit, plan, lay, x0, texts[0]) is x0
-    found = history(3, [0, 1], 0, dit, plan, lay, x0, texts[0])
+    history, setup = resampling.history_of(config), Fixed(dit, plan, lay)
+    assert history(setup, Part(2, [0, 1], 0, 0), x0, texts[0]) is x0
+    found = history(setup, Part(3, [0, 1], 0, 0), x0, texts[0])
     for slot, clean in enumerate(lay.is_clean):
         assert torch.equal(found[:, slot], x0[:, slot]) != clean
-    assert torch.equal(found, history(3, [0, 1], 0, dit, plan, lay, x0, texts[0]))
+    assert torch.equal(found, history(setup, Part(3, [0, 1], 0, 0), x0, texts[0]))
 
 
 def test_trained_methods_run_two_iterations(tmp_path):
@@ -617,6 +627,36 @@ def test_trained_teachers_run_two_iterations(tmp_path):
     for name in ("vector", "own"):
         rows = (tmp_path / name / "log.jsonl").read_text().splitlines()
         assert len(rows) == 2 and (tmp_path / name / "teacher.safetensors").exists()
+
+
+def test_anchors_on_both_sides_are_trained_by_name(tmp_path, monkeypatch, capsys):
+    """--plans ahead: look-ahead of 1 and of P, each beside backward, in stage 1 and in stage 2; a
+    first word that names no stage, and blocks without anchors, are refused in a sentence."""
+    (half, one), (_, three) = plans.MIXES["ahead"](9)
+    assert half == 0.5 and one[1] == three[1] == backward(9)
+    assert one[0] == lookahead.lookahead(9) and three[0] == lookahead.lookahead(9, ahead=3)
+    paths = tiny_checkpoints(tmp_path)
+    flags = {"plans": "ahead", "latent": (6, 4, 4), "teacher": paths["teacher"], "batch": 2}
+    flags |= {"device": "cpu", "dtype": "float32", "steps": 2}
+    ode = flags | {"weights": paths["student"], "pairs": 2, "data": tmp_path / "pairs"}
+    dmd = flags | {"student": paths["student"], "critic": paths["teacher"], "vae": paths["vae"]}
+    for words, asked, says in (
+        (["ode", "--generate"], ode, ""),
+        (["ode"], ode | {"out": tmp_path / "ode"}, ""),
+        (["dmd"], dmd | {"ratio": 1, "sheet_every": 0, "out": tmp_path / "dmd"}, ""),
+        (["three"], {}, "error: 'three' must be ode or dmd"),
+        (["ode"], ode | {"anchors": 0}, "leave out --anchors 0"),
+    ):
+        given = []
+        for flag, value in asked.items():
+            given += [f"--{flag}", *map(str, value if flag == "latent" else [value])]
+        monkeypatch.setattr("sys.argv", ["lookahead", *words, *given])
+        with pytest.raises(SystemExit) if says else nullcontext():
+            lookahead.main()
+        assert says in capsys.readouterr().err
+    for folder, key in (("ode", "forward, looking ahead"), ("dmd", "dmd_forward, looking ahead")):
+        rows = (tmp_path / folder / "log.jsonl").read_text().splitlines()
+        assert len(rows) == 2 and all(json.loads(row)[key] > 0 for row in rows)
 
 
 # ---------------------------------------------------------------- run and table

@@ -35,18 +35,16 @@ PLANS = {
     "transition": plans.transition(15, gap=3),
     "story": plans.story(18, gap=3),
     "timeline, middle of a shot": plans.timeline(15, [(6, 9)]),
-    "timeline, held latents": anchors.with_given(
-        plans.timeline(11, [(2, 5), (6, 8)]), [0, 3, 6, 7]
-    ),
-    "timeline, one shot": anchors.with_given(
+    "timeline, held latents": plans.with_given(plans.timeline(11, [(2, 5), (6, 8)]), [0, 3, 6, 7]),
+    "timeline, one shot": plans.with_given(
         plans.timeline(12, [(0, 3), (7, 12)], joined=True), [*range(3), *range(7, 12)]
     ),
-    "timeline, in another order": anchors.switch(
+    "timeline, in another order": plans.switch(
         plans.timeline(13, [(1, 4), (6, 9), (9, 12)], order=(2, 0, 1)), (3, 9)
     ),
     "timeline, wide gap": plans.timeline(22, [(0, 1), (19, 22)], block=2, anchors=2),
     "timeline, long": plans.timeline(27, [(9, 15)], view=View(6, True, True)),
-    "forward, held latent": anchors.with_given(anchors.forward(9), [0]),
+    "forward, held latent": plans.with_given(anchors.forward(9), [0]),
     **{f"long forward, {s} sink": anchors.long(18, "forward", sink=s) for s in SINKS},
     **{f"long backward, {s} sink": anchors.long(18, "backward", sink=s) for s in SINKS},
     "long backward, as trained": anchors.long(18, "backward", as_trained=True),

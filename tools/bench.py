@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 import anchors
 import train_dmd
-from anchors import Plan, both_directions
+from anchors import Plan
 from dit import PRESETS, DiT, DiTConfig
 from generate import decode_in_order
 from kvcache import KVCache
 from lib.common import atomic, dtype_of, run, start
 from lib.cpu import linear
+from plans import both_directions
 from sampler import Recipe, clean_pass, few_steps, noise_seeded, rollout
 from tools.count import ORDERS, pass_flops, table
 from tools.memory import network, stage_1, stage_2, trainable

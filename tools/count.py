@@ -35,6 +35,7 @@ from anchors import Plan, layout
 from dit import PRESETS, DiT, DiTConfig
 from kvcache import KVCache
 from lib.common import UserError, atomic, run
+from plans import both_directions
 
 H, W = 60, 104  # cells of a latent at 480 x 832
 PEAK, BANDWIDTH = 989e12, 3.35e12  # FLOP/s in dense bfloat16, bytes/s: an H100's datasheet
@@ -399,7 +400,7 @@ def training_table(c: DiTConfig, n: int) -> str:
     scored = CHECKPOINTED * pass_flops(c, whole, whole)
     scores = 2 * pass_flops(teacher, whole, whole) + pass_flops(c, whole, whole)
     rows = []
-    for plan in anchors.both_directions():
+    for plan in both_directions():
         rollout = plan_flops(c, plan, n, MEAN_EXIT)
         last = plan_flops(c, plan, n, 1) - plan_flops(c, plan, n, 0)  # the level with gradient
         backward = (CHECKPOINTED - 1) * last

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import anchors
-from anchors import Plan, both_directions, layout
+from anchors import Plan, layout
 from dit import DiT, DiTConfig, Visible, attend
+from plans import both_directions
 from sampler import generate, noise_seeded
 from tools import bench
 from tools.memory import network

@@ -25,8 +25,9 @@ from torch.profiler import ProfilerActivity
 
 import anchors
 import train_dmd
-from anchors import Plan, both_directions
+from anchors import Plan
 from dit import DiTConfig
+from plans import both_directions
 from tools import bench
 from tools.count import ORDERS, size_of
 from tools.gpu_checks import ROOT, Found, Room, Skipped, demand

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import train_dmd
-from anchors import Plan, both_directions, layout
+from anchors import Plan, layout
 from dit import PRESETS, DiT, DiTConfig
 from lib.common import UserError, dtype_of, run
-from plans import rows_of
+from plans import both_directions, rows_of
 from sampler import generate, noise_from, student_sigmas
 from tools.count import BFLOAT, put, size_of, table
 from train_ode import ode_loss, recipe_of

@@ -28,7 +28,7 @@ from lib import report
 from lib.common import UserError, run, start
 from lib.statistics import Stat, Values, joined
 from lib.world import numbers_of
-from plans import timeline
+from plans import both_directions, timeline, with_given
 from sampler import Recipe
 from toy import world
 from vae import VAE
@@ -70,7 +70,7 @@ def plan_of(latents: int, direction: str, given: int, recipe: Recipe) -> Plan:
     """Make so many latents, forward after `given` ones or backward before them, as generate.py."""
     length, block = latents + given, recipe.block
     if not given and length <= HORIZON:
-        pair = anchors.both_directions(length, block, recipe.anchors, recipe.head)
+        pair = both_directions(length, block, recipe.anchors, recipe.head)
         return pair[direction == "backward"]
     window = 2 * block if length > HORIZON else None
     if not given:
@@ -78,7 +78,7 @@ def plan_of(latents: int, direction: str, given: int, recipe: Recipe) -> Plan:
     scene = (0, given) if direction == "forward" else (latents, length)
     view = View(window, True, True) if window else EVERYTHING
     plan = timeline(length, [scene], block, recipe.anchors, view)
-    return replace(anchors.with_given(plan, range(*scene)), name=f"{direction}, given")
+    return replace(with_given(plan, range(*scene)), name=f"{direction}, given")
 
 
 def given_latents(plan: Plan, z: Tensor) -> dict[int, Tensor]:

@@ -15,8 +15,9 @@ What the paper leaves open: anchors and dummies get a loss here, as its ODE move
     python -m tools.encode && python -m zoo.ar_teacher
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,27 +27,22 @@ from anchors import Layout
 from dit import DiT
 from lib import presets
 from lib.clips import Clips
-from lib.common import Stream, generator, run, start
+from lib.common import Stream, generator, run
 from lib.media import write_sheet
-from lib.text import HELD_OUT, Prompts
-from lib.training import RANGES
-from plans import MIXES, Mix
+from lib.text import HELD_OUT
+from lib.training import Training
+from plans import Mix
 from sampler import gather, noise_seeded, shift_sigma, teacher_blocks
-from train_ode import fit, mean_over, mix_of, network, per_slot, prepared_layouts, scored_slots
+from train_ode import Part, Setup, fit, mean_over, mix_of, per_slot, scored_slots
 from vae import load_vae
 
 
 @dataclass
-class Config:
+class Config(Training):
     """Train the autoregressive teacher on latents of real clips."""
 
     PRESETS = presets.AR_TEACHER
-    RANGES = RANGES | {
-        "preset": tuple(PRESETS),
-        "plans": tuple(MIXES),
-        "share_noise": ("none", "all"),
-        "dropout": (0, 1),
-    }
+    RANGES = {"share_noise": ("none", "all"), "dropout": (0, 1)}
     FREE = ("lr", "weight_decay", "clip", "dropout")  # what may change when a run goes on
     preset: str = "toy"  # toy, toy64 (64 pixels), wan or wan-framewise: the published numbers
     weights: str = "toy/weights/teacher.safetensors"  # the bidirectional teacher it starts from
@@ -55,33 +51,17 @@ class Config:
     vae: str = "toy/weights/vae.safetensors"  # for the sheet of samples at the end; empty: none
     guidance: float = 2.0  # of these samples
     out: str = "out/ar"  # folder of teacher.safetensors, its sheet, log.jsonl and the resume state
-    latent: tuple[int, ...] = (21, 4, 4)  # latents, height and width of the grid
-    plans: str = "any"  # which plans are trained: paper (two, 21 latents), any (plans.py) [ours]
     shift: float = 3.0  # of the training times [ours; Causal Forcing: 5]
     dropout: float = 0.1  # share of prompts replaced by the empty one [Causal Forcing: 0]
     loss_on_anchors: bool = True  # and on dummies: the teacher's ODE moves them, too
     steps: int = 2000  # training iterations [Causal Forcing: 2000 or more]
     schedule_steps: int = 0  # iterations that the rate is planned over, if not --steps
     batch: int = 16  # samples an iteration, over all processes [Causal Forcing: 64]
-    micro: int = 0  # samples a forward pass, the rest is accumulated; 0: all of a process's share
     lr: float = 5e-4  # AdamW, constant between warm-up and decay [Causal Forcing: 2e-6]
     warmup: int = 50  # iterations
     decay: float = 0.5  # share of the steps, at the end, while the rate falls to zero
     betas: tuple[float, ...] = (0.9, 0.999)  # [Causal Forcing: 0, 0.999]
-    weight_decay: float = 0.01  # [Causal Forcing]
-    clip: float = 10.0  # gradient norm
-    block: int = 3  # B: latents a step
-    anchors: int = 3  # P: anchors before each backward block; 0 uses the dummy block
-    head: int = 0  # size of the block of latent 0 if not --block
     share_noise: str = "none"  # of the sheet's anchors with their latents: none or all
-    seed: int = 0
-    save_every: int = 200  # iterations between resume states; 0: one at the end
-    keep: int = 0  # keep the state of every so many iterations; 0: only the last
-    parallel: str = "ddp"  # ddp, or fsdp: shard the model
-    checkpointing: bool = False  # recompute activations in the backward pass
-    compile: bool = False  # torch.compile the blocks: faster steps, after minutes
-    dtype: str = "bfloat16"  # of computation; trained weights, optimiser and sums are float32
-    device: str = "auto"
 
 
 def timestep_weight(sigma: Tensor, shift: float) -> Tensor:
@@ -115,81 +95,83 @@ def ar_loss(
     return mean_over(error, scored_slots(lay, loss_on_anchors, dummies=loss_on_anchors))
 
 
-def clip_at_slots(clips: Clips, numbers: list[int], lay: Layout) -> Tensor:
-    """The latents of real clips at every slot of a layout: [B, slots, C, h, w]."""
-    latent = [i if i >= 0 else ~i for i in lay.latent]
-    return torch.stack([clips[n][latent] for n in numbers])
+class OnClips(Setup):
+    """A network that learns from real clips."""
+
+    def __init__(self, config, mix: Mix, teacher_forcing: bool) -> None:
+        super().__init__(config, mix, teacher_forcing)
+        self.clips = Clips(config.clips, config.latent, self.dit.config.in_dim, self.source)
+
+    def draw(
+        self,
+        part: Part,
+        stream: Stream,
+        latent: Sequence[int],
+        draw_level: Callable[[torch.Generator], Tensor],
+        dropout: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Clips x0 [B, slots, C, h, w], noise like them, levels as drawn, and the prompts, some of
+        them the empty one. latent: which one of the clip each slot shows"""
+        numbers, noise, level, is_told = [], [], [], []
+        for j in part.samples:
+            g = generator(self.config.seed, stream, part.step, j, part.d)
+            numbers.append(int(torch.randint(len(self.clips), (1,), generator=g)))
+            level.append(draw_level(g))
+            noise.append(torch.randn(len(latent), *self.clips[0].shape[1:], generator=g))
+            is_told.append(float(torch.rand(1, generator=g)) >= dropout)
+        real = [i if i >= 0 else ~i for i in latent]  # a dummy stands at a latent
+        x0 = torch.stack([self.clips[n][real] for n in numbers])
+        told = torch.tensor(is_told).view(-1, 1, 1)
+        prompt = torch.where(told, self.source(numbers), self.source.embed([""]))
+        drawn = (x0, torch.stack(noise), torch.stack(level), prompt)
+        return tuple(x.to(self.device) for x in drawn)
+
+
+History = Callable[[OnClips, Part, Tensor, Tensor], Tensor]  # (setup, part, x0, prompt) -> x0
+
+
+def clip_loss(setup: OnClips, history: History | None, part: Part) -> Tensor:
+    """The loss [B] of samples: a clip, and a time per step of the plan."""
+    config, lay, steps = setup.config, setup.layout(part), len(setup.plan(part).steps)
+
+    def times(g: torch.Generator) -> Tensor:
+        return shift_sigma(torch.rand(steps, generator=g), config.shift)
+
+    x0, noise, sigma, prompt = setup.draw(part, Stream.AR, lay.latent, times, config.dropout)
+    if history:
+        x0 = history(setup, part, x0, prompt)
+    on_anchors = config.loss_on_anchors
+    return ar_loss(setup.dit, lay, x0, noise, sigma, prompt, config.shift, on_anchors)
 
 
 @torch.no_grad()
-def sheet(config: Config, mix: Mix, dit: DiT, source: Prompts, rank: int, count: int = 4) -> None:
+def sheet(setup: Setup, count: int = 4) -> None:
     """teacher.png: a few held-out prompts by each plan of the mix's first entry."""
-    _, h, w = config.latent
-    device = dit.patch_embedding.weight.device
+    config, source, device = setup.config, setup.source, setup.device
     prompt = source(range(HELD_OUT, HELD_OUT + count)).to(device)
     negative = source.embed([""]).to(device)
     seeds = [(config.seed, n, 0) for n in range(count)]
-    noise = noise_seeded(seeds, (dit.config.in_dim, h, w), device)
+    noise = noise_seeded(seeds, (setup.dit.config.in_dim, *config.latent[1:]), device)
+    dit, how = setup.dit.eval(), {"share_noise": config.share_noise}
     z = []
-    for plan in mix[0][1]:
-        made = teacher_blocks(
-            dit.eval(),
-            plan,
-            [prompt],
-            negative,
-            noise,
-            config.guidance,
-            share_noise=config.share_noise,
-        )
+    for plan in setup.mix[0][1]:
+        made = teacher_blocks(dit, plan, [prompt], negative, noise, config.guidance, **how)
         z.append(gather(plan, made))
-    if rank == 0:
+    if setup.rank == 0:
         vae = load_vae(config.vae, device=device)
         videos = torch.cat([vae.decode(x[None]) for x in torch.cat(z)])
         write_sheet(Path(config.out) / "teacher.png", videos, columns=11)
 
 
-History = Callable[..., Tensor]  # (step, samples, d, dit, plan, layout, x0, prompt) -> x0
-
-
 def main(config: Config, history: History | None = None) -> None:
     """history: what stands in the clean slots instead of the real clips, if anything."""
-    rank, world, device = start(config.device)
     mix = mix_of(config)
-    dit = network(config, config.weights, device, trained=True)
-    c = dit.config
-    source = Prompts(config.prompts, c.text_dim, c.text_len)
-    clips = Clips(config.clips, config.latent, c.in_dim, source)
-    nothing = source.embed([""])
-    layouts = prepared_layouts(config, mix, dit, True, device)
-
-    def loss_of(step: int, samples: list[int], entry: int, d: int) -> Tensor:
-        """Sample j of an iteration: a clip, its noise in each slot, and a time per step."""
-        lay, numbers, sigma, noise, told = layouts(entry)[d], [], [], [], []
-        for j in samples:
-            g = generator(config.seed, Stream.AR, step, j, d)
-            numbers.append(int(torch.randint(len(clips), (1,), generator=g)))
-            u = torch.rand(len(mix[entry][1][d].steps), generator=g)
-            sigma.append(shift_sigma(u, config.shift))
-            noise.append(torch.randn(len(lay.latent), *clips[0].shape[1:], generator=g))
-            told.append(float(torch.rand(1, generator=g)) >= config.dropout)
-        prompt = torch.where(torch.tensor(told).view(-1, 1, 1), source(numbers), nothing)
-        x0, prompt = clip_at_slots(clips, numbers, lay).to(device), prompt.to(device)
-        if history:
-            x0 = history(step, samples, d, dit, mix[entry][1][d], lay, x0, prompt)
-        return ar_loss(
-            dit,
-            lay,
-            x0,
-            torch.stack(noise).to(device),
-            torch.stack(sigma).to(device),
-            prompt,
-            config.shift,
-            config.loss_on_anchors,
-        )
-
-    fit(config, dit, mix, loss_of, rank, world, device, "teacher")
     if config.vae:
-        sheet(config, mix, dit, source, rank)
+        load_vae(config.vae)  # a file that cannot be read is named now, not after the training
+    setup = OnClips(config, mix, teacher_forcing=True)
+    fit(setup, partial(clip_loss, setup, history), "teacher")
+    if config.vae:
+        sheet(setup)
 
 
 if __name__ == "__main__":

@@ -11,35 +11,22 @@ each block after the clean latents of a *real clip*; stage 1 then shows the stud
     python -m zoo.causal_ode --generate && python -m zoo.causal_ode     # after zoo/ar_teacher.py
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import train_ode
 from anchors import Plan, layout
-from dit import DiT, load_dit
+from dit import DiT
 from lib import presets
 from lib.clips import Clips
-from lib.common import UserError, dtype_of, run, start
-from lib.pairs import (
-    MADE_BY,
-    PLANS,
-    Pair,
-    check_shards,
-    kept_states,
-    pair_noise,
-    pairs_where,
-    read_pairs,
-    write_missing,
-    wrong_states,
-)
-from lib.text import Prompts
-from plans import Mix, draw, rows_of
-from sampler import Noise, cache_for, clean_pass, many_steps, noise_from, rollout
-from train_ode import mix_of, recipe_of, train
+from lib.common import UserError, run
+from lib.pairs import MADE_BY, PLANS, Pair, wrong_states
+from plans import rows_of
+from sampler import Noise, Text, cache_for, clean_pass, many_steps, noise_from, rollout
 
 
 @dataclass
@@ -47,7 +34,6 @@ class Config(train_ode.Config):
     """Stage 1 from an autoregressive teacher: make causal pairs (--generate, --check), or train."""
 
     PRESETS = presets.CAUSAL_ODE
-    RANGES = {"preset": tuple(PRESETS)}
     UNREAD = ("clips",)  # training reads the pairs
     preset: str = "toy"  # toy, toy64, wan or wan-framewise: the published numbers
     teacher: str = "out/ar/teacher.safetensors"  # makes the pairs (zoo/ar_teacher.py)
@@ -57,14 +43,23 @@ class Config(train_ode.Config):
     out: str = "out/causal"  # folder of student.safetensors, log.jsonl and the resume state
 
 
+def noisy_slots(plan: Plan) -> list[tuple[int, int]]:
+    """(step, which of its latents) at each noisy slot of [clean | noisy]."""
+    lay, places = layout(plan, teacher_forcing=True), []
+    for n, latent, is_clean in zip(lay.step, lay.latent, lay.is_clean):
+        if not is_clean:
+            places.append((n, plan.steps[n].own.index(latent)))
+    return places
+
+
 def plan_states(
     dit: DiT,
     plan: Plan,
-    cond_uncond: list,
+    cond_uncond: Text,
     noise: Noise,
     clean: Tensor,
     keep: list[int],
-    config: train_ode.Config,
+    config: Config,
 ) -> Tensor:
     """The teacher's states at every noisy slot of a plan: [B, K+1, slots, C, h, w].
 
@@ -87,106 +82,74 @@ def plan_states(
     given = dict(enumerate(clean.unbind(1)))
     for _ in rollout(plan, solve, remember_the_clip, cache, given):
         pass
-    lay, parts = layout(plan, teacher_forcing=True), []
-    for n, latent, is_clean in zip(lay.step, lay.latent, lay.is_clean):
-        if not is_clean:
-            j = plan.steps[n].own.index(latent)
-            parts.append(torch.stack([states[n, k][:, j] for k in keep], dim=1))
+    parts = []
+    for n, j in noisy_slots(plan):
+        parts.append(torch.stack([states[n, k][:, j] for k in keep], dim=1))
     return torch.stack(parts, dim=2)
 
 
-def make_pairs(config: Config, mix: Mix, rank: int, world: int, device: torch.device) -> None:
-    """Real clips and, for each plan of the shard's entry, the teacher's states after them."""
-    teacher = load_dit(config.teacher, dtype_of(config.dtype), device)
-    c = teacher.config
-    source = Prompts(config.prompts, c.text_dim, c.text_len)
-    clips = Clips(config.clips, config.latent, c.in_dim, source)
-    if len(clips) < config.pairs:
-        raise UserError(
-            f"{config.clips} holds {len(clips)} clips; use --pairs {len(clips)}, or encode more "
-            "with tools/encode.py"
-        )
-    negative = source.embed([config.negative]).to(device)
-    keep = kept_states(config.denoising)
+class CausalPairs(train_ode.Trajectories):
+    """Real clips and, for each plan of an entry, the teacher's states after them.
 
-    def make(entry: int, numbers: range) -> dict[str, Tensor]:
-        plans = mix[entry][1]
-        T = plans[0].length
-        prompt = source(numbers).to(device)
-        text = teacher.text_kv(torch.cat([prompt, negative.expand_as(prompt)]))
-        start_noise = torch.stack(
-            [pair_noise(config, c.in_dim, n, rows_of(plans)) for n in numbers]
-        )
-        noise = noise_from(start_noise.to(device), length=config.latent[0])
-        clean = torch.stack([clips[n][:T] for n in numbers]).to(device)
-        made = {"clean": clean}
-        for d, plan in enumerate(plans):
-            made[f"plan{d}"] = plan_states(teacher, plan, text, noise, clean, keep, config)
-        return made
+    Each entry of the mix has pairs of its own."""
 
-    where = pairs_where(
-        config, source.words, lambda u: draw(mix, u), MADE_BY + PLANS, clips.made_of.__getitem__
-    )
-    write_missing(
-        where, make, causal_shapes(config, mix, c.in_dim), config.micro, rank, world, device
-    )
+    made_by = MADE_BY + PLANS
+    group_is = "entries"
 
+    def __init__(self, *given) -> None:
+        super().__init__(*given)
+        self.teacher_forcing = True  # that is what these pairs are for
+        config = self.config
+        if not config.generate:
+            return  # training reads the pairs alone
+        self.clips = Clips(config.clips, config.latent, self.channels, self.source)
+        if len(self.clips) < config.pairs:
+            raise UserError(
+                f"{config.clips} holds {len(self.clips)} clips; use --pairs {len(self.clips)}, or "
+                "encode more with tools/encode.py"
+            )
 
-def causal_shapes(config: Config, mix: Mix, channels: int) -> Callable[[int], dict]:
-    """entry -> what an autoregressive teacher leaves of each pair."""
-    levels, grid = len(config.denoising) + 1, (channels, *config.latent[1:])
+    def clip_of(self, number: int) -> str:
+        return self.clips.made_of[number]
 
-    def shapes(entry: int) -> dict[str, tuple[int, ...]]:
-        plans = mix[entry][1]
+    def group(self, entry: int) -> int:
+        return entry
+
+    def shapes(self, group: int) -> dict[str, tuple[int, ...]]:
+        plans, grid = self.mix[group][1], (self.channels, *self.config.latent[1:])
         want = {"clean": (plans[0].length, *grid)}
         for d, plan in enumerate(plans):
-            noisy = layout(plan, teacher_forcing=True).is_clean.count(False)
-            want[f"plan{d}"] = (levels, noisy, *grid)
+            want[f"plan{d}"] = (len(self.keep), len(noisy_slots(plan)), *grid)
         return want
 
-    return shapes
+    def start(self, group: int, numbers: Sequence[int], device="cpu") -> Noise:
+        """The noise of these pairs, which all plans of an entry share."""
+        rows = self.noise(numbers, rows_of(self.mix[group][1]))
+        return noise_from(rows.to(device), length=self.config.latent[0])
 
-
-def check_pair(config: Config, mix: Mix, channels: int) -> Callable[[int, Pair], str]:
-    """What can be wrong with a causal pair: its states start elsewhere, or do not fall."""
-
-    def check(entry: int, pair: Pair) -> str:
-        plans = mix[entry][1]
-        rows = pair_noise(config, channels, pair.number, rows_of(plans))[None]
-        noise = noise_from(rows, length=config.latent[0])
-        share = "all" if config.share_noise == "all" else "none"
+    def make(self, teacher: DiT, text: Text, group: int, numbers: range) -> dict[str, Tensor]:
+        plans, device = self.mix[group][1], teacher.patch_embedding.weight.device
+        noise = self.start(group, numbers, device)
+        clean = torch.stack([self.clips[n][: plans[0].length] for n in numbers]).to(device)
+        made = {"clean": clean}
         for d, plan in enumerate(plans):
-            lay = layout(plan, teacher_forcing=True)
-            numbers = []
-            for n, latent, clean in zip(lay.step, lay.latent, lay.is_clean):
-                if not clean:
-                    step = plan.steps[n]
-                    numbers.append(step.noise(share, 0)[step.own.index(latent)])
-            start_noise = noise(0, tuple(numbers))
+            made[f"plan{d}"] = plan_states(
+                teacher, plan, text, noise, clean, self.keep, self.config
+            )
+        return made
+
+    def wrong(self, group: int, pair: Pair) -> str:
+        noise = self.start(group, [pair.number])
+        share = "all" if self.config.share_noise == "all" else "none"
+        for d, plan in enumerate(self.mix[group][1]):
+            numbers = [plan.steps[n].noise(share, 0)[j] for n, j in noisy_slots(plan)]
             states = pair.shard[f"plan{d}"][pair.row]
-            if wrong := wrong_states(states, start_noise, config.seed):
+            if wrong := wrong_states(states, noise(0, tuple(numbers)), self.config.seed):
                 return f"{plan.name}: {wrong}"
         return ""
 
-    return check
 
-
-def main(config: Config) -> None:
-    rank, world, device = start(config.device)
-    mix = mix_of(config)
-    recipe_of(config)  # impossible levels are refused before any work
-    if config.generate:
-        make_pairs(config, mix, rank, world, device)
-        return
-    c = load_dit(config.teacher, None).config
-    source = Prompts(config.prompts, c.text_dim, c.text_len)
-    pairs = read_pairs(config, source.words, causal_shapes(config, mix, c.in_dim), MADE_BY + PLANS)
-    if config.check:
-        check_shards(Path(config.data), pairs, check_pair(config, mix, c.in_dim))
-        print(f"{sum(map(len, pairs.values()))} pairs of {len(pairs)} entries are good")
-        return
-    train(config, mix, pairs, lambda entry: entry, True, rank, world, device)
-
+main = partial(train_ode.main, kind=CausalPairs)
 
 if __name__ == "__main__":
     run(main, Config)

@@ -12,6 +12,7 @@ What is handed on is the average, as published. Costs a teacher pass an iteratio
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,24 +20,22 @@ from torch import Tensor
 from anchors import Layout
 from dit import DiT
 from lib import presets
-from lib.clips import Clips
-from lib.common import Stream, UserError, dtype_of, generator, run, start
-from lib.text import Prompts
+from lib.common import Stream, UserError, dtype_of, run
 from lib.training import EMA, inference
 from sampler import ODE_STEPS, cfg_velocity, ode_sigmas
 from train_ode import (
+    Part,
     denoise,
     fit,
     mean_over,
     mix_of,
     network,
     per_slot,
-    prepared_layouts,
     recipe_of,
     scored_slots,
 )
 from zoo import causal_ode
-from zoo.ar_teacher import clip_at_slots
+from zoo.ar_teacher import OnClips
 
 
 @dataclass
@@ -44,7 +43,6 @@ class Config(causal_ode.Config):
     """Stage 1 by consistency distillation from an autoregressive teacher, without pairs."""
 
     PRESETS = presets.CONSISTENCY
-    RANGES = {"preset": tuple(PRESETS)}
     UNREAD = ("data",)  # there are no pairs
     preset: str = "toy"  # toy, toy64 or wan: the published numbers
     out: str = "out/cd"  # folder of student.safetensors, log.jsonl and the resume state
@@ -81,48 +79,31 @@ def cd_loss(
     return mean_over(error, scored_slots(lay, loss_on_anchors))
 
 
+def clip_loss(setup: OnClips, average: DiT, teacher: DiT, part: Part) -> Tensor:
+    """The loss [B] of samples: a clip, and a level per step of the plan."""
+    config, lay, steps = setup.config, setup.layout(part), len(setup.plan(part).steps)
+    grid = torch.tensor(ode_sigmas(ODE_STEPS, config.shift), device=setup.device)
+
+    def levels(g: torch.Generator) -> Tensor:
+        return torch.randint(len(grid) - 2, (steps,), generator=g)
+
+    x0, noise, index, prompt = setup.draw(part, Stream.CD, lay.latent, levels)
+    negative = setup.source.embed([config.negative]).to(setup.device)
+    how = (prompt, negative, config.guidance, config.loss_on_anchors)
+    return cd_loss(setup.dit, average, teacher, lay, x0, noise, index, grid, *how)
+
+
 def main(config: Config) -> None:
-    rank, world, device = start(config.device)
     if config.generate or config.check:
         raise UserError("consistency distillation has no pairs: leave out --generate and --check")
     mix = mix_of(config)
     recipe_of(config)  # impossible levels are refused before any work
-    dit = network(config, config.weights, device, trained=True)
-    average = network(config, config.weights, device, trained=False)
+    setup = OnClips(config, mix, teacher_forcing=True)
+    average = network(config, config.weights, setup.device, trained=False)
     dtype = dtype_of(config.dtype)
-    teacher = network(config, config.teacher, device, trained=False, dtype=dtype)
-    c = dit.config
-    source = Prompts(config.prompts, c.text_dim, c.text_len)
-    clips = Clips(config.clips, config.latent, c.in_dim, source)
-    negative = source.embed([config.negative]).to(device)
-    grid = torch.tensor(ode_sigmas(ODE_STEPS, config.shift), device=device)
-    layouts = prepared_layouts(config, mix, dit, True, device)
-
-    def loss_of(step: int, samples: list[int], entry: int, d: int) -> Tensor:
-        """Sample j of an iteration: a clip, its noise in each slot, and a level per step."""
-        lay, numbers, index, noise = layouts(entry)[d], [], [], []
-        for j in samples:
-            g = generator(config.seed, Stream.CD, step, j, d)
-            numbers.append(int(torch.randint(len(clips), (1,), generator=g)))
-            steps = len(mix[entry][1][d].steps)
-            index.append(torch.randint(len(grid) - 2, (steps,), generator=g))
-            noise.append(torch.randn(len(lay.latent), *clips[0].shape[1:], generator=g))
-        return cd_loss(
-            dit,
-            average,
-            teacher,
-            lay,
-            clip_at_slots(clips, numbers, lay).to(device),
-            torch.stack(noise).to(device),
-            torch.stack(index).to(device),
-            grid,
-            source(numbers).to(device),
-            negative,
-            config.guidance,
-            config.loss_on_anchors,
-        )
-
-    fit(config, dit, mix, loss_of, rank, world, device, "student", (EMA(dit, config.ema), average))
+    teacher = network(config, config.teacher, setup.device, trained=False, dtype=dtype)
+    loss_of = partial(clip_loss, setup, average, teacher)
+    fit(setup, loss_of, "student", (EMA(setup.dit, config.ema), average))
 
 
 if __name__ == "__main__":

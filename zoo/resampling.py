@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchors import Layout, Plan
+from anchors import Plan
 from dit import DiT
 from lib.common import Stream, UserError, generator, run
 from lib.training import inference
 from sampler import Noise, hold, noise_seeded, rollout, shift_sigma, student_sigmas, times
+from train_ode import Part
 from zoo import ar_teacher
 from zoo.common import memory
 
@@ -77,17 +78,18 @@ def history_of(config: Config) -> ar_teacher.History:
     """What stands in for the clean history of clips x0 [B, slots, C, h, w] from --begin on: the
     model's own."""
 
-    def history(step, samples, d, dit, plan, lay: Layout, x0, prompt):
+    def history(setup: ar_teacher.OnClips, part: Part, x0: Tensor, prompt: Tensor) -> Tensor:
+        step, d, plan, lay = part.step, part.d, setup.plan(part), setup.layout(part)
         if step < config.begin:
             return x0
         t_s = drawn_level(generator(config.seed, Stream.AR, step, d, 1 << 31), config.history_shift)
         lower = [s for s in student_sigmas(shift=config.shift) if s < t_s]
         down = [t_s, *lower[: config.history_levels - 1], 0.0]
         clip = dict(zip(lay.latent, x0.unbind(1)))
-        seeds = [(config.seed, step, 2 * j + d) for j in samples]
+        seeds = [(config.seed, step, 2 * j + d) for j in part.samples]
         noise = noise_seeded(seeds, tuple(x0.shape[2:]), x0.device)
         with inference():
-            made = remade(dit, plan, clip, prompt, noise, down)
+            made = remade(setup.dit, plan, clip, prompt, noise, down)
         slots = [made[i] if c else x for i, c, x in zip(lay.latent, lay.is_clean, x0.unbind(1))]
         return torch.stack(slots, dim=1)
 

@@ -64,8 +64,7 @@ class Routed(KVCache):
         at = dict(reads)
         made = [i for i in self.slot if i in at]  # a dict keeps its order
         chosen = self.choose(made)
-        nearest = at[made[-1]]  # the reader stands on this side
-        toward = 1 if at[made[0]] < nearest else -1
+        toward = 1 if at[made[0]] < at[made[-1]] else -1  # the newest is on the reader's side
         end = max(at.values()) if toward > 0 else min(at.values())
         kept = sorted(chosen, key=at.get)
         begin = end - len(kept) + 1 if toward > 0 else end

@@ -20,9 +20,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-import anchors
 from anchors import HORIZON, Plan, forward, place
 from dit import DiT
+from plans import switch
 from sampler import Noise, Recipe, Text, few_steps, gather, rollout
 from zoo.common import PAPER, Method, commit, memory
 
@@ -33,7 +33,7 @@ CUT_AT = 45  # position of a new scene's first latent [Infinity-RoPE]
 def two_scenes(length: int = 21, block: int = 3, imagined: int = 0) -> Plan:
     """Forward; the second prompt takes over with the block in the middle."""
     middle = length // block // 2 * block
-    return anchors.switch(forward(length, block), [middle])
+    return switch(forward(length, block), [middle])
 
 
 def flushed(plan: Plan, sink: int = 1, last: int = 2, cut_at: int = 0) -> Plan:

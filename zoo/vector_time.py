@@ -14,21 +14,20 @@ Left open: FVDM says nothing of a video VAE whose first latent is a picture; her
     python -m tools.encode && python -m zoo.vector_time         compare evaluate.py's inbetween
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from anchors import forward, with_given
+from anchors import forward
 from dit import DiT
-from lib.clips import Clips
-from lib.common import Stream, generator, run, start
-from lib.text import Prompts
+from lib.common import Stream, run
+from plans import with_given
 from sampler import Noise, gather, shift_sigma, teacher_blocks
-from train_ode import fit, network
+from train_ode import Part, fit
 from zoo import ar_teacher
-from zoo.ar_teacher import timestep_weight
+from zoo.ar_teacher import OnClips, timestep_weight
 
 
 @dataclass
@@ -76,28 +75,21 @@ def complete(
     return gather(plan, made)
 
 
+def clip_loss(setup: OnClips, part: Part) -> Tensor:
+    """The loss [B] of samples: a clip, and a level for each of its latents."""
+    config, T = setup.config, setup.config.latent[0]
+
+    def draw_levels(g: torch.Generator) -> Tensor:
+        return levels(g, T, config.together, config.shift)
+
+    drawn = setup.draw(part, Stream.AR, range(T), draw_levels, config.dropout)
+    return vector_loss(setup.dit, *drawn, config.shift)
+
+
 def main(config: Config) -> None:
-    rank, world, device = start(config.device)
     T = config.latent[0]
-    dit = network(config, config.weights, device, trained=True)
-    source = Prompts(config.prompts, dit.config.text_dim, dit.config.text_len)
-    clips = Clips(config.clips, config.latent, dit.config.in_dim, source)
-    nothing = source.embed([""])
-
-    def loss_of(step: int, samples: Sequence[int], entry: int, d: int) -> Tensor:
-        numbers, sigma, noise, keep = [], [], [], []
-        for j in samples:
-            g = generator(config.seed, Stream.AR, step, j, d)
-            numbers.append(int(torch.randint(len(clips), (1,), generator=g)))
-            sigma.append(levels(g, T, config.together, config.shift))
-            noise.append(torch.randn(clips[0].shape, generator=g))
-            keep.append(float(torch.rand(1, generator=g)) >= config.dropout)
-        prompt = torch.where(torch.tensor(keep).view(-1, 1, 1), source(numbers), nothing)
-        x0 = torch.stack([clips[n] for n in numbers])
-        given = (x0, torch.stack(noise), torch.stack(sigma), prompt)
-        return vector_loss(dit, *(x.to(device) for x in given), config.shift)
-
-    fit(config, dit, ((1.0, (forward(T, T),)),), loss_of, rank, world, device, "teacher")
+    setup = OnClips(config, ((1.0, (forward(T, T),)),), teacher_forcing=False)
+    fit(setup, partial(clip_loss, setup), "teacher")
 
 
 if __name__ == "__main__":

@@ -31,3 +31,14 @@ def check_latents(z: Tensor, channels: int) -> None:
     if z.ndim != 5 or z.shape[2] != channels or not z.shape[1]:
         shape = tuple(z.shape)
         raise UserError(f"latents of shape {shape} are not [B, T, {channels}, h, w]")
+
+
+def check_ratio_frames(frames: int, time: int) -> None:
+    """A flickering ratio needs 1 + time * k frames, of three latents at least. raises: UserError"""
+    least = 1 + 2 * time
+    if frames < least or (frames - 1) % time:
+        whole = max((frames - 1) // time, 2) * time + 1
+        raise UserError(
+            f"the flickering ratio needs 1 + {time}k frames and at least {least}, not {frames};"
+            f" cut the video to {whole}"
+        )

@@ -58,13 +58,11 @@ class VAEConfig:
     def __post_init__(self) -> None:
         check_sizes(self, "VAE")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
-            raise UserError(
-                f"temporal_downsample {self.temporal_downsample} needs one entry less than"
-                f" dim_mult {self.dim_mult}"
-            )
-        wan = self.z_dim == len(WAN_MEAN)
-        mean = self.mean or (WAN_MEAN if wan else (0.0,) * self.z_dim)
-        std = self.std or (WAN_STD if wan else (1.0,) * self.z_dim)
+            short = f"temporal_downsample {self.temporal_downsample}"
+            raise UserError(f"{short} needs one entry less than dim_mult {self.dim_mult}")
+        is_wan = self.z_dim == len(WAN_MEAN)
+        mean = self.mean or (WAN_MEAN if is_wan else (0.0,) * self.z_dim)
+        std = self.std or (WAN_STD if is_wan else (1.0,) * self.z_dim)
         if not len(mean) == len(std) == self.z_dim:
             raise UserError(f"mean {mean} and std {std} must have z_dim {self.z_dim} numbers each")
         object.__setattr__(self, "mean", mean)  # the dataclass is frozen
@@ -92,8 +90,7 @@ class VAEConfig:
 PRESETS = {"wan": VAEConfig(), "toy": VAEConfig(dim=16, z_dim=16, num_res_blocks=1)}  # toy [ours]
 # Channels innermost: makes the norm over channels cheap, else it costs as much as a convolution.
 LAYOUT = torch.channels_last_3d
-# Cells a frame (128 x 128) from which memory counts more than the overhead of small steps [ours].
-LARGE = 2**14
+LARGE = 2**14  # cells of a frame from which memory counts more than the cost of small steps [ours]
 State = dict[nn.Module, Tensor]  # what a layer remembers of the stream: [B, C, 1 or 2, H, W]
 
 
@@ -131,7 +128,7 @@ class RMSNorm(nn.Module):
 
 
 class Layers(nn.ModuleDict):
-    """Norms, each followed by x * sigmoid(x), and convolutions; keys are places in Wan's list."""
+    """Convolutions, and norms with x * sigmoid(x) behind; keys are places in Wan's Sequential."""
 
     def forward(self, x: Tensor, state: State) -> Tensor:
         for layer in self.values():
@@ -266,14 +263,12 @@ class Coder(nn.Module):
             layers = [self.conv1, *self.middle, *self.upsamples, self.head]
         else:
             layers = [self.conv1, *self.downsamples, *self.middle, self.head]
-        in_time = [i for i, layer in enumerate(layers) if getattr(layer, "in_time", False)]
+        in_time = [i for i, layer in enumerate(layers) if getattr(layer, "in_time", False)] or [0]
         if self.up:
-            last = in_time[-1] + 1 if in_time else 0
-            x = through(layers[:last], x, state)
-            return frame_by_frame(layers[last:], x, state)
-        first = in_time[0] if in_time else 0
-        x = frame_by_frame(layers[:first], x, state)
-        return through(layers[first:], x, state)
+            stop = in_time[-1] + 1
+            return frame_by_frame(layers[stop:], through(layers[:stop], x, state), state)
+        first = in_time[0]
+        return through(layers[first:], frame_by_frame(layers[:first], x, state), state)
 
 
 def through(layers: Sequence[nn.Module], x: Tensor, state: State) -> Tensor:
@@ -284,8 +279,7 @@ def through(layers: Sequence[nn.Module], x: Tensor, state: State) -> Tensor:
 
 
 def frame_by_frame(layers: Sequence[nn.Module], x: Tensor, state: State) -> Tensor:
-    """The same for layers at the frame rate of the pixels: LARGE frames one at a time, to save
-    memory."""
+    """The same at the frame rate of the pixels: LARGE frames one at a time, for less memory."""
     if x.shape[3] * x.shape[4] <= LARGE:
         return through(layers, x, state)
     return torch.cat([through(layers, frame, state) for frame in x.split(1, dim=2)], dim=2)
@@ -364,12 +358,11 @@ class VAE(nn.Module):
         parts = z.split(chunk or self.at_once(*z.shape[3:]), dim=1)
         return torch.cat(list(stream(self.decode_chunk, parts)), dim=2)
 
-    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _scale(self, like: Tensor) -> tuple[Tensor, ...]:
         """Mean and standard deviation of the latents' channels, [C, 1, 1, 1] each."""
         both = torch.tensor([self.config.mean, self.config.std], dtype=like.dtype)
         both = both.to(like.device, non_blocking=True)  # no GPU waits for the host
-        mean, std = both.view(2, -1, 1, 1, 1)
-        return mean, std
+        return both.view(2, -1, 1, 1, 1).unbind()
 
 
 def stream(step: Callable[..., tuple[Tensor, State]], parts: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -384,9 +377,7 @@ def stream(step: Callable[..., tuple[Tensor, State]], parts: Iterable[Tensor]) -
 def load_vae(
     path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
 ) -> VAE:
-    """Load whatever `weights.read_vae` reads: `Wan2.1_VAE.pth`, a folder with it, ...
-
-    raises: UserError naming every tensor that does not fit"""
+    """Load whatever `weights.read_vae` reads. raises: UserError naming all that does not fit"""
     values, tensors, source = read_vae(path)
     with torch.device("meta"):
         vae = VAE(config_from(VAEConfig, values, source))

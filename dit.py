@@ -230,8 +230,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        c = config
-        self.eps = c.eps
+        c, self.eps = config, config.eps
         self.self_attn = Attention(c.dim, c.num_heads, c.eps)
         self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, c.eps)  # before cross-attention; the one with weights
@@ -335,9 +334,8 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.data.flatten(1))
-        for embedding in (self.text_embedding, self.time_embedding):
-            nn.init.normal_(embedding[0].weight, std=0.02)
-            nn.init.normal_(embedding[2].weight, std=0.02)
+        for linear in (*self.text_embedding[::2], *self.time_embedding[::2]):
+            nn.init.normal_(linear.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
     def compile_blocks(self, backend: str = "inductor") -> "DiT":

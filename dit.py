@@ -93,14 +93,13 @@ def rope(pos: Tensor, h: int, w: int, head_dim: int, theta: float = 10000.0) -> 
     columns = torch.arange(w, device=pos.device)
     place = torch.cartesian_prod(pos, rows, columns).double()  # (T*h*w, 3): time, row, column
 
-    def turned_by(axis: int, pairs: int) -> Tensor:
-        frequency = theta ** (-torch.arange(pairs, device=pos.device).double() / pairs)
-        return torch.outer(place[:, axis], frequency)  # (T*h*w, pairs)
-
     in_space = head_dim // 6  # pairs for rows, and as many for columns
     in_time = head_dim // 2 - 2 * in_space
-    angles = torch.cat([turned_by(0, in_time), turned_by(1, in_space), turned_by(2, in_space)], 1)
-    angles = angles[:, None]  # (T*h*w, 1, D/2): the same for all heads
+    turned = []
+    for axis, pairs in enumerate((in_time, in_space, in_space)):
+        frequency = theta ** (-torch.arange(pairs, device=pos.device).double() / pairs)
+        turned.append(torch.outer(place[:, axis], frequency))  # (T*h*w, pairs)
+    angles = torch.cat(turned, dim=1)[:, None]  # (T*h*w, 1, D/2): the same for all heads
     return angles.cos().float(), angles.sin().float()
 
 
@@ -176,17 +175,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> T
     elif visible.block_mask is not None:
         out = flex_attention(q, k, v, visible.block_mask)
     else:
-        out = _attend_by_spans(q, k, v, visible)
+        n = q.shape[2] // visible.slots  # tokens per latent
+        runs = []
+        for q0, q1, ranges in visible.spans:
+            run = q[:, :, q0 * n : q1 * n]  # (B, A, tokens of the run, D)
+            seen = _pick(k, ranges, n), _pick(v, ranges, n)
+            runs.append(F.scaled_dot_product_attention(run, *seen))
+        out = torch.cat(runs, dim=2)
     return out.transpose(1, 2)  # (B, L, A, D)
-
-
-def _attend_by_spans(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
-    n = q.shape[2] // visible.slots  # tokens per latent
-    out = []
-    for q0, q1, ranges in visible.spans:
-        run = q[:, :, q0 * n : q1 * n]  # (B, A, tokens of the run, D)
-        out.append(F.scaled_dot_product_attention(run, _pick(k, ranges, n), _pick(v, ranges, n)))
-    return torch.cat(out, dim=2)  # (B, A, L, D)
 
 
 def _pick(x: Tensor, ranges: Ranges, n: int) -> Tensor:
@@ -211,16 +207,17 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """[B, L, E] -> [B, L, A, D]"""
-        q, weight = self.q(x), self.norm_q.weight
-        q = F.rms_norm(q, weight.shape, weight.to(q.dtype), self.norm_q.eps)
-        return q.unflatten(-1, (self.num_heads, -1))
+        return normed(self.q(x), self.norm_q).unflatten(-1, (self.num_heads, -1))
 
     def kv(self, x: Tensor) -> KV:
         """[B, L, E] -> keys and values, [B, L, A, D] each"""
-        k, weight = self.k(x), self.norm_k.weight
-        k = F.rms_norm(k, weight.shape, weight.to(k.dtype), self.norm_k.eps)
-        split = (self.num_heads, -1)
-        return k.unflatten(-1, split), self.v(x).unflatten(-1, split)
+        k, v = normed(self.k(x), self.norm_k), self.v(x)
+        return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
+
+
+def normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """x [B, L, E] normed in its own dtype."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -233,8 +230,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        c = config
-        self.eps = c.eps
+        c, self.eps = config, config.eps
         self.self_attn = Attention(c.dim, c.num_heads, c.eps)
         self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, c.eps)  # before cross-attention; the one with weights
@@ -338,9 +334,8 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.data.flatten(1))
-        for embedding in (self.text_embedding, self.time_embedding):
-            nn.init.normal_(embedding[0].weight, std=0.02)
-            nn.init.normal_(embedding[2].weight, std=0.02)
+        for linear in (*self.text_embedding[::2], *self.time_embedding[::2]):
+            nn.init.normal_(linear.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
     def compile_blocks(self, backend: str = "inductor") -> "DiT":
@@ -384,12 +379,9 @@ class DiT(nn.Module):
         returns: v [B, T, C, h, w] float32; with return_kv also the keys and values of each layer;
             with keys_only these alone, and the last layer stops at its keys"""
         self._check(z, t, pos)
-        c = self.config
-        B, T, _, h, w = z.shape
-        dtype = self.patch_embedding.weight.dtype
-        x = self.patch_embedding(z.transpose(1, 2).to(dtype))  # (B, E, T, rows, columns)
-        x = x.flatten(3).permute(0, 2, 3, 1).float().contiguous()  # (B, T, N, E)
-        e = self.time_embedding(sinusoid(t.flatten(), c.freq_dim).to(dtype)).view(B, T, -1)
+        c, (h, w) = self.config, z.shape[3:]
+        x = self._patchify(z)  # (B, T, N, E)
+        e = self._embed_time(t)  # (B, T, E)
         time = self.time_projection(e).unflatten(2, (6, -1)).float()  # (B, T, 6, E)
         words = text if isinstance(text, list) else [self.embed_text(text)] * c.num_layers
         angles = key_angles = rope(pos, *c.grid(h, w), c.head_dim)
@@ -409,10 +401,19 @@ class DiT(nn.Module):
                 kept.append(own)
         if keys_only:
             return kept
-
-        x = self.head(x, e.float())  # (B, T, N, ph * pw * C)
-        v = self._unpatchify(x, h, w).float()
+        v = self._unpatchify(self.head(x, e.float()), h, w).float()
         return (v, kept) if return_kv else v
+
+    def _patchify(self, z: Tensor) -> Tensor:
+        """[B, T, C, h, w] -> [B, T, N, E], float32."""
+        x = z.transpose(1, 2).to(self.patch_embedding.weight.dtype)  # (B, C, T, h, w)
+        x = self.patch_embedding(x)  # (B, E, T, rows, columns)
+        return x.flatten(3).permute(0, 2, 3, 1).float().contiguous()
+
+    def _embed_time(self, t: Tensor) -> Tensor:
+        """[B, T] -> [B, T, E]."""
+        waves = sinusoid(t.flatten(), self.config.freq_dim)  # (B*T, freq_dim)
+        return self.time_embedding(waves.to(self.time_embedding[0].weight.dtype)).view(*t.shape, -1)
 
     def _unpatchify(self, x: Tensor, h: int, w: int) -> Tensor:
         """[B, T, N, ph * pw * C] -> [B, T, C, h, w]."""
@@ -425,7 +426,7 @@ class DiT(nn.Module):
 
     def _check(self, z: Tensor, t: Tensor, pos: Tensor) -> None:
         B, T, C, h, w = z.shape
-        _, ph, pw = self.config.patch_size
+        ph, pw = self.config.patch_size[1:]
         if C != self.config.in_dim or h % ph or w % pw:
             raise UserError(
                 f"latents of {C} channels and {h}x{w} cells do not fit in_dim {self.config.in_dim}"

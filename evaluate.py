@@ -38,7 +38,8 @@ from lib import report, text
 from lib.changes import STATIC, frame_changes, temporal_flickering
 from lib.common import UserError, check_out, dtype_of, run, start
 from lib.media import read_frames, videos_in
-from lib.statistics import Stat, Values, frechet, joined, largest, over_files, stat
+from lib.shapes import check_ratio_frames
+from lib.statistics import Stat, Values, joined, over_files, stat, summary
 from lib.world import OTHER, World, find_world, numbers_of
 from plans import both_directions
 from sampler import Recipe, gather, noise_seeded, student_blocks, teacher_blocks
@@ -53,13 +54,7 @@ def change_ratios(video: Tensor, time: int = 4) -> Tensor:
 
     video: [B, 3, F, H, W];  NaN where the denominator vanishes
     raises: UserError if the frames are not 1 + time * k, or fewer than three latents"""
-    frames = video.shape[2]
-    if (frames - 1) % time or frames < 1 + 2 * time:
-        whole = max((frames - 1) // time, 2) * time + 1
-        raise UserError(
-            f"the flickering ratio needs 1 + {time}k frames and at least {1 + 2 * time}, "
-            f"not {frames}; cut the video to {whole}"
-        )
+    check_ratio_frames(video.shape[2], time)
     change = frame_changes(video)  # (B, F-1)
     before = change[:, time - 1 : -1 : time, None]  # (B, T-2, 1)
     inside = change[:, time:].unflatten(1, (-1, time))  # (B, T-2, 4)
@@ -171,30 +166,6 @@ def measure_words(world: World, video: Tensor, plan: Plan, captions: Sequence[st
     return found | {f"identity: {k}": torch.stack([first[k], last[k]], 1) for k in first}
 
 
-def lost(pairs: Tensor, others: Tensor) -> Tensor:
-    """How far the two ends of each clip are apart, over how far different clips are: [B].
-
-    pairs: [B, 2, D];  others: [N, 2, D], of true clips;  0: all is kept, 1: it is another clip"""
-    apart = (others[:, None, 0] - others[None, :, 1]).norm(dim=-1)  # (N, N)
-    unit = apart[~torch.eye(len(others), dtype=torch.bool)].nanmean()
-    return (pairs[:, 0] - pairs[:, 1]).norm(dim=-1) / unit
-
-
-def summary(values: Values, true: Values | None = None) -> dict[str, Stat]:
-    """A row of a table from what was measured of each clip; true: the same of true clips."""
-    row, true = {}, true or {}
-    for name, x in values.items():
-        if name.startswith("FR"):
-            row |= {name: stat(x[..., 0]), f"{name} max": largest(x)}
-        elif name != "features" and not name.startswith("identity"):
-            row[name] = stat(x)
-        elif name in true and name == "features":
-            row["Fréchet"] = Stat(frechet(x, true[name]), math.nan, len(x))
-        elif name in true:
-            row[name.replace("identity", "lost")] = stat(lost(x, true[name]))
-    return row
-
-
 # ---------------------------------------------------------------- whose clips
 def recipe_of(dit: DiT) -> Recipe:
     """How a student was trained, and so how it is run; if its file is silent, the paper's way."""
@@ -251,14 +222,25 @@ class Maker:
             how = (empty, noise, self.guidance, given)
             blocks = teacher_blocks(self.dit, plan, texts, *how, share_noise=share)
         z = gather(plan, blocks)
-        return z, torch.cat([self.vae.decode(x[None]).cpu() for x in z])
+        return z, decoded(self.vae, z)
+
+
+def decoded(vae: VAE, z: Tensor, chunk: int = 0) -> Tensor:
+    """Pixels [B, 3, F, H, W] of latents [B, T, C, h, w], a clip at a time; on the CPU."""
+    return torch.cat([vae.decode(clip[None], chunk).cpu() for clip in z])
+
+
+def encoded(vae: VAE, video: Tensor, chunk: int = 0) -> Tensor:
+    """Latents [B, T, C, h, w] of pixels [B, 3, F, H, W], a clip at a time."""
+    device = vae.conv2.weight.device
+    return torch.cat([vae.encode(clip[None].to(device), chunk) for clip in video])
 
 
 def measure_all(
     vae: VAE, z: Tensor, video: Tensor, plan: Plan, world: World | None, captions: Sequence[str]
 ) -> Values:
     """All there is to measure of clips: latents z [B, T, C, h, w] and pixels [B, 3, F, H, W]."""
-    again = torch.cat([vae.encode(clip[None].to(z.device)) for clip in video])
+    again = encoded(vae, video)
     found = measure(video, plan)
     found |= {"round trip": round_trip(z, again, plan).cpu(), "features": features(again).cpu()}
     return found | (measure_words(world, video, plan, captions) if world else {})
@@ -281,16 +263,15 @@ def measure_true(
     vae: VAE, size: int, plan: Plan, captions: Sequence[str], world: World, seeds: Sequence[int]
 ) -> tuple[Values, Values]:
     """The world's own clips, to compare with: as they are, and through the VAE."""
-    true, decoded = [], []
+    true, after = [], []
     for a in tqdm(range(0, len(seeds), BATCH), desc="true clips", leave=False):
         some = captions[a : a + BATCH]
         video = world.render(some, seeds[a : a + BATCH], size, 4 * plan.length - 3)
-        z = torch.cat([vae.encode(clip[None].to(vae.conv2.weight.device)) for clip in video])
-        again = torch.cat([vae.decode(x[None]).cpu() for x in z])
+        z = encoded(vae, video)
         shown = measure_words(world, video, plan, some)
         true.append(shown | {"features": features(z).cpu()})
-        decoded.append(measure_all(vae, z, again, plan, world, some))
-    return joined(true), joined(decoded)
+        after.append(measure_all(vae, z, decoded(vae, z), plan, world, some))
+    return joined(true), joined(after)
 
 
 # ---------------------------------------------------------------- command line
@@ -322,26 +303,28 @@ class Config:
     device: str = "auto"
 
 
-def measure_files(config: Config) -> dict[str, dict[str, Stat]]:
-    """A row for a video, or for each in a folder and one for all; each is cut to whole blocks."""
-    path, block = Path(config.video), config.block
+def measure_file(file: Path, block: int) -> dict[str, Stat]:
+    """A row for a video, cut to whole blocks; empty if it does not move. raises: UserError"""
+    video = read_frames(file)
+    there, least = video.shape[2], 4 * math.ceil(3 / block) * block - 3
+    if there < least:
+        raise UserError(f"{file} has {there} frames; blocks of {block} latents need {least}")
+    latents = (there + 3) // 4 // block * block
+    used = 4 * latents - 3
+    print(f"{file.name}: the first {used} of {there} frames, {latents} latents by {block}")
+    plan = anchors.forward(latents, block, View(window=0))  # who reads what does not matter
+    found = summary(measure(video[:, :, :used], plan))
+    if not (found["FR inter"].clips or found["FR intra"].clips):
+        print(f"{file.name} is left out: it does not move, so it has no flickering ratio")
+        return {}
+    return found | {"flicker (VBench)": stat(temporal_flickering(video))}
+
+
+def measure_files(path: Path, block: int) -> dict[str, dict[str, Stat]]:
+    """A row for a video, or for each in a folder and one for all."""
     files = videos_in(path) if path.is_dir() else [path]
-    rows = {}
-    least = 4 * math.ceil(3 / block) * block - 3
-    for file in files:
-        video = read_frames(file)
-        there = video.shape[2]
-        if there < least:
-            raise UserError(f"{file} has {there} frames; blocks of {block} latents need {least}")
-        latents = (there + 3) // 4 // block * block
-        used = 4 * latents - 3
-        print(f"{file.name}: the first {used} of {there} frames, {latents} latents by {block}")
-        plan = anchors.forward(latents, block, View(window=0))  # who reads what does not matter
-        found = summary(measure(video[:, :, :used], plan))
-        if found["FR inter"].clips or found["FR intra"].clips:
-            rows[file.name] = found | {"flicker (VBench)": stat(temporal_flickering(video))}
-        else:
-            print(f"{file.name} is left out: it does not move, so it has no flickering ratio")
+    measured = {file.name: measure_file(file, block) for file in files}
+    rows = {name: row for name, row in measured.items() if row}
     if not rows:
         raise UserError(f"{path} does not move, so it has no flickering ratio")
     if path.is_dir():
@@ -359,12 +342,12 @@ def measure_student(config: Config, device: torch.device) -> dict[str, dict[str,
     plans = plans_of(recipe_of(dit)) | {name: anchors.ORDERS[name]() for name in config.orders}
     rows, true = {}, None
     if world:
-        seeds, known = (numbers_of(config.clips, config.seed, k) for k in (False, True))
+        seeds = numbers_of(config.clips, config.seed)
         captions = [world.caption(number) for number in seeds]
         what = vae, student.size[0], plans["forward"], captions, world
-        true, decoded = measure_true(*what, seeds)
+        true, after = measure_true(*what, seeds)
         floor = measure_true(*what, [number + OTHER for number in seeds])[1]
-        rows["true clips, decoded"] = summary(decoded, true)
+        rows["true clips, decoded"] = summary(after, true)
         rows["other true clips, decoded"] = summary(floor, true)
     else:
         captions = text.lines_of(config.prompts)[: config.clips]
@@ -378,6 +361,7 @@ def measure_student(config: Config, device: torch.device) -> dict[str, dict[str,
     for name, plan in plans.items():
         rows[name] = summary(measure_made(student, plan, captions, world), true)
     if world and config.known:
+        known = numbers_of(config.clips, config.seed, known=True)
         captions = [world.caption(number) for number in known]
         del true["features"]  # those of other captions
         for name, plan in plans.items():
@@ -390,8 +374,11 @@ def main(config: Config) -> None:
     device = start(config.device)[2]
     if config.out:
         check_out(config.out, inputs=[config.video])
-    measured = measure_files(config) if config.video else measure_student(config, device)
-    report.show(measured, config.out)
+    if config.video:
+        rows = measure_files(Path(config.video), config.block)
+    else:
+        rows = measure_student(config, device)
+    report.show(rows, config.out)
 
 
 if __name__ == "__main__":

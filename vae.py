@@ -6,10 +6,10 @@ it holds frame 0 alone; latent i >= 1 holds frames 4i-3 .. 4i. Hence F = 1 + 4 (
 T latents. That the decoder reads the past of a latent is why naive backward generation flickers
 (paper Sec. 4.1), and why UniTemp needs anchors.
 
-Causality also makes streaming exact. What a convolution must remember between two chunks is its
-last two input frames. This memory is the `state`, an explicit value: `decode_chunk(z, state) ->
-(video, new_state)` changes neither its arguments nor the module, so streams interleave and a state
-can be kept to continue from it twice.
+Causality also makes streaming exact: between two chunks a convolution must remember its last two
+input frames, and nothing else. This memory is the `state`, an explicit value: `decode_chunk(z,
+state) -> (video, new_state)` changes neither its arguments nor the module, so streams interleave
+and one state can be continued from twice. A whole video is a stream of one chunk.
 
 Module and parameter names are Wan's own, so `Wan2.1_VAE.pth` loads as it is [Wan]. It does not
 sample: `encode` returns the posterior mean.
@@ -17,18 +17,18 @@ sample: `encode` returns the posterior mean.
     python vae.py --clip in.mp4 --out reconstruction.mp4 --weights Wan2.1-T2V-1.3B
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lib.common import UserError, run, start
 from lib.cpu import conv3d, linear
 from lib.media import VideoWriter, read_frames
+from lib.shapes import check_latents, check_video
 from lib.weights import check_sizes, config_from, load_strict, read_vae, write_safetensors
 
 # fmt: off
@@ -58,13 +58,11 @@ class VAEConfig:
     def __post_init__(self) -> None:
         check_sizes(self, "VAE")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
-            raise UserError(
-                f"temporal_downsample {self.temporal_downsample} needs one entry less than"
-                f" dim_mult {self.dim_mult}"
-            )
-        wan = self.z_dim == len(WAN_MEAN)
-        mean = self.mean or (WAN_MEAN if wan else (0.0,) * self.z_dim)
-        std = self.std or (WAN_STD if wan else (1.0,) * self.z_dim)
+            short = f"temporal_downsample {self.temporal_downsample}"
+            raise UserError(f"{short} needs one entry less than dim_mult {self.dim_mult}")
+        is_wan = self.z_dim == len(WAN_MEAN)
+        mean = self.mean or (WAN_MEAN if is_wan else (0.0,) * self.z_dim)
+        std = self.std or (WAN_STD if is_wan else (1.0,) * self.z_dim)
         if not len(mean) == len(std) == self.z_dim:
             raise UserError(f"mean {mean} and std {std} must have z_dim {self.z_dim} numbers each")
         object.__setattr__(self, "mean", mean)  # the dataclass is frozen
@@ -92,8 +90,7 @@ class VAEConfig:
 PRESETS = {"wan": VAEConfig(), "toy": VAEConfig(dim=16, z_dim=16, num_res_blocks=1)}  # toy [ours]
 # Channels innermost: makes the norm over channels cheap, else it costs as much as a convolution.
 LAYOUT = torch.channels_last_3d
-# Cells a frame (128 x 128) from which memory counts more than the overhead of small steps [ours].
-LARGE = 2**14
+LARGE = 2**14  # cells of a frame from which memory counts more than the cost of small steps [ours]
 State = dict[nn.Module, Tensor]  # what a layer remembers of the stream: [B, C, 1 or 2, H, W]
 
 
@@ -102,15 +99,14 @@ class CausalConv3d(nn.Conv3d):
     """A convolution padded in time on the left only: by zeros, or by the frames it remembers."""
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
-        keep = self.kernel_size[0] - 1
+        keep = self.kernel_size[0] - 1  # a kernel of one frame needs no state
         if keep:
-            past = state.get(self) if state is not None else None
-            if past is None:
+            if self not in state:
                 B, C, _, H, W = x.shape
-                past = x.new_zeros(B, C, keep, H, W).contiguous(memory_format=LAYOUT)
-            x = torch.cat([past, x], dim=2)  # (B, C, keep + T, H, W)
-            if state is not None:
-                state[self] = x[:, :, -keep:].clone(memory_format=LAYOUT)
+                zeros = x.new_zeros(B, C, keep, H, W)
+                state[self] = zeros.contiguous(memory_format=LAYOUT)
+            x = torch.cat([state[self], x], dim=2)  # (B, C, keep + T, H, W)
+            state[self] = x[:, :, -keep:].clone(memory_format=LAYOUT)
         x = x.contiguous(memory_format=LAYOUT)
         space = (0, self.kernel_size[1] // 2, self.kernel_size[2] // 2)
         return conv3d(x, self.weight, self.bias, self.stride, space)
@@ -131,17 +127,24 @@ class RMSNorm(nn.Module):
         return x * gamma if torch.is_grad_enabled() else x.mul_(gamma)
 
 
-def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x) for x [B, C, T, h, w], in place where no gradient wants x."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+class Layers(nn.ModuleDict):
+    """Convolutions, and norms with x * sigmoid(x) behind; keys are places in Wan's Sequential."""
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        for layer in self.values():
+            if isinstance(layer, RMSNorm):
+                x = F.silu(layer(x), inplace=not torch.is_grad_enabled())
+            else:
+                x = layer(x, state)
+        return x
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm x))))); the digits are places in Wan's nn.Sequential."""
+    """x + conv(silu(norm(conv(silu(norm x)))))"""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
-        self.residual = nn.ModuleDict(
+        self.residual = Layers(
             {
                 "0": RMSNorm(dim_in),
                 "2": CausalConv3d(dim_in, dim_out, 3),
@@ -151,10 +154,8 @@ class ResidualBlock(nn.Module):
         )
         self.shortcut = CausalConv3d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
-    def forward(self, x: Tensor, state: State | None) -> Tensor:
-        r = self.residual
-        h = r["2"](silu(r["0"](x)), state)
-        return r["6"](silu(r["3"](h)), state) + self.shortcut(x)
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        return self.residual(x, state) + self.shortcut(x)
 
 
 class Attention(nn.Module):
@@ -167,7 +168,7 @@ class Attention(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
         nn.init.zeros_(self.proj.weight)  # starts as the identity [Wan]
 
-    def forward(self, x: Tensor, state: State | None) -> Tensor:
+    def forward(self, x: Tensor, state: State) -> Tensor:
         B, C, T, H, W = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 4, 1).reshape(B * T, 1, H * W, C)  # one head
         qkv = linear(tokens, self.to_qkv.weight.flatten(1), self.to_qkv.bias)
@@ -192,38 +193,36 @@ class Resample(nn.Module):
         elif in_time:
             self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1))
 
-    def forward(self, x: Tensor, state: State | None) -> Tensor:
+    def forward(self, x: Tensor, state: State) -> Tensor:
         weight, bias = self.resample["1"].weight.unsqueeze(2), self.resample["1"].bias
         if self.up:
-            if self.in_time:
-                x = self._double_time(x, state)
+            x = self._through_time(x, state)
             x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")  # (B, C, T, 2H, 2W)
             return conv3d(x, weight, bias, padding=(0, 1, 1))
         x = conv3d(F.pad(x, (0, 1, 0, 1)), weight, bias, stride=(1, 2, 2))  # (B, C, T, H/2, W/2)
-        return self._halve_time(x, state) if self.in_time else x
+        return self._through_time(x, state)
 
-    def _double_time(self, x: Tensor, state: State | None) -> Tensor:
-        is_start = state is None or self not in state
-        if state is not None:
-            state[self] = x.new_zeros(())  # only says: frame 0 has passed
-        first, rest = (x[:, :, :1], x[:, :, 1:]) if is_start else (None, x)
+    def _through_time(self, x: Tensor, state: State) -> Tensor:
+        if not self.in_time:
+            return x
+        if self in state:
+            return self._double(x, state) if self.up else self._halve(x, state)
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        state[self] = x.new_zeros(()) if self.up else first.clone(memory_format=LAYOUT)
         if not rest.shape[2]:
             return first
-        two = self.time_conv(rest, state).unflatten(1, (2, -1))  # (B, 2, C, T, H, W)
-        two = two.permute(0, 3, 1, 4, 5, 2).contiguous()  # (B, T, 2, H, W, C)
-        rest = two.flatten(1, 2).permute(0, 4, 1, 2, 3)  # (B, C, 2T, H, W)
-        return rest if first is None else torch.cat([first, rest], dim=2)
+        return torch.cat([first, self._through_time(rest, state)], dim=2)
 
-    def _halve_time(self, x: Tensor, state: State | None) -> Tensor:
-        past = state.get(self) if state is not None else None  # the last frame before x
-        if state is not None:
-            state[self] = x[:, :, -1:].clone(memory_format=LAYOUT)
-        pairs = x if past is None else torch.cat([past, x], dim=2)
-        if pairs.shape[2] == 1:
-            return x  # frame 0 alone
+    def _double(self, x: Tensor, state: State) -> Tensor:
+        two = self.time_conv(x, state).unflatten(1, (2, -1))  # (B, 2, C, T, H, W)
+        two = two.permute(0, 3, 1, 4, 5, 2).contiguous()  # (B, T, 2, H, W, C)
+        return two.flatten(1, 2).permute(0, 4, 1, 2, 3)  # (B, C, 2T, H, W)
+
+    def _halve(self, x: Tensor, state: State) -> Tensor:
+        pairs = torch.cat([state[self], x], dim=2)  # the frame before x, and x
+        state[self] = x[:, :, -1:].clone(memory_format=LAYOUT)
         conv = self.time_conv
-        half = conv3d(pairs, conv.weight, conv.bias, conv.stride)  # (B, C, T/2, H, W)
-        return half if past is not None else torch.cat([x[:, :, :1], half], dim=2)
+        return conv3d(pairs, conv.weight, conv.bias, conv.stride)  # (B, C, T/2, H, W)
 
 
 class Coder(nn.Module):
@@ -255,38 +254,33 @@ class Coder(nn.Module):
             [ResidualBlock(inner, inner), Attention(inner), ResidualBlock(inner, inner)]
         )
         out = CausalConv3d(widths[-1], 3 if up else 2 * config.z_dim, 3)
-        self.head = nn.ModuleDict({"0": RMSNorm(widths[-1]), "2": out})
+        self.head = Layers({"0": RMSNorm(widths[-1]), "2": out})
 
-    def forward(self, x: Tensor, state: State | None) -> Tensor:
-        stages = list(self.upsamples if self.up else self.downsamples)
-        in_time = [i for i, stage in enumerate(stages) if getattr(stage, "in_time", False)]
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+        """Next frames or latents of a stream, whose state is updated; without one a whole video."""
+        state = {} if state is None else state
         if self.up:
-            last = in_time[-1] if in_time else -1
-            x = through([self.conv1, *self.middle, *stages[: last + 1]], x, state)
-            return frame_by_frame([*stages[last + 1 :], self._head], x, state)
-        first = in_time[0] if in_time else 0
-        x = frame_by_frame([self.conv1, *stages[:first]], x, state)
-        return through([*stages[first:], *self.middle, self._head], x, state)
-
-    def _head(self, x: Tensor, state: State | None) -> Tensor:
-        return self.head["2"](silu(self.head["0"](x)), state)
-
-
-Layers = list[Callable[[Tensor, State | None], Tensor]]
+            layers = [self.conv1, *self.middle, *self.upsamples, self.head]
+        else:
+            layers = [self.conv1, *self.downsamples, *self.middle, self.head]
+        in_time = [i for i, layer in enumerate(layers) if getattr(layer, "in_time", False)] or [0]
+        if self.up:
+            stop = in_time[-1] + 1
+            return frame_by_frame(layers[stop:], through(layers[:stop], x, state), state)
+        first = in_time[0]
+        return through(layers[first:], frame_by_frame(layers[:first], x, state), state)
 
 
-def through(layers: Layers, x: Tensor, state: State | None) -> Tensor:
+def through(layers: Sequence[nn.Module], x: Tensor, state: State) -> Tensor:
     """Layers one after the other: x [B, C, T, h, w], the state updated on the way."""
     for layer in layers:
         x = layer(x, state)
     return x
 
 
-def frame_by_frame(layers: Layers, x: Tensor, state: State | None) -> Tensor:
-    """Like `through`, x [B, C, T, h, w]; in a stream LARGE frames go one at a time: less memory.
-
-    For the layers that run at the frame rate of the pixels, where a chunk is largest."""
-    if state is None or x.shape[3] * x.shape[4] <= LARGE:
+def frame_by_frame(layers: Sequence[nn.Module], x: Tensor, state: State) -> Tensor:
+    """The same at the frame rate of the pixels: LARGE frames one at a time, for less memory."""
+    if x.shape[3] * x.shape[4] <= LARGE:
         return through(layers, x, state)
     return torch.cat([through(layers, frame, state) for frame in x.split(1, dim=2)], dim=2)
 
@@ -303,11 +297,10 @@ class VAE(nn.Module):
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Coder(config, up=True)
 
-    def moments(self, video: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
+    def moments(self, video: Tensor, state: State | None = None) -> tuple[Tensor, ...]:
         """Posterior mean and log-variance [B, C, T, h, w], not normalised: for training a VAE."""
         both = self.conv1(self.encoder(video.to(self.conv1.weight.dtype), state))
-        mean, logvar = both.chunk(2, dim=1)
-        return mean, logvar
+        return both.chunk(2, dim=1)
 
     def encode_chunk(
         self, video: Tensor, state: State | None = None, inplace: bool = False
@@ -318,8 +311,9 @@ class VAE(nn.Module):
         inplace: the given state becomes the next one; else both exist for a moment, 4 GiB each at
             480 x 832
         returns: normalised latents [B, T, C, h, w], and the state to pass with the next frames"""
-        self._check_video(video, is_start=state is None)
-        state = state if inplace and state is not None else dict(state or {})
+        check_video(video, self.config.space, self.config.time, is_start=state is None)
+        if state is None or not inplace:
+            state = dict(state or {})
         z = self.moments(video, state)[0].float()
         mean, std = self._scale(z)
         return ((z - mean) / std).transpose(1, 2), state
@@ -332,8 +326,9 @@ class VAE(nn.Module):
         z: [B, T, C, h, w] normalised; without a state z[:, 0] is the image latent
         returns: video [B, 3, F, H, W] in [-1, 1], F = 4T - 3 at the start, 4T later, and the next
             state; inplace as in encode_chunk"""
-        self._check_latents(z)
-        state = state if inplace and state is not None else dict(state or {})
+        check_latents(z, self.config.z_dim)
+        if state is None or not inplace:
+            state = dict(state or {})
         z = z.transpose(1, 2).float()  # (B, C, T, h, w)
         mean, std = self._scale(z)
         z = (z * std + mean).to(self.conv2.weight.dtype)
@@ -349,63 +344,40 @@ class VAE(nn.Module):
         """Encode a whole video [B, 3, 1 + 4(T-1), H, W] in [-1, 1] to latents [B, T, C, h, w].
 
         Runs as a stream of `chunk` latents at a time, 0: of `at_once`; the result is the same."""
-        self._check_video(video, is_start=True)
-        n, (h, w) = self.config.time, (side // self.config.space for side in video.shape[3:])
-        size = n * (chunk or self.at_once(h, w))  # frames of a chunk
-        first = size - n + 1  # of the first chunk: latent 0 is one frame
-        z, state = [], None
-        for part in (video[:, :, :first], *video[:, :, first:].split(size, dim=2)):
-            if part.shape[2]:
-                latents, state = self.encode_chunk(part, state, inplace=True)
-                z.append(latents)
-        return torch.cat(z, dim=1)
+        c = self.config
+        check_video(video, c.space, c.time, is_start=True)
+        frames, height, width = video.shape[2:]
+        size = c.time * (chunk or self.at_once(height // c.space, width // c.space))
+        first = size - c.time + 1  # frames of the first chunk: latent 0 is one frame
+        parts = video.tensor_split(tuple(range(first, frames, size)), dim=2)
+        return torch.cat(list(stream(self.encode_chunk, parts)), dim=1)
 
     def decode(self, z: Tensor, chunk: int = 0) -> Tensor:
         """Decode latents [B, T, C, h, w] to a video [B, 3, 1 + 4(T-1), H, W], like `encode`."""
-        self._check_latents(z)
-        video, state = [], None
-        for part in z.split(chunk or self.at_once(*z.shape[3:]), dim=1):
-            frames, state = self.decode_chunk(part, state, inplace=True)
-            video.append(frames)
-        return torch.cat(video, dim=2)
+        check_latents(z, self.config.z_dim)
+        parts = z.split(chunk or self.at_once(*z.shape[3:]), dim=1)
+        return torch.cat(list(stream(self.decode_chunk, parts)), dim=2)
 
-    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _scale(self, like: Tensor) -> tuple[Tensor, ...]:
         """Mean and standard deviation of the latents' channels, [C, 1, 1, 1] each."""
         both = torch.tensor([self.config.mean, self.config.std], dtype=like.dtype)
         both = both.to(like.device, non_blocking=True)  # no GPU waits for the host
-        mean, std = both.view(2, -1, 1, 1, 1)
-        return mean, std
+        return both.view(2, -1, 1, 1, 1).unbind()
 
-    def _check_latents(self, z: Tensor) -> None:
-        if z.ndim != 5 or z.shape[2] != self.config.z_dim or not z.shape[1]:
-            shape = tuple(z.shape)
-            raise UserError(f"latents of shape {shape} are not [B, T, {self.config.z_dim}, h, w]")
 
-    def _check_video(self, video: Tensor, is_start: bool) -> None:
-        n, space = self.config.time, self.config.space
-        if video.ndim != 5 or video.shape[1] != 3:
-            shape = tuple(video.shape)
-            raise UserError(f"video of shape {shape} is not [B, 3, F, H, W]: 3 colour channels")
-        frames, height, width = video.shape[2:]
-        if frames < 1 or (frames - is_start) % n:
-            below = max(frames - (frames - is_start) % n, 1 if is_start else n)
-            rule = f"1 + {n}k" if is_start else f"{n}k"
-            raise UserError(f"{frames} frames is not {rule}; use {below} or {below + n}")
-        if height % space or width % space:
-            crop = "x".join(str(max(side // space, 1) * space) for side in (height, width))
-            size = f"{height}x{width}"
-            raise UserError(f"frame size {size} is not divisible by {space}; make it {crop}")
-        if not torch.isfinite(video).all():
-            raise UserError("the video holds NaN or infinite pixels; they must be in [-1, 1]")
+def stream(step: Callable[..., tuple[Tensor, State]], parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What `encode_chunk` or `decode_chunk` makes of the parts of one video, part by part."""
+    state = None
+    for part in parts:
+        made, state = step(part, state, inplace=True)
+        yield made
 
 
 # ---------------------------------------------------------------- weights
 def load_vae(
     path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
 ) -> VAE:
-    """Load whatever `weights.read_vae` reads: `Wan2.1_VAE.pth`, a folder with it, ...
-
-    raises: UserError naming every tensor that does not fit"""
+    """Load whatever `weights.read_vae` reads. raises: UserError naming all that does not fit"""
     values, tensors, source = read_vae(path)
     with torch.device("meta"):
         vae = VAE(config_from(VAEConfig, values, source))
@@ -434,14 +406,10 @@ def main(config: Config) -> None:
     vae = load_vae(config.weights, device=device)
     video = read_frames(config.clip)  # (1, 3, F, H, W)
     z = vae.encode(video.to(device))
-    state, error = None, 0.0
+    made = vae.decode(z).cpu()
     with VideoWriter(config.out) as writer:
-        for part in tqdm(z.split(1, dim=1), desc="decode", unit="latent"):
-            frames, state = vae.decode_chunk(part, state, inplace=True)
-            original = video[:, :, writer.count : writer.count + frames.shape[2]]
-            error += (frames.cpu() - original).square().sum().item()
-            writer.write(frames[0])
-    psnr = -10 * torch.tensor(error / video.numel() / 4).log10()  # pixels span 2: 4 is its square
+        writer.write(made[0])
+    psnr = -10 * ((made - video).square().mean() / 4).log10()  # pixels span 2: 4 is its square
     print(
         f"{video.shape[2]} frames -> {z.shape[1]} latents of {tuple(z.shape[2:])}"
         f" -> {config.out}, PSNR {psnr:.2f} dB"

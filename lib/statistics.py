@@ -90,3 +90,27 @@ def frechet(a: Tensor, b: Tensor) -> float:
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross).item()
+
+
+def lost(pairs: Tensor, others: Tensor) -> Tensor:
+    """How far the two ends of each clip are apart, over how far different clips are: [B].
+
+    pairs: [B, 2, D];  others: [N, 2, D], of true clips;  0: all is kept, 1: it is another clip"""
+    apart = (others[:, None, 0] - others[None, :, 1]).norm(dim=-1)  # (N, N)
+    unit = apart[~torch.eye(len(others), dtype=torch.bool)].nanmean()
+    return (pairs[:, 0] - pairs[:, 1]).norm(dim=-1) / unit
+
+
+def summary(values: Values, true: Values | None = None) -> dict[str, Stat]:
+    """A row of a table from what was measured of each clip; true: the same of true clips."""
+    row, true = {}, true or {}
+    for name, x in values.items():
+        if name.startswith("FR"):
+            row |= {name: stat(x[..., 0]), f"{name} max": largest(x)}
+        elif name != "features" and not name.startswith("identity"):
+            row[name] = stat(x)
+        elif name in true and name == "features":
+            row["Fréchet"] = Stat(frechet(x, true[name]), math.nan, len(x))
+        elif name in true:
+            row[name.replace("identity", "lost")] = stat(lost(x, true[name]))
+    return row

@@ -23,7 +23,6 @@ from evaluate import (
     features,
     flickering_ratio,
     frames_of,
-    lost,
     made,
     measure,
     measure_words,
@@ -35,7 +34,7 @@ from evaluate import (
 from lib.changes import frame_changes, seam, temporal_flickering
 from lib.common import UserError
 from lib.media import VideoWriter
-from lib.statistics import Stat, frechet, largest, over_runs, stat
+from lib.statistics import Stat, frechet, largest, lost, over_runs, stat
 from lib.world import find_world, numbers_of
 from plans import timeline, with_given
 from sampler import Recipe

@@ -21,13 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import anchors
-from evaluate import measure, round_trip, summary
+from evaluate import decoded, encoded, measure, round_trip, summary
 from lib import report
 from lib.common import run, start
 from lib.statistics import Stat
 from lib.world import numbers_of
 from toy import world
-from toy.inbetween import decoded, encoded
 from vae import VAE, load_vae
 
 PASTS = (0, 1, 2, 3)  # how many latents of the past are right
@@ -87,7 +86,7 @@ def rows_of(
         video = world.render(captions, numbers, speed=speed).to(device)
         for p in (None, *PASTS):
             z = latents_of(vae, video, firsts, p)
-            made = decoded(vae, z, chunk=99)
+            made = decoded(vae, z, chunk=99).to(device)
             again = encoded(vae, made)
             found = {"PSNR of those latents": psnr(made, video, firsts)} | measure(made, plan)
             found["round trip"] = round_trip(z, again, plan)

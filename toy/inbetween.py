@@ -15,7 +15,7 @@ from torch import Tensor
 
 import anchors
 from dit import DiT, load_dit
-from evaluate import Maker, features, measure, measure_words, summary
+from evaluate import Maker, decoded, encoded, features, measure, measure_words, summary
 from generate import load_models
 from lib import report
 from lib.changes import seam, temporal_flickering
@@ -25,7 +25,6 @@ from lib.text import embed
 from lib.world import OTHER, numbers_of
 from sampler import cfg_velocity, noise_seeded, ode_sigmas
 from toy import world
-from vae import VAE
 
 HEAD, TAIL = 9, 69  # frames before HEAD and from TAIL on are given
 PLAN = anchors.inbetween(given=True)
@@ -93,22 +92,11 @@ def videos_of(
     start_noise = noise_seeded(seeds, z.shape[2:], z.device)(0, tuple(range(PLAN.length)))
     filled = fill_in(teacher, prompts, z, known, start_noise, config.guidance)
     return {
-        "true clip, through the VAE": decoded(vae, z).cpu(),
+        "true clip, through the VAE": decoded(vae, z),
         "linear blending of frames 8 and 69": blended(true),
-        "teacher, 48 steps, ends held": decoded(vae, filled).cpu(),
+        "teacher, 48 steps, ends held": decoded(vae, filled),
         "student": student.make(PLAN, captions, given={i: z[:, i] for i in known})[1],
     }
-
-
-def decoded(vae: VAE, z: Tensor, chunk: int = 0) -> Tensor:
-    """Pixels [B, 3, F, H, W] of latents [B, T, C, h, w], a clip at a time."""
-    return torch.cat([vae.decode(x[None], chunk) for x in z])
-
-
-def encoded(vae: VAE, video: Tensor, chunk: int = 0) -> Tensor:
-    """Latents [B, T, C, h, w] of pixels [B, 3, F, H, W], a clip at a time."""
-    device = vae.conv2.weight.device
-    return torch.cat([vae.encode(clip[None].to(device), chunk) for clip in video])
 
 
 @torch.no_grad()

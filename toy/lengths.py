@@ -22,7 +22,17 @@ from tqdm import tqdm
 import anchors
 from anchors import EVERYTHING, HORIZON, Plan, View
 from dit import load_dit
-from evaluate import BATCH, Maker, made, measure, measure_words, recipe_of, summary
+from evaluate import (
+    BATCH,
+    Maker,
+    decoded,
+    encoded,
+    made,
+    measure,
+    measure_words,
+    recipe_of,
+    summary,
+)
 from generate import frame_size, load_models
 from lib import report
 from lib.common import UserError, run, start
@@ -126,18 +136,17 @@ class Clips:
 @torch.no_grad()
 def true_clips(vae: VAE, size: int, numbers: Sequence[int]) -> Clips:
     """The world's clips with these numbers, as they are and through the VAE."""
-    captions, latents, true, decoded = [], [], [], []
+    captions, latents, true, after = [], [], [], []
     for a in range(0, len(numbers), BATCH):
         some = numbers[a : a + BATCH]
         words = [world.caption(number) for number in some]
         video = world.render(words, some, size)
-        z = torch.cat([vae.encode(clip[None].to(vae.conv2.weight.device)) for clip in video])
-        again = torch.cat([vae.decode(x[None]).cpu() for x in z])
+        z = encoded(vae, video)
         captions.append(words)
         latents.append(z)
         true.append(measured(video, WHOLE, words))
-        decoded.append(measured(again, WHOLE, words))
-    return Clips(captions, latents, joined(true), joined(decoded))
+        after.append(measured(decoded(vae, z), WHOLE, words))
+    return Clips(captions, latents, joined(true), joined(after))
 
 
 def measure_made(maker: Maker, plan: Plan, clips: Clips, seen: Plan | None = None) -> Values:

@@ -528,6 +528,9 @@ def read_dit(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
     if sizes["text_dim"] == 4096 and (sizes["in_dim"], sizes["out_dim"]) in OTHERS:
         what = OTHERS[sizes["in_dim"], sizes["out_dim"]]
         raise UserError(f"{path} is {what}; use Wan2.1-T2V-1.3B or -14B")
+    made, there = sizes["out_dim"], sizes["in_dim"]
+    if made != there:
+        raise UserError(f"{path} makes {made} channels of {there}: that is no velocity")
     if not {"num_heads", "text_len"} <= values.keys():
         if sizes["dim"] not in HEADS or sizes["text_dim"] != 4096:
             raise UserError(

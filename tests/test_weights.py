@@ -148,6 +148,9 @@ def test_only_wans_own_sizes_are_known_without_a_config(tmp_path):
         changes = dict(zip(("in_dim", "out_dim"), sizes), num_layers=1)
         with pytest.raises(UserError, match=f"wan.pt is .*{says}"):
             read_dit(wan_pt(tmp_path, **changes))
+    save_dit(tiny_dit(in_dim=2, out_dim=8), tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="makes 8 channels of 2: that is no velocity"):
+        load_dit(tmp_path / "b.safetensors")
     save_file(tiny_dit(dim=128).state_dict(), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="width 128 .* cannot be told .* put a config.json beside"):
         load_dit(tmp_path / "a.safetensors")

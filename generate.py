@@ -234,6 +234,10 @@ def check(config: Config) -> list[str]:
     for name in OF_CLIPS:
         if is_set[name] and not commands:
             raise UserError(f"--{name} is about your own clips, and none is given; leave it out")
+    if config.dummy and config.anchors:
+        raise UserError(
+            f"--dummy is backward without anchors; leave out --anchors {config.anchors}"
+        )
     if is_set["negative"] and not is_set["guidance"]:
         raise UserError("--negative is a teacher's; add --guidance, or leave it out")
     if config.order and config.order not in ORDERS:
@@ -269,7 +273,7 @@ def chosen_recipe(config: Config, dit: DiT) -> Recipe:
     base = Recipe() if is_said and not trained else recipe_of(dit)
     changes = {}
     for entry, name in FLAGS.items():
-        value = getattr(config, name)
+        value = 0 if name == "anchors" and config.dummy else getattr(config, name)
         if value in (None, (), ""):
             continue
         changes[entry] = value

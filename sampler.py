@@ -47,7 +47,8 @@ def student_sigmas(
     falling = list(levels) == sorted(set(levels), reverse=True)
     if not levels or not falling or levels[0] > 1000 or levels[-1] <= 0:
         shown = " ".join(map(str, levels))
-        raise UserError(f"--denoising {shown} must fall from at most 1000 and stay above 0")
+        flags = "--denoising (or --first_denoising)"
+        raise UserError(f"{flags} {shown} must fall from at most 1000 and stay above 0")
     return [shift_sigma(level / 1000, shift) for level in levels]
 
 

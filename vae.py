@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.common import UserError, run, start
+from lib.common import UserError, check_out, run, start
 from lib.cpu import conv3d, linear
 from lib.media import VideoWriter, read_frames
 from lib.shapes import check_latents, check_video
@@ -403,6 +403,7 @@ class Config:
 @torch.no_grad()
 def main(config: Config) -> None:
     device = start(config.device)[2]
+    check_out(config.out, inputs=[config.clip])
     vae = load_vae(config.weights, device=device)
     video = read_frames(config.clip)  # (1, 3, F, H, W)
     z = vae.encode(video.to(device))

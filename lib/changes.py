@@ -9,9 +9,15 @@ STATIC = 2e-3  # a smaller change, a quarter of a grey level of 255, is none: no
 
 
 def frame_changes(video: Tensor) -> Tensor:
-    """Mean |x[f+1] - x[f]| of video [B, 3, F, H, W] in [-1, 1]: float32 [B, F-1]."""
+    """Mean |x[f+1] - x[f]| of video [B, 3, F, H, W] in [-1, 1]: float32 [B, F-1].
+
+    raises: FloatingPointError for pixels that are not numbers, which means would leave out"""
     frames = video.unbind(2)  # a frame at a time, to save memory
     changes = [(b.float() - a.float()).abs().mean((1, 2, 3)) for a, b in zip(frames, frames[1:])]
+    if not all(change.isfinite().all() for change in changes):
+        raise FloatingPointError(
+            "the video holds NaN: check the weights of the student and the VAE"
+        )
     return torch.stack(changes, dim=1)
 
 

@@ -60,7 +60,7 @@ def from_cli(cls: type, argv: list[str] | None = None):
     for name, value in given.items():
         check_range(name, value, ranges.get(name, ()))
         may_be_empty = fields[name] is None or ranges.get(name) == ()
-        if not str(value).strip() and not may_be_empty:  # perhaps an unset variable
+        if (value == () or not str(value).strip()) and not may_be_empty:  # an unset variable?
             raise UserError(f"--{name} is empty; give it a value, or leave it out")
     presets = vars(cls).get("PRESETS", {})
     if "preset" in given and presets:

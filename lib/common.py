@@ -25,6 +25,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from enum import IntEnum
 
 import numpy as np
@@ -116,6 +117,22 @@ def launched() -> bool:
     return True
 
 
+MEETING = timedelta(minutes=5)  # how long the processes of a job wait for one another
+
+
+def meet() -> tuple[dist.Store, int, int]:
+    """The store of torchrun's job, this process's rank, and their number. raises: UserError"""
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
+    except (dist.DistError, ValueError) as error:
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        job = " ".join(f"{name}={os.environ[name]}" for name in names)
+        why = str(error).splitlines()[0]
+        raise UserError(f"{job}: the processes of this job do not meet ({why})") from None
+    store.set_timeout(dist.default_pg_timeout)
+    return store, rank, world
+
+
 def start(device: str = "auto") -> tuple[int, int, torch.device]:
     """Return (rank, world size, device); join the process group if torchrun is there."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -138,7 +155,7 @@ def start(device: str = "auto") -> tuple[int, int, torch.device]:
     if not dist.is_initialized():
         # torchrun restarts with the store of before: what was left there hangs the new attempt
         # [measured], so that each attempt gets names of its own
-        store, rank, world = next(dist.rendezvous("env://"))
+        store, rank, world = meet()
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         store = dist.PrefixStore(f"attempt {attempt}", store)
         backend = "gloo" if device == "cpu" else "nccl"
@@ -224,7 +241,8 @@ def check_out(
         raise UserError(f"--{flag} {path} is a file; name a folder")
     if not folder and (path.is_dir() or not path.name):
         raise UserError(f"--{flag} {path} is a folder; name a file in it")
-    for other in map(pathlib.Path, inputs):
+    for other in inputs:
+        other = pathlib.Path(other).expanduser()
         if path.exists() and other.exists() and path.samefile(other):
             raise UserError(f"--{flag} {path} is also what is read; name another file")
     place = path if folder else path.parent

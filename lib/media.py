@@ -471,6 +471,8 @@ def write_sheet(path: str | os.PathLike, video: Tensor, columns: int = 7) -> Non
     clip."""
     picks = torch.linspace(0, video.shape[2] - 1, min(columns, video.shape[2])).round().long()
     rows = []
+    if not video.isfinite().all():
+        raise FloatingPointError(f"{path}: the clips to show hold NaN, which would be black")
     for clip in video:
         shown = to_uint8(clip[:, picks.to(clip.device)])  # (columns, H, W, 3)
         rows.append(np.concatenate(list(shown), axis=1))

@@ -22,7 +22,7 @@ def check_file(
     path: str | Path, flag: str, suffixes: Sequence[str], read: Iterable[str] = ()
 ) -> Path:
     """A file that can be written and is not one of those read, `~` expanded. raises: UserError"""
-    file = check_out(path, flag, inputs=[Path(other).expanduser() for other in read])
+    file = check_out(path, flag, inputs=read)
     if file.suffix.lower() not in suffixes:
         raise UserError(f"--{flag} {path} must end in {' or '.join(suffixes)}")
     return file

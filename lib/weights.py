@@ -23,6 +23,7 @@ import re
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -31,11 +32,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib import lora
-from lib.common import UserError, atomic, read_pickle, run
+from lib.common import UserError, atomic, check_out, read_pickle, run
 from lib.foreign import refuse_file, refuse_names, refuse_pair
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
+SUMS = r"(sha-?256(sums?)?|checksums?|md5sums?)(\.(txt|sha256))?"  # names of files of hashes
 IN_FOLDER = (  # what may be the one checkpoint in a folder; a variant (.fp16) only if it is alone
     "*.index.json",
     "*.index.*.json",
@@ -137,30 +139,34 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def verify(path: Path) -> None:
-    """Compare a file with the hashes beside it (SHA256SUMS), and say so if they do not name it.
+    """Compare a file with the hashes beside it (SHA256SUMS), and say so if none is of it.
 
     raises: UserError if it is not the file meant there"""
-    names = ("SHA256SUMS", "SHA256SUMS.txt", "sha256sums.txt", f"{path.name}.sha256")
-    sums = next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
-    if sums is None:
-        return
+    own = rf"({re.escape(path.name)}|{re.escape(path.stem)})\.(sha256|md5)(sums?)?(\.txt)?"
+    beside = [p for p in listed(path.parent, "*") if re.fullmatch(f"(?i){SUMS}|{own}", p.name)]
+    for sums in beside:
+        if meant := hash_in(sums, path):
+            with open(path, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != meant:
+                    raise UserError(
+                        f"{path} is not the file that {sums} names (its hash differs);"
+                        " copy it again, or correct that line"
+                    )
+            return
+    if beside:
+        print(f"note: {beside[0]} has no SHA-256 of {path.name}, which is used unverified")
+
+
+def hash_in(sums: Path, path: Path) -> str | None:
+    """What a file of hashes says of a file, by its name wherever it lay."""
     text = sums.read_text(encoding="utf-8-sig", errors="replace")
-    if len(text.split()) == 1:
+    if len(text.split()) == 1:  # the hash alone
         text = f"{text.strip()}  {path.name}"
     pairs = re.findall(r'(?mi)^\s*\\?(?:sha256:)?([\da-f]{64})[ \t]+[*"]*([^"\r\n]+)', text)
     pairs += [pair[::-1] for pair in re.findall(r"(?m)^SHA256 ?\((.+)\) ?= (\w{64})", text)]  # BSD
     digests = {name.strip().replace("\\", "/"): digest.lower() for digest, name in pairs}
     here = {name: digest for name, digest in digests.items() if Path(name).name == path.name}
-    meant = here.get(path.name) or here.get(f"./{path.name}") or next(iter(here.values()), None)
-    if not meant:
-        print(f"note: {sums} does not name {path.name}, which is used unverified")
-        return
-    with open(path, "rb") as f:
-        if hashlib.file_digest(f, "sha256").hexdigest() != meant:
-            raise UserError(
-                f"{path} is not the file that {sums} names (its hash differs); copy it again,"
-                " or correct that line"
-            )
+    return here.get(path.name) or here.get(f"./{path.name}") or next(iter(here.values()), None)
 
 
 def read_json(path: Path) -> dict:
@@ -402,8 +408,13 @@ def networks_in(tree: dict, what: str) -> dict[str, dict[str, Tensor]]:
 
 
 def dicts_of_tensors(tree: dict, where: str = "") -> list[tuple[str, dict[str, Tensor]]]:
-    """All dicts within dicts that hold tensors, and the path to each: "generator.", ..."""
+    """All dicts within dicts that hold tensors, and the path to each: "generator.", ...
+
+    A LoRA's alpha may be a plain number."""
     tensors = {str(k): v for k, v in tree.items() if isinstance(v, Tensor)}
+    for k, v in tree.items():
+        if isinstance(v, Real) and lora.split(str(k))[1] == "alpha":
+            tensors[str(k)] = torch.tensor(float(v))
     found = [(where, tensors)] if tensors else []
     for k, v in tree.items():
         if isinstance(v, dict):
@@ -517,6 +528,9 @@ def read_dit(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
     if sizes["text_dim"] == 4096 and (sizes["in_dim"], sizes["out_dim"]) in OTHERS:
         what = OTHERS[sizes["in_dim"], sizes["out_dim"]]
         raise UserError(f"{path} is {what}; use Wan2.1-T2V-1.3B or -14B")
+    made, there = sizes["out_dim"], sizes["in_dim"]
+    if made != there:
+        raise UserError(f"{path} makes {made} channels of {there}: that is no velocity")
     if not {"num_heads", "text_len"} <= values.keys():
         if sizes["dim"] not in HEADS or sizes["text_dim"] != 4096:
             raise UserError(
@@ -756,6 +770,8 @@ class Config:
 
 def main(config: Config) -> None:
     values, tensors, source = read_dit(config.weights)
+    read = [source, config.merge_lora or source]
+    check_out(config.out, folder=config.to == "diffusers", inputs=read)
     names = names_of_dit(values["num_layers"])
     check_names(names, tensors, f"{source} is not a whole Wan transformer")
     if config.merge_lora:

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,7 @@ def test_tuple_field_takes_words_up_to_the_next_flag():
         ("--clip a --size 32 65", ["--size 32 65 must be from 1 to 64"]),
         ("--clip a --size 32", ["--size takes 2 numbers, got 1: 32"]),
         ("--clip a --size", ["--size takes 2 numbers, got 0: nothing"]),
+        ("--clip a --prompts", ["--prompts is empty; give it a value"]),
         ("--clip a --how dpp", ["--how 'dpp' must be ddp or fsdp"]),
         ("--clip=", ["--clip is empty; give it a value"]),
         ("--clip a --out=", ["--out is empty; give it a value"]),
@@ -303,6 +306,27 @@ def test_other_variables_are_checked_too(name, value, says, alone, monkeypatch):
         common.start()
 
 
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("RANK", "0", "do not meet .*1/2 clients joined"),
+        ("RANK", "1", "do not meet .*timed out"),
+        ("MASTER_PORT", "99999", "MASTER_PORT=99999: the processes of this job do not meet"),
+    ],
+)
+def test_a_job_whose_processes_do_not_meet(name, value, says, alone, monkeypatch):
+    """Nobody else comes, or nobody answers: one sentence after a while, with what was set."""
+    monkeypatch.setattr(common, "MEETING", timedelta(seconds=1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    values = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for key, text in (values | {name: value}).items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(UserError, match=says):
+        common.start("cpu")
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", "gpu"])
 def test_absent_device_is_a_user_error(alone, device):
     """A device that does not exist is named, with one that does."""
@@ -426,6 +450,7 @@ def test_atomic_removes_what_a_killed_process_left(tmp_path):
         ("folder", {}, "--out .*folder is a folder; name a file in it"),
         ("file", {"folder": True}, "--out .*file is a file; name a folder"),
         ("file/a/b.mp4", {}, "cannot be made: .*file is a file, not a folder"),
+        ("file", {"inputs": ["~/file"]}, "is also what is read; name another file"),
         ("file", {"inputs": ["link"]}, "is also what is read; name another file"),
         ("closed/new/a.mp4", {"flag": "sheet"}, "--sheet .*closed is Read-only or not yours"),
     ],
@@ -433,6 +458,7 @@ def test_atomic_removes_what_a_killed_process_left(tmp_path):
 def test_a_place_that_cannot_be_one_is_refused_first(path, options, says, tmp_path, monkeypatch):
     """Folders, the empty name, the input itself, what may not be written: before any work."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("folder", "closed"):
         (tmp_path / name).mkdir()
     (tmp_path / "file").touch()

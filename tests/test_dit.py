@@ -41,7 +41,7 @@ CONFIGS = {
         "freq_dim": 64,
         "text_dim": 24,
         "in_dim": 6,
-        "out_dim": 3,
+        "out_dim": 6,
     },
     "head_dim 10, 3 layers, text 16": {
         "dim": 20,

@@ -382,6 +382,14 @@ def test_frame_changes_do_not_depend_on_precision():
     assert torch.equal(frame_changes(video), frame_changes(video.float()))
 
 
+def test_nan_is_not_measured():
+    """A mean that leaves NaN out would say nothing of a broken clip."""
+    video = torch.zeros(2, 3, 9, 4, 4)
+    video[1, 0, 8, 0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="NaN"):
+        flickering_ratio(video)
+
+
 # ---------------------------------------------------------------- command line
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):

@@ -447,6 +447,10 @@ BAD = {
     ),
     "a gap in nothing": (["--gap", "6"], "--order forward has no --gap"),
     "a dummy before nothing": (["--order", "loop", "--dummy"], "--order loop has no --dummy"),
+    "a dummy and anchors": (
+        ["--order", "backward", "--dummy", "--anchors", "2"],
+        "--dummy is backward without anchors; leave out --anchors 2",
+    ),
     "a window on all": (["--order", "story", "--window", "3"], "--order story has no --window"),
     "frames": (["--frames", "0"], "--frames 0 must be from 1 to 576000"),
 }
@@ -584,6 +588,7 @@ def test_a_student_is_run_as_it_was_trained(capsys):
     changed = generate.chosen_recipe(replace(config, block=4, shift=3.0), dit)
     assert changed == replace(trained, block=4)
     assert capsys.readouterr().out == "note: --block 4, but this student was trained with 2\n"
+    assert generate.chosen_recipe(replace(config, dummy=True), dit).anchors == 0
     plan = generate.make_plan(replace(config, order="backward", frames=17), trained)
     assert [step.targets for step in plan.steps] == [(3, 4), (1, 2), (0,)]
     assert [step.anchors for step in plan.steps] == [(2,), (0,), ()]

@@ -523,6 +523,8 @@ def test_nan_is_not_written(tmp_path):
         with VideoWriter(tmp_path / "a.mkv") as writer:
             writer.write(ramp(3, 16, 16))
             writer.write(ramp(3, 16, 16).log())
+    with pytest.raises(FloatingPointError, match="sheet.png: .*NaN"):
+        write_sheet(tmp_path / "sheet.png", ramp(3, 16, 16).log()[None])
     assert not list(tmp_path.iterdir())
 
 

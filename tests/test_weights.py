@@ -148,6 +148,9 @@ def test_only_wans_own_sizes_are_known_without_a_config(tmp_path):
         changes = dict(zip(("in_dim", "out_dim"), sizes), num_layers=1)
         with pytest.raises(UserError, match=f"wan.pt is .*{says}"):
             read_dit(wan_pt(tmp_path, **changes))
+    save_dit(tiny_dit(in_dim=2, out_dim=8), tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="makes 8 channels of 2: that is no velocity"):
+        load_dit(tmp_path / "b.safetensors")
     save_file(tiny_dit(dim=128).state_dict(), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="width 128 .* cannot be told .* put a config.json beside"):
         load_dit(tmp_path / "a.safetensors")
@@ -558,6 +561,7 @@ def lora_files(rank=3, alpha=6.0):
             }
     critic = {k: torch.zeros_like(v) for k, v in files["peft"].items()}
     files["nested"] = {"generator_lora": files["peft"], "critic_lora": critic, "step": 3}
+    files["plain alpha"] = {k: alpha if "alpha" in k else v for k, v in files["kohya"].items()}
     files["any prefix"] = {
         k.replace("diffusion_model", "a.b-c"): v for k, v in files["kohya, dots"].items()
     }
@@ -800,10 +804,11 @@ def test_a_file_that_is_not_the_one_meant_is_refused(line, tmp_path, capsys):
     assert load_dit(good) and not capsys.readouterr().out
     if "student" in line:
         assert load_dit(other)
-        assert "SHA256SUMS does not name other.safetensors" in capsys.readouterr().out
+        assert "SHA256SUMS has no SHA-256 of other.safetensors" in capsys.readouterr().out
     good.write_bytes(other.read_bytes())
     sums = tmp_path / "SHA256SUMS"
-    for name in ("SHA256SUMS", "sha256sums.txt", "student.safetensors.sha256"):
+    names = "SHA256SUMS sha256sums.txt sha256sum.txt checksums.txt CHECKSUMS.sha256 sha256.txt"
+    for name in (*names.split(), "student.safetensors.sha256", "student.sha256sum"):
         sums = sums.rename(tmp_path / name)
         with pytest.raises(UserError, match=f"student.safetensors is not .* that .*{name} names"):
             load_dit(good)

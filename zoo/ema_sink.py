@@ -10,8 +10,9 @@ they are read at, and `evict` is the moment of leaving. The plan says what is re
 or window and the first latent of every group, whose slot holds the mean from then on.
 Left open: a is .99 in the paper's table and .009 in its text; groups are 5 in ConvKV, 3 here, a
 block. Its convolution would need training. Only forward here for groups; the sink runs either way.
+Here: no difference to the plain long plans; nothing drifts that a sink could hold.
 
-    python -m zoo.run ema_sink --latents 63            measured: python -m zoo.table
+    python -m zoo.run ema_sink --latents 63
 """
 
 from collections.abc import Iterable, Sequence

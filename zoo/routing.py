@@ -9,9 +9,9 @@ chooses when it is read. Scores are q.k of means over tokens, summed over layers
 routing asks for each query token, a batch of one for each clip]; the query is that of the newest
 block's clean pass, so that no pass is added. What is chosen is moved together, next to the reader,
 so positions stay within the horizon. It runs in both directions.
-Left open by DySink's abstract: the threshold of its gate; 1 is no gate.
+Left open by DySink: its gate's threshold. Here: no difference, at seven times the cache.
 
-    python -m zoo.run routing --latents 63             measured: python -m zoo.table
+    python -m zoo.run routing --latents 63
 """
 
 from collections.abc import Sequence

@@ -10,8 +10,9 @@ recache is one more thing to do when a block is remembered.
 Left open: where the blocks after the cut stand; here where they always would, after what they read.
 Earlier weights could tell none of these from doing nothing: the text alone steered. The rows are
 here because a negative result is one, too.
+Here: no difference but that a cut raises the round trip: the text alone steers this student.
 
-    python -m zoo.run switch-recache --prompt ... ...  measured: python -m zoo.table
+    python -m zoo.run switch-recache --prompt ... ...
 """
 
 from collections.abc import Sequence

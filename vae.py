@@ -279,7 +279,7 @@ def through(layers: Sequence[nn.Module], x: Tensor, state: State) -> Tensor:
 
 
 def frame_by_frame(layers: Sequence[nn.Module], x: Tensor, state: State) -> Tensor:
-    """The same at the frame rate of the pixels: LARGE frames one at a time, for less memory."""
+    """The same, [B, C, T, H, W], at the pixels' rate: LARGE frames one at a time, for less memory."""
     if x.shape[3] * x.shape[4] <= LARGE:
         return through(layers, x, state)
     return torch.cat([through(layers, frame, state) for frame in x.split(1, dim=2)], dim=2)
@@ -366,7 +366,7 @@ class VAE(nn.Module):
 
 
 def stream(step: Callable[..., tuple[Tensor, State]], parts: Iterable[Tensor]) -> Iterator[Tensor]:
-    """What `encode_chunk` or `decode_chunk` makes of the parts of one video, part by part."""
+    """What `encode_chunk` or `decode_chunk` makes of one video, [B, C, T, H, W], part by part."""
     state = None
     for part in parts:
         made, state = step(part, state, inplace=True)

@@ -279,7 +279,7 @@ def through(layers: Sequence[nn.Module], x: Tensor, state: State) -> Tensor:
 
 
 def frame_by_frame(layers: Sequence[nn.Module], x: Tensor, state: State) -> Tensor:
-    """The same, [B, C, T, H, W]: LARGE frames, which come last, one at a time for less memory."""
+    """The same, [B, C, T, H, W]; frames beyond LARGE go one at a time, for less memory."""
     if x.shape[3] * x.shape[4] <= LARGE:
         return through(layers, x, state)
     return torch.cat([through(layers, frame, state) for frame in x.split(1, dim=2)], dim=2)

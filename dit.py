@@ -207,17 +207,15 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """[B, L, E] -> [B, L, A, D]"""
-        return normed(self.q(x), self.norm_q).unflatten(-1, (self.num_heads, -1))
+        q, weight = self.q(x), self.norm_q.weight
+        q = F.rms_norm(q, weight.shape, weight.to(q.dtype), self.norm_q.eps)  # in its own dtype
+        return q.unflatten(-1, (self.num_heads, -1))
 
     def kv(self, x: Tensor) -> KV:
         """[B, L, E] -> keys and values, [B, L, A, D] each"""
-        k, v = normed(self.k(x), self.norm_k), self.v(x)
+        k, v, weight = self.k(x), self.v(x), self.norm_k.weight
+        k = F.rms_norm(k, weight.shape, weight.to(k.dtype), self.norm_k.eps)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
-
-
-def normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """x [B, L, E] normed in its own dtype."""
-    return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -208,7 +208,7 @@ def contents(config: dict, unread: tuple[str, ...] = ()) -> dict[str, str]:
         found["prompts"] = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
     if data.is_file():
         found["data"] = hashlib.sha256(data.read_bytes()).hexdigest()[:16]
-    if config.get("clips"):
+    if isinstance(config.get("clips"), str) and config["clips"]:  # the toy's trainings say how many
         shards = listed(Path(config["clips"]), "latents-*.safetensors")
         found["clips"] = fingerprint({p.name: read_tensors(p)[0]["latents"] for p in shards})
     return {f"content of --{flag}": value for flag, value in found.items()}

@@ -434,7 +434,7 @@ BAD = {
     ),
     "shared": (["--share_noise", "some"], "--share_noise 'some' must be none or start or all"),
     "two prompts": (["--prompt", PROMPT, PROMPT], "2 prompts for a plan with 1"),
-    "no weights": (["--weights", ""], "--weights '' is not a folder or file"),
+    "no weights": (["--weights", ""], "--weights is empty"),
     "no clip to use": (["--use", "2"], "--use is about your own clips, and none is given"),
     "no teacher": (["--negative", "blur"], "--negative is a teacher's; add --guidance"),
     "two lengths": (

@@ -213,14 +213,14 @@ def test_states_are_kept_and_a_run_goes_back_to_one(tmp_path, capsys):
     assert same(saved(tmp_path), before[0]) and rows(tmp_path) == before[1]
 
 
-@pytest.mark.parametrize("network, averaged", [("", True), ("dit", True)])
-def test_a_student_is_taken_from_any_state(network, averaged, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("named", [{}, {"network": "dit"}])
+def test_a_student_is_taken_from_any_state(named, tmp_path, monkeypatch, capsys):
     """The average of that step, with the network's sizes: it loads as what a run writes does."""
     from dit import DiTConfig, load_dit
 
     train(tmp_path, keep=2)
     flags = {"student": tmp_path / "state-000004.pt", "out": tmp_path / "s.safetensors"}
-    code, error = command_line(monkeypatch, capsys, states, **flags, network=network)
+    code, error = command_line(monkeypatch, capsys, states, **flags, **named)
     assert code == 0, error
     state, tensors = saved(tmp_path, "state-000004.pt"), read_tensors(flags["out"])[0]
     assert all(torch.equal(x, state[f"ema/{k}"]) for k, x in tensors.items())

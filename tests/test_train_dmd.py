@@ -767,7 +767,7 @@ def test_nan_later_leaves_the_saved_state_good(
         ({"anchors": 4}, "4 anchors do not fit"),
         ({"teacher": "nowhere.safetensors"}, "does not exist"),
         ({"plans": "all"}, "--plans 'all' must be paper or any"),
-        ({"denoising": (250.0, 500.0)}, "--denoising 250.0 500.0 must fall"),
+        ({"denoising": (250.0, 500.0)}, "250.0 500.0 must fall"),
         ({"first_denoising": (0.0,)}, "--first_denoising 0.0 must be from 0.001"),
         ({"vae": "nowhere.safetensors", "sheet_every": 2}, "nowhere.safetensors does not exist"),
         ({"share_noise": "some"}, "--share_noise 'some' must be none or start or all"),

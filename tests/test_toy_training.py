@@ -266,6 +266,26 @@ def test_teacher_learns_and_writes_its_average(both, monkeypatch):
     assert any(not torch.equal(w, state[f"dit/{k}"]) for k, w in weights.items())
 
 
+def test_first_latents_weigh_as_asked():
+    """An image latent of three, four times as heavy: errors of 1 there and 0 elsewhere count 4/6.
+    Of one latent alone the weight says nothing."""
+    x0, noise = torch.zeros(1, 3, 1, 1, 1), torch.full((1, 3, 1, 1, 1), 3.0)
+    x0[0, 0] = 1.0  # so the velocity there is 2, answered by 3
+    dit, prompts, u = Known(), torch.ones(1, 1, 1), torch.tensor([0.5])
+    assert teacher_loss(dit, x0, prompts, u, noise, 3.0, 4.0).item() == pytest.approx(4 / 6)
+    assert teacher_loss(dit, x0[:, :1], prompts, u, noise[:, :1], 3.0, 4.0).item() == 1.0
+
+
+def test_a_teacher_goes_on_from_given_weights(both):
+    """--init: with a rate of next to nothing the average is what it began with."""
+    a, b = both
+    begun = read_tensors(train(a, train_teacher) / "teacher.safetensors")[0]
+    init = str(a / "teacher.safetensors")
+    on = read_tensors(train(b, train_teacher, init=init, lr=1e-12) / "teacher.safetensors")[0]
+    assert begun.keys() == on.keys()
+    assert all(torch.allclose(begun[k], on[k], atol=1e-6) for k in begun)
+
+
 def test_clips_are_encoded_once(both, capsys):
     """Latents are those of clips 0, 1, ..., kept in a folder; another --clips makes the missing
     ones."""

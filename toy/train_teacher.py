@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anchors import forward
-from dit import PRESETS, DiT, save_dit
+from dit import PRESETS, DiT, load_dit, save_dit
 from lib import text
 from lib.clips import Clips
 from lib.common import Stream, dtype_of, generator, run, start
@@ -49,7 +49,7 @@ class Config:
     """Train the toy teacher."""
 
     RANGES = RANGES | {"preset": tuple(PRESETS), "size": (8, 4096), "dropout": (0, 1)}
-    RANGES |= {"clips": (1, 10**9), "pictures": (1, 2**20)}
+    RANGES |= {"clips": (1, 10**9), "pictures": (1, 2**20), "first": (0, 100)}
     out: str = "out/toy"  # has vae.safetensors; gets teacher.safetensors, its log and its state
     preset: str = "toy"  # a DiT preset
     size: int = 32  # pixels
@@ -57,6 +57,8 @@ class Config:
     steps: int = 10000  # as shipped
     batch: int = 16  # clips a step, over all processes
     pictures: int = 64  # single pictures a step beside them
+    first: float = 1.0  # weight of latent 0 in a clip, an image among latents of four frames [ours]
+    init: str = ""  # go on from these weights instead of fresh ones
     lr: float = 1e-3  # AdamW, cosine to zero [ours]
     shift: float = 3.0  # of the training noise levels [ours]
     dropout: float = 0.1  # share of prompts replaced by the empty one
@@ -69,7 +71,7 @@ class Config:
 
 
 def teacher_loss(
-    dit: DiT, x0: Tensor, prompts: Tensor, u: Tensor, noise: Tensor, shift: float
+    dit: DiT, x0: Tensor, prompts: Tensor, u: Tensor, noise: Tensor, shift: float, first: float = 1
 ) -> Tensor:
     """Flow matching, per clip: x0, noise [B, T, C, h, w], u [B] in [0, 1] before the shift ->
     [B]."""
@@ -77,7 +79,10 @@ def teacher_loss(
     t = (1000 * sigma).view(-1, 1).expand(x0.shape[:2])
     pos = torch.arange(x0.shape[1], device=x0.device)
     v = dit((1 - sigma) * x0 + sigma * noise, t, prompts, pos)
-    return (v - (noise - x0)).square().flatten(1).mean(1)
+    error = (v - (noise - x0)).square().mean((2, 3, 4))  # (B, T)
+    weight = torch.ones_like(error[0])  # (T,)
+    weight[0] = first
+    return (error * weight).sum(1) / weight.sum()
 
 
 @torch.no_grad()
@@ -120,7 +125,8 @@ def main(config: Config) -> None:
     clips = encoded_clips(config, vae, source, rank, processes)
     mix, mine = prefix_mix(vae.config.latents(FRAMES)), slice(rank, None, processes)
     torch.manual_seed(config.seed)
-    dit = DiT(c).to(device)
+    dit = load_dit(config.init).requires_grad_(True) if config.init else DiT(c)
+    dit.to(device)
     rates = {"lr": config.lr, "betas": (0.9, 0.99), "weight_decay": 0.01}
     optimiser, ema = torch.optim.AdamW(dit.parameters(), **rates), EMA(dit, config.ema)
     trained, averages = {"dit": (dit, optimiser)}, {"ema": ema}
@@ -139,7 +145,9 @@ def main(config: Config) -> None:
             x0 = torch.stack([clips[i][: plan.length] for i in numbers])
             batch = x0, source(numbers) * kept[mine], u[mine], noise[mine]
             with computing(dtype, device):
-                losses = teacher_loss(dit, *(x.to(device) for x in batch), config.shift)
+                losses = teacher_loss(
+                    dit, *(x.to(device) for x in batch), config.shift, config.first
+                )
             losses.mean().backward()
             if step % 20 == 0:
                 row |= mean_over_processes({plan.name: losses.mean().item()}, device)

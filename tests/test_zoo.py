@@ -22,6 +22,7 @@ from train_dmd import dmd_gradient
 from train_ode import Part
 from vae import VAE, VAEConfig
 from zoo import (
+    ahead,
     ar_teacher,
     common,
     diagonal,
@@ -167,15 +168,15 @@ def test_windows_that_do_not_fit_are_refused():
 
 # ---------------------------------------------------------------- orders
 def test_looking_nowhere_is_the_plain_plan():
-    plan = lookahead.lookahead(9, 3, ahead=0)
+    plan = lookahead.looking_ahead(forward(9), 0)
     assert plan.steps == forward(9).steps
     assert torch.equal(made(lookahead.generate, plan), plain(forward(9)))
-    assert lookahead.knotted(9, 3, k=0).steps == forward(9).steps
+    assert lookahead.knotted(forward(9), 0).steps == forward(9).steps
 
 
 def test_looking_ahead_by_hand():
     """Imagined latents stand after their block; a block is seen by its reader without them."""
-    first, second, last = lookahead.lookahead(9, 3, ahead=2).steps
+    first, second, last = lookahead.looking_ahead(forward(9), 2).steps
     assert (first.anchors, first.pos) == ((3, 4), (3, 4, 0, 1, 2))
     assert (second.anchors, second.pos) == ((6, 7), (6, 7, 3, 4, 5)) and last.anchors == ()
     assert second.reads == ((0, 0), (1, 1), (2, 2))
@@ -183,7 +184,7 @@ def test_looking_ahead_by_hand():
 
 def test_a_knot_is_what_was_imagined_of_the_next_block():
     """Latents 3 and 6 are kept as the step before imagined them; the first block is free."""
-    free, tied = lookahead.lookahead(9, 3, 1), lookahead.knotted(9, 3, 1)
+    free, tied = lookahead.looking_ahead(forward(9)), lookahead.knotted(forward(9))
     z = made(lookahead.generate, tied)
     dit, _, texts, noise = inputs(free)
     seen: dict[int, torch.Tensor] = {}
@@ -193,7 +194,7 @@ def test_a_knot_is_what_was_imagined_of_the_next_block():
     assert torch.equal(z[:, 3], seen[3])
     assert torch.equal(z[:, :3], plain(free)[:, :3]) and not torch.equal(z, plain(free))
     with pytest.raises(UserError, match="a knot of 3 latents leaves nothing"):
-        lookahead.knotted(9, 3, 3)
+        lookahead.knotted(forward(9), 3)
 
 
 def test_the_tree_by_hand():
@@ -634,7 +635,8 @@ def test_anchors_on_both_sides_are_trained_by_name(tmp_path, monkeypatch, capsys
     first word that names no stage, and blocks without anchors, are refused in a sentence."""
     (half, one), (_, three) = plans.MIXES["ahead"](9)
     assert half == 0.5 and one[1] == three[1] == backward(9)
-    assert one[0] == lookahead.lookahead(9) and three[0] == lookahead.lookahead(9, ahead=3)
+    assert one[0] == lookahead.looking_ahead(forward(9))
+    assert three[0] == lookahead.looking_ahead(forward(9), 3)
     paths = tiny_checkpoints(tmp_path)
     flags = {"plans": "ahead", "latent": (6, 4, 4), "teacher": paths["teacher"], "batch": 2}
     flags |= {"device": "cpu", "dtype": "float32", "steps": 2}
@@ -650,9 +652,9 @@ def test_anchors_on_both_sides_are_trained_by_name(tmp_path, monkeypatch, capsys
         given = []
         for flag, value in asked.items():
             given += [f"--{flag}", *map(str, value if flag == "latent" else [value])]
-        monkeypatch.setattr("sys.argv", ["lookahead", *words, *given])
+        monkeypatch.setattr("sys.argv", ["ahead", *words, *given])
         with pytest.raises(SystemExit) if says else nullcontext():
-            lookahead.main()
+            ahead.main()
         assert says in capsys.readouterr().err
     for folder, key in (("ode", "forward, looking ahead"), ("dmd", "dmd_forward, looking ahead")):
         rows = (tmp_path / folder / "log.jsonl").read_text().splitlines()

@@ -38,8 +38,9 @@ from plans import both_directions, paper_mix, rows_of, with_given
 from sampler import noise_from, ode_sigmas, teacher_blocks
 from tools import encode as latents
 from zoo import ar_teacher, causal_ode, consistency
-from zoo.ar_teacher import ar_loss, timestep_weight
+from zoo.ar_teacher import ar_loss
 from zoo.consistency import cd_loss
+from zoo.on_clips import Drawn, timestep_weight
 
 KEEP = kept_states((1000, 750, 500, 250))
 
@@ -229,17 +230,14 @@ def test_teachers_loss_by_hand():
         n, clean = len(lay.latent), torch.tensor(lay.is_clean)
         v = torch.full((1, n, 1, 1, 1), 3.0).masked_fill(clean.view(1, -1, 1, 1, 1), 1000)
         x0, sigma = torch.zeros(1, n, 1, 1, 1), torch.tensor([[0.5] * len(plan.steps)])
+        clips = Drawn(x0, x0 + 1, sigma, torch.zeros(1))
         want, seen = 4 * timestep_weight(torch.tensor(0.5), 5.0).item(), Constant(v)
-        assert ar_loss(seen, lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0).item() == pytest.approx(
-            want
-        )
+        assert ar_loss(seen, lay, clips, 5.0).item() == pytest.approx(want)
         assert seen.t[0].tolist() == [0 if c else 500 for c in lay.is_clean]
         assert seen.x.flatten().tolist() == [0 if c else 0.5 for c in lay.is_clean]
         v[:, unscored] = 1000
-        assert ar_loss(
-            Constant(v), lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0, False
-        ).item() == pytest.approx(want)
-        assert ar_loss(Constant(v), lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0, True).item() > 1e4
+        assert ar_loss(Constant(v), lay, clips, 5.0, False).item() == pytest.approx(want)
+        assert ar_loss(Constant(v), lay, clips, 5.0, True).item() > 1e4
 
 
 def test_a_teacher_is_shown_given_latents_clean():
@@ -252,7 +250,7 @@ def test_a_teacher_is_shown_given_latents_clean():
     v = torch.full((1, n, 1, 1, 1), 3.0).masked_fill(torch.tensor(known).view(1, -1, 1, 1, 1), 1000)
     x0, sigma, seen = torch.zeros(1, n, 1, 1, 1), torch.tensor([[0.5, 0.5]]), Constant(v)
     want = 4 * timestep_weight(torch.tensor(0.5), 5.0).item()
-    loss = ar_loss(seen, lay, x0, x0 + 1, sigma, torch.zeros(1), 5.0)
+    loss = ar_loss(seen, lay, Drawn(x0, x0 + 1, sigma, torch.zeros(1)), 5.0)
     assert loss.item() == pytest.approx(want)
     assert seen.t[0].tolist() == [0 if k else 500 for k in known]
     assert seen.x.flatten().tolist() == [0 if k else 0.5 for k in known]
@@ -272,11 +270,10 @@ def test_consistency_loss_by_hand():
     lay, grid = layout(anchors.forward(6), teacher_forcing=True), torch.tensor(ode_sigmas())
     x0, noise = torch.zeros(1, 9, 1, 1, 1), torch.full((1, 9, 1, 1, 1), 2.0)
     prompt, index, flow = torch.zeros(1, 1, 1), torch.tensor([[0, 24]]), TowardsZero()
+    clips = Drawn(x0, noise, index, prompt)
 
     def loss(student, average):
-        return cd_loss(
-            student, average, flow, lay, x0, noise, index, grid, prompt, prompt, 3.0
-        ).item()
+        return cd_loss(student, average, flow, lay, clips, grid, prompt, 3.0).item()
 
     assert loss(flow, flow) <= 1e-10
     at, below = grid[[0, 24]], grid[[1, 25]]

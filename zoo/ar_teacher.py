@@ -1,24 +1,23 @@
 """An autoregressive teacher (Causal Forcing, stage 1): flow matching by teacher forcing.
 
-A bidirectional teacher's end point depends on the future, which a causal student does not see;
-regressing it gives a mean of what might come, and jumps between blocks. So first make a teacher
-that sees what the student will see, in every order that the student shall know:
+What a student regresses must be a function of what it sees (zoo/causal_ode.py). So first make a
+teacher that sees what the student will see, in every order that the student shall know:
 
     sequence = [clean | noisy]                       one masked pass a plan (`anchors.layout`)
     a noisy block sees the clean latents its step reads, and its own block with its anchors
     one time per step of the plan, independent; loss = w(t) |v - (noise - x0)|^2
 
-Data are latents of real clips (tools/encode.py); it starts from the bidirectional teacher. Its end
-points are what zoo/causal_ode.py regresses and zoo/consistency.py follows.
-What the paper leaves open: anchors and dummies get a loss here, as its ODE moves them too [ours].
+On this backbone the data are latents of real clips; it starts from the bidirectional teacher. Its
+end points are what zoo/causal_ode.py regresses and zoo/consistency.py follows.
+Left open by the paper: anchors and dummies get a loss here, as its ODE moves them too [ours].
+Here: measured through its students alone; see zoo/causal_ode.py and zoo/consistency.py.
 
     python -m tools.encode && python -m zoo.ar_teacher
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,15 +25,14 @@ from torch import Tensor
 from anchors import Layout
 from dit import DiT
 from lib import presets
-from lib.clips import Clips
-from lib.common import Stream, generator, run
+from lib.common import Stream, run
 from lib.media import write_sheet
 from lib.text import HELD_OUT
 from lib.training import Training
-from plans import Mix
 from sampler import gather, noise_seeded, shift_sigma, teacher_blocks
-from train_ode import Part, Setup, fit, mean_over, mix_of, per_slot, scored_slots
+from train_ode import Part, fit, mean_over, mix_of, per_slot, scored_slots
 from vae import load_vae
+from zoo.on_clips import Drawn, OnClips, flow_error
 
 
 @dataclass
@@ -64,111 +62,54 @@ class Config(Training):
     share_noise: str = "none"  # of the sheet's anchors with their latents: none or all
 
 
-def timestep_weight(sigma: Tensor, shift: float) -> Tensor:
-    """exp(-2 (sigma - 1/2)^2), lowered to vanish at sigma 1 and scaled to mean 1 over the 1000
-    shifted levels; with shift 5: 0.03 at the smallest, 2.08 at 1/2 [Wan's; Causal Forcing]."""
-    table = shift_sigma(torch.arange(1, 1001, dtype=torch.float64) / 1000, shift)
-    height = (-2 * (table - 0.5).square()).exp()
-    weight = (-2 * (sigma.double() - 0.5).square()).exp() - height.min()
-    return (weight.clamp_min(0) / (height - height.min()).mean()).float()
-
-
 def ar_loss(
-    dit: DiT,
-    lay: Layout,
-    x0: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    prompt: Tensor,
-    shift: float,
-    loss_on_anchors: bool = True,
+    dit: DiT, lay: Layout, clips: Drawn, shift: float, loss_on_anchors: bool = True
 ) -> Tensor:
-    """Weighted flow matching after clean context.
+    """Weighted flow matching after clean context: [B].
 
-    x0, noise: [B, slots, C, h, w];  sigma: [B, steps of the plan].  returns: [B]"""
-    at = per_slot(lay, sigma, 0.0)  # (B, slots)
-    mix = at[..., None, None, None]
-    x = (1 - mix) * x0 + mix * noise
-    v = dit(x, 1000 * at, prompt, torch.tensor(lay.pos, device=x.device), lay.visible)
-    weight = timestep_weight(at, shift)[..., None, None, None]
-    error = weight * (v - (noise - x0)).square()
+    clips: in the slots of the layout, with a level for each step of the plan [B, steps]"""
+    sigma = per_slot(lay, clips.level, 0.0)  # (B, slots)
+    error = flow_error(dit, clips, sigma, lay.pos, shift, lay.visible)  # (B, slots, C, h, w)
     return mean_over(error, scored_slots(lay, loss_on_anchors, dummies=loss_on_anchors))
 
 
-class OnClips(Setup):
-    """A network that learns from real clips."""
-
-    def __init__(self, config, mix: Mix, teacher_forcing: bool) -> None:
-        super().__init__(config, mix, teacher_forcing)
-        self.clips = Clips(config.clips, config.latent, self.dit.config.in_dim, self.source)
-
-    def draw(
-        self,
-        part: Part,
-        stream: Stream,
-        latent: Sequence[int],
-        draw_level: Callable[[torch.Generator], Tensor],
-        dropout: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Clips x0 [B, slots, C, h, w], noise like them, levels as drawn, and the prompts, some of
-        them the empty one. latent: which one of the clip each slot shows"""
-        numbers, noise, level, is_told = [], [], [], []
-        for j in part.samples:
-            g = generator(self.config.seed, stream, part.step, j, part.d)
-            numbers.append(int(torch.randint(len(self.clips), (1,), generator=g)))
-            level.append(draw_level(g))
-            noise.append(torch.randn(len(latent), *self.clips[0].shape[1:], generator=g))
-            is_told.append(float(torch.rand(1, generator=g)) >= dropout)
-        real = [i if i >= 0 else ~i for i in latent]  # a dummy stands at a latent
-        x0 = torch.stack([self.clips[n][real] for n in numbers])
-        told = torch.tensor(is_told).view(-1, 1, 1)
-        prompt = torch.where(told, self.source(numbers), self.source.embed([""]))
-        drawn = (x0, torch.stack(noise), torch.stack(level), prompt)
-        return tuple(x.to(self.device) for x in drawn)
+History = Callable[[OnClips, Part, Drawn], Drawn]  # other clips in the clean slots
 
 
-History = Callable[[OnClips, Part, Tensor, Tensor], Tensor]  # (setup, part, x0, prompt) -> x0
-
-
-def clip_loss(setup: OnClips, history: History | None, part: Part) -> Tensor:
+def clip_loss(setup: OnClips, history: History, part: Part) -> Tensor:
     """The loss [B] of samples: a clip, and a time per step of the plan."""
     config, lay, steps = setup.config, setup.layout(part), len(setup.plan(part).steps)
 
     def times(g: torch.Generator) -> Tensor:
         return shift_sigma(torch.rand(steps, generator=g), config.shift)
 
-    x0, noise, sigma, prompt = setup.draw(part, Stream.AR, lay.latent, times, config.dropout)
-    if history:
-        x0 = history(setup, part, x0, prompt)
-    on_anchors = config.loss_on_anchors
-    return ar_loss(setup.dit, lay, x0, noise, sigma, prompt, config.shift, on_anchors)
+    clips = setup.draw(part, Stream.AR, lay.latent, times, config.dropout)
+    clips = history(setup, part, clips)
+    return ar_loss(setup.dit, lay, clips, config.shift, config.loss_on_anchors)
 
 
 @torch.no_grad()
-def sheet(setup: Setup, count: int = 4) -> None:
+def sheet(setup: OnClips, count: int = 4) -> None:
     """teacher.png: a few held-out prompts by each plan of the mix's first entry."""
     config, source, device = setup.config, setup.source, setup.device
     prompt = source(range(HELD_OUT, HELD_OUT + count)).to(device)
     negative = source.embed([""]).to(device)
     seeds = [(config.seed, n, 0) for n in range(count)]
     noise = noise_seeded(seeds, (setup.dit.config.in_dim, *config.latent[1:]), device)
-    dit, how = setup.dit.eval(), {"share_noise": config.share_noise}
-    z = []
+    z, share = [], {"share_noise": config.share_noise}
     for plan in setup.mix[0][1]:
-        made = teacher_blocks(dit, plan, [prompt], negative, noise, config.guidance, **how)
-        z.append(gather(plan, made))
+        made = teacher_blocks(setup.dit, plan, [prompt], negative, noise, config.guidance, **share)
+        z += gather(plan, made)
     if setup.rank == 0:
         vae = load_vae(config.vae, device=device)
-        videos = torch.cat([vae.decode(x[None]) for x in torch.cat(z)])
-        write_sheet(Path(config.out) / "teacher.png", videos, columns=11)
+        videos = torch.cat([vae.decode(clip[None]) for clip in z])
+        write_sheet(f"{config.out}/teacher.png", videos, columns=11)
 
 
-def main(config: Config, history: History | None = None) -> None:
-    """history: what stands in the clean slots instead of the real clips, if anything."""
-    mix = mix_of(config)
+def main(config: Config, history: History = lambda setup, part, clips: clips) -> None:
     if config.vae:
         load_vae(config.vae)  # a file that cannot be read is named now, not after the training
-    setup = OnClips(config, mix, teacher_forcing=True)
+    setup = OnClips(config, mix_of(config), teacher_forcing=True)
     fit(setup, partial(clip_loss, setup, history), "teacher")
     if config.vae:
         sheet(setup)

@@ -54,7 +54,7 @@ def memory(
 def read_later(plan: Plan, n: int) -> tuple[int | None, ...]:
     """The latents of step n as a cache is told them: None for those that no later step reads."""
     step = plan.steps[n]
-    later = {i for i in step.targets if plan.last_read.get(i, -1) > n}
+    later = {i for i in step.targets if plan.is_read_after(n, i)}
     return tuple(i if i in later else None for i in step.own)
 
 

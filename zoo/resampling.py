@@ -10,6 +10,7 @@ rollout of the plan remade it, in every order that the student shall know [ours]
 of a few (--history_levels 1) is Direct Forcing; BAgger's corrections are of the same kind.
 Left open by the paper: s of the shift of t_s is only said to be below 1; here 1/2. One t_s for the
 samples of a process in an iteration [ours]. No guidance while a history is made.
+Here: not measured; that little noise gives the clip back is tested (tests/test_zoo.py).
 
     python -m tools.encode && python -m zoo.resampling
 """
@@ -22,19 +23,21 @@ from torch import Tensor
 
 from anchors import Plan
 from dit import DiT
+from lib import presets
 from lib.common import Stream, UserError, generator, run
 from lib.training import inference
 from sampler import Noise, hold, noise_seeded, rollout, shift_sigma, student_sigmas, times
 from train_ode import Part
 from zoo import ar_teacher
 from zoo.common import memory
+from zoo.on_clips import Drawn, OnClips
 
 
 @dataclass
 class Config(ar_teacher.Config):
     """Train the autoregressive teacher on histories of its own making."""
 
-    PRESETS = {"toy": {}, "toy64": {"latent": (21, 8, 8)}}
+    PRESETS = {"toy": {}, "toy64": presets.TOY64}
     preset: str = "toy"  # toy or toy64
     out: str = "out/resampled"  # folder of teacher.safetensors, its sheet, log.jsonl and state
     history_levels: int = 4  # at most so many steps from t_s down; 1: Direct Forcing
@@ -74,32 +77,27 @@ def remade(
     return made
 
 
-def history_of(config: Config) -> ar_teacher.History:
-    """What stands in for the clean history of clips x0 [B, slots, C, h, w] from --begin on: the
-    model's own."""
-
-    def history(setup: ar_teacher.OnClips, part: Part, x0: Tensor, prompt: Tensor) -> Tensor:
-        step, d, plan, lay = part.step, part.d, setup.plan(part), setup.layout(part)
-        if step < config.begin:
-            return x0
-        t_s = drawn_level(generator(config.seed, Stream.AR, step, d, 1 << 31), config.history_shift)
-        lower = [s for s in student_sigmas(shift=config.shift) if s < t_s]
-        down = [t_s, *lower[: config.history_levels - 1], 0.0]
-        clip = dict(zip(lay.latent, x0.unbind(1)))
-        seeds = [(config.seed, step, 2 * j + d) for j in part.samples]
-        noise = noise_seeded(seeds, tuple(x0.shape[2:]), x0.device)
-        with inference():
-            made = remade(setup.dit, plan, clip, prompt, noise, down)
-        slots = [made[i] if c else x for i, c, x in zip(lay.latent, lay.is_clean, x0.unbind(1))]
-        return torch.stack(slots, dim=1)
-
-    return history
+def own_history(setup: OnClips, part: Part, clips: Drawn) -> Drawn:
+    """The clips, from --begin on with what the model makes of them in the clean slots."""
+    config, lay, x0, step, d = setup.config, setup.layout(part), clips.x0, part.step, part.d
+    if step < config.begin:
+        return clips
+    t_s = drawn_level(generator(config.seed, Stream.AR, step, d, 1 << 31), config.history_shift)
+    lower = [s for s in student_sigmas(shift=config.shift) if s < t_s]
+    down = [t_s, *lower[: config.history_levels - 1], 0.0]
+    clip = dict(zip(lay.latent, x0.unbind(1)))
+    seeds = [(config.seed, step, 2 * j + d) for j in part.samples]
+    noise = noise_seeded(seeds, tuple(x0.shape[2:]), x0.device)
+    with inference():
+        made = remade(setup.dit, setup.plan(part), clip, clips.prompt, noise, down)
+    slots = [made[i] if c else x for i, c, x in zip(lay.latent, lay.is_clean, x0.unbind(1))]
+    return clips._replace(x0=torch.stack(slots, dim=1))
 
 
 def main(config: Config) -> None:
     if config.history_levels < 1:
         raise UserError(f"--history_levels {config.history_levels} must be at least 1")
-    ar_teacher.main(config, history_of(config))
+    ar_teacher.main(config, own_history)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def generate(
                 result[n] = x0[n][:, -len(steps[n].targets) :]
             x0[n] = x0[n].detach()
         if w == every * oldest + K - 1:
-            cache.evict([i for i in cache.slot if plan.last_read.get(i, -1) <= oldest])
+            cache.evict([i for i in cache.slot if not plan.is_read_after(oldest, i)])
             block = replace(steps[oldest], anchors=(), pos=step.pos[-len(step.targets) :])
             remember(oldest, block, x0.pop(oldest)[:, -len(step.targets) :], past)
     return gather(plan, iter(result.items()))

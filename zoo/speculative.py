@@ -83,7 +83,7 @@ def generate(
         remember(n, step, own, past)
         if own_remember is not None:
             own_past = own_cache.read(step.reads)
-            own_cache.evict([i for i in own_cache.slot if plan.last_read.get(i, -1) <= n])
+            own_cache.evict([i for i in own_cache.slot if not plan.is_read_after(n, i)])
             own_remember(n, step, own, own_past)
 
     return gather(plan, rollout(plan, denoise, remember_both, cache, given))

@@ -11,6 +11,7 @@ guidance pushes away from what would be said to strangers: v + g (v - v with bot
 noise) [our reading], which needs a teacher that knows such inputs (zoo/vector_time.py); 0 does not.
 Left open by the abstract: g, and how much noise is added again at each level (none here). Without
 a loop the ends have one neighbour.
+Here: not measured; one part alone is the teacher's plain ODE (tests/test_zoo.py).
 
     python -c "from zoo.stitching import neighbours; print(neighbours(4, loop=True))"
 """

@@ -18,7 +18,9 @@ A row that is there is not made again: the same command goes on where it was sto
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -61,22 +63,20 @@ class Config:
     device: str = "auto"
 
 
-class Count:
-    """How often a network is called, and with how many latents; use as a context."""
+@contextmanager
+def counted(dit: DiT) -> Iterator[Counter]:
+    """How often a network is called meanwhile, and with how many latents."""
+    count = Counter()
 
-    def __init__(self, dit: DiT) -> None:
-        self.dit, self.passes, self.latents = dit, 0, 0
+    def called(_: DiT, inputs: tuple) -> None:
+        count["passes"] += 1
+        count["latents"] += inputs[0].shape[0] * inputs[0].shape[1]
 
-    def __enter__(self) -> "Count":
-        self.hook = self.dit.register_forward_pre_hook(self._called)
-        return self
-
-    def _called(self, _: DiT, inputs: tuple) -> None:
-        self.passes += 1
-        self.latents += inputs[0].shape[0] * inputs[0].shape[1]
-
-    def __exit__(self, *_: object) -> None:
-        self.hook.remove()
+    hook = dit.register_forward_pre_hook(called)
+    try:
+        yield count
+    finally:
+        hook.remove()
 
 
 @dataclass(eq=False)  # one a run, told apart by identity
@@ -112,14 +112,14 @@ def make(bench: Bench, method: Method, plan: Plan, seed: int, bar: tqdm) -> tupl
     size = frame_size(config.size, dit, vae)
     shape = (c.in_dim, *(side // vae.config.space for side in size))
     latents = []
-    with Count(dit) as count:
+    with counted(dit) as count:
         for a in range(0, config.clips, method.batch):
             some = range(a, min(a + method.batch, config.clips))
             texts = [words[a + p : some.stop + p] for p in range(scenes)]
             noise = noise_seeded([(seed, n, 0) for n in some], shape, device)
             latents.append(method.generate(dit, plan, texts, noise, recipe=recipe_of(dit)))
             bar.update(len(some))
-    cost = {"passes": count.passes / len(latents), "latents": count.latents / config.clips}
+    cost = {"passes": count["passes"] / len(latents), "latents": count["latents"] / config.clips}
     return torch.cat(latents), cost | {"slots": plan.capacity, "against": method.against}
 
 

@@ -41,7 +41,8 @@ from lib.common import (
     start,
     stop_signals,
 )
-from lib.weights import find, load_strict, read_tensors, read_umt5, write_safetensors
+from lib.tensors import read_tensors, write_safetensors
+from lib.weights import find, load_strict, read_umt5
 
 TOY_DIM, TOY_LEN = 64, 12  # [ours] width of a toy word, words in a toy prompt
 WAN_LEN = 512  # [Wan] tokens

@@ -100,8 +100,7 @@ def test_updates_run_for_real():
     seen = []
     for p in (*g.parameters(), *f_fake.parameters()):
         p.register_hook(lambda grad: seen.append(grad.abs().sum().item()))
-    updates = memory.stage_2(g, f_fake, f_real, plan, config, 2, device)
-    updates["stage 1"] = memory.stage_1(g, plan, config.latent, 2, device)
+    updates = memory.updates(g, f_fake, f_real, plan, config, 2, device)
     for what, update in updates.items():
         seen.clear()
         update()

@@ -30,10 +30,11 @@ from generate import decode_in_order
 from kvcache import KVCache
 from lib.common import atomic, dtype_of, run, start
 from lib.cpu import linear
+from lib.report import markdown
 from plans import both_directions
 from sampler import Recipe, clean_pass, few_steps, noise_seeded, rollout
-from tools.count import ORDERS, pass_flops, table
-from tools.memory import network, stage_1, stage_2, trainable
+from tools.count import ORDERS, pass_flops
+from tools.memory import network, trainable, updates
 from vae import PRESETS as VAES
 from vae import VAE, VAEConfig
 
@@ -257,20 +258,12 @@ def training(timed: Timed, c: DiTConfig) -> dict[str, float]:
     f_real, config = network(c, dtype, device), train_dmd.Config(latent=(21, *timed.cells))
     found = {}
     for plan in both_directions():
-        updates = stage_2(g, f_fake, f_real, plan, config, 1, device)
-        updates["stage 1"] = stage_1(g, plan, config.latent, 1, device)
-        for what, update in updates.items():
+        for what, update in updates(g, f_fake, f_real, plan, config, 1, device).items():
             found[f"{what}, {plan.name} s"] = median_of(timed.clock, timed.runs, update)
     return found
 
 
 # ---------------------------------------------------------------- the report
-def markdown(rows: dict[str, dict[str, float]]) -> str:
-    """A table, a row an entry."""
-    columns = {"": ""} | dict.fromkeys(next(iter(rows.values())), ".3g")
-    return table(columns, [[name, *row.values()] for name, row in rows.items()])
-
-
 def processor() -> str:
     """The processor's name and family, where Linux tells them."""
     found = {"model name": platform.processor() or "CPU", "cpu family": "?"}

@@ -30,10 +30,11 @@ import torch
 
 from dit import PRESETS
 from lib.common import UserError, atomic, run, start
-from tools import gpu_checks as checks
+from lib.report import markdown
+from tests import gpu_checks as checks
 from tools import gpu_speed as speed
-from tools.bench import markdown, name_of
-from tools.gpu_checks import ROOT, Found, Room, Skipped, Wrong
+from tools.bench import name_of
+from tools.gpu_speed import ROOT, Found, Room, Skipped, Wrong
 from vae import PRESETS as VAES
 
 TOY_VAE = ("--steps", "2", "--frames", "1", "5", "--batch", "1", "1", "--share", "0.5", "0.5")
@@ -42,7 +43,7 @@ FULL_VAE += ("--share", "0.2", "0.4", "0.4")
 CELL = re.compile(r"\| *([^|]*?) *<!-- gpu: ([^>]*?) -->")  # a cell that a report fills
 
 PARTS: dict[str, tuple[Callable[[Room], Found], int]] = {  # in order; seconds that each may take
-    "machine": (checks.machine, 60),
+    "machine": (speed.machine, 60),
     "tests": (checks.cuda_tests, 240),
     "attention": (checks.attention, 240),
     "precision": (checks.precision, 90),
@@ -107,7 +108,7 @@ def room_of(config: Config) -> Room:
 
 def code() -> str:
     """Which code this is: a hash of its files, and the commit where git tells it."""
-    folders = [ROOT / name for name in ("", "lib", "tools", "toy")]
+    folders = [ROOT / name for name in ("", "lib", "tools", "toy", "tests")]
     files = sorted(path for folder in folders for path in folder.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]

@@ -122,7 +122,7 @@ def stage_1(
     return lambda: ode_loss(g, lay, states, levels, sigmas, text).mean().backward()
 
 
-def stage_2(
+def updates(
     g: DiT,
     f_fake: DiT,
     f_real: DiT,
@@ -131,8 +131,8 @@ def stage_2(
     B: int,
     device: torch.device | str,
 ) -> dict[str, Callable[[], None]]:
-    """The student's update of B samples, all denoising steps, in one direction; and the critic's in
-    its two halves."""
+    """What a training step of B samples runs in one direction, each to be called: the student's
+    update (all denoising steps), the critic's in its two halves, and stage 1's."""
     c, (T, h, w) = g.config, config.latent
     levels = len(config.denoising)
     text = torch.randn(B, c.text_len, c.text_dim, device=device)
@@ -159,7 +159,8 @@ def stage_2(
         x = torch.randn_like(score)
         train_dmd.critic_loss(f_fake, x, at).mean().backward()
 
-    return {"student": student, "rollout": rollout, "critic": critic}
+    of_stage_1 = stage_1(g, plan, config.latent, B, device)
+    return {"student": student, "rollout": rollout, "critic": critic, "stage 1": of_stage_1}
 
 
 # ---------------------------------------------------------------- estimates
@@ -174,11 +175,10 @@ def peaks(
     g, f_fake = (trainable(network(student, dtype), config.checkpointing) for _ in range(2))
     with torch.device("meta"):
         f_real = network(teacher, dtype)
-        updates = stage_2(g, f_fake, f_real, plans[direction], config, B, "meta")
-        updates["stage 1"] = stage_1(g, plans[direction], config.latent, B, "meta")
+        steps = updates(g, f_fake, f_real, plans[direction], config, B, "meta")
     found = {}
     with mock.patch("dit.attend", lambda q, k, v, visible=None: Fused.apply(q, k, v)):
-        for what, update in updates.items():
+        for what, update in steps.items():
             with Meter() as meter:
                 update()
             found[what] = meter.peak / GIB

@@ -166,8 +166,7 @@ def _eight_bits(values: np.ndarray, about: About) -> np.ndarray:
 
 
 def _over_black(rgba: np.ndarray, about: About) -> np.ndarray:
-    """uint8 [H, W, 4] over black: what is transparent has a colour in the file, but nobody was
-    meant to see it."""
+    """uint8 [H, W, 4] over black: a transparent pixel's colour was not meant to be seen."""
     colour, alpha = rgba[..., :3], rgba[..., 3:]
     if alpha.min() == 255:
         return colour
@@ -177,8 +176,7 @@ def _over_black(rgba: np.ndarray, about: About) -> np.ndarray:
 
 # ---------------------------------------------------------------- videos, by ffmpeg
 def _ffmpeg(path: pathlib.Path, *after: str, decoder: str = "") -> list[str]:
-    """The command that reads this file; -xerror: a damaged picture ends the video, none is
-    guessed."""
+    """The command that reads this file; -xerror: a damaged picture ends the video."""
     words = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin"]
     words += ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
     words += ["-xerror", "-err_detect", "explode"]

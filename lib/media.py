@@ -43,8 +43,7 @@ def videos_in(folder: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def _fit(frame: Tensor, height: int, width: int, fit: str) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, height, width]: resized (bicubic, antialiased) to cover it and
-    cropped, or padded."""
+    """uint8 [3, H, W] -> uint8 [3, height, width]: resized, then cropped or padded."""
     H, W = frame.shape[1:]
     if (H, W) == (height, width):
         return frame
@@ -63,8 +62,7 @@ def _floats(frames: list[Tensor]) -> Tensor:
 
 
 def read_frames(path: str | os.PathLike) -> Tensor:
-    """Every frame of a video or picture as it is stored: float32 [1, 3, F, H, W] in [-1, 1].
-    raises: UserError"""
+    """Every frame as it is stored: float32 [1, 3, F, H, W] in [-1, 1]. raises: UserError"""
     path = pathlib.Path(path).expanduser()
     about, found = open_frames(path)
     frames = list(found)
@@ -137,8 +135,7 @@ FORMATS = {
 
 
 class VideoWriter:
-    """Write frames as they come, at 16 fps [Wan]; the file takes its name only when the block ends
-    without error.
+    """Write frames as they come, at 16 fps [Wan]; the file has its name only when all went well.
 
     After Ctrl-C what was written by then is a whole, playable file: `self.part`, clip.part.mp4 for
     clip.mp4. An .mkv is lossless and exact to the bit; an .mp4 keeps every frame; a .gif merges
@@ -196,8 +193,7 @@ class VideoWriter:
 
 
 def write_sheet(path: str | os.PathLike, video: Tensor, columns: int = 7) -> None:
-    """Write `columns` evenly spaced frames of each clip [B, 3, F, H, W] as one PNG, a row per
-    clip."""
+    """Write `columns` evenly spaced frames of each clip [B, 3, F, H, W] as a PNG, a row a clip."""
     picks = torch.linspace(0, video.shape[2] - 1, min(columns, video.shape[2])).round().long()
     rows = []
     if not video.isfinite().all():

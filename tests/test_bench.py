@@ -74,9 +74,8 @@ def test_races_run(monkeypatch, capsys):
     speed.transformers("tiny", tiny, 3)
     speed.autoencoders(8)
     speed.rollouts("tiny", tiny)
-    speed.fused("tiny", tiny, 4)
     speed.longer("backward")
-    assert len(names) == 4 + 5 + 3 + 1
+    assert len(names) == 4 + 5 + 3
     assert "100 s of toy video, backward, against 10 s" in capsys.readouterr().out
 
 

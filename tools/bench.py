@@ -80,8 +80,7 @@ def median_of(clock: Clock, runs: int, what: Callable[[], object]) -> float:
 
 
 def medians(clock: Clock, runs: int, *calls: Callable[[], object]) -> list[float]:
-    """Median seconds of each call. They take turns, so that a slow minute slows all; the first turn
-    warms up."""
+    """Median seconds of calls that take turns: a slow minute slows all. The first turn warms up."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(runs + 1):
         for mine, call in zip(times, calls):
@@ -93,8 +92,7 @@ def medians(clock: Clock, runs: int, *calls: Callable[[], object]) -> list[float
 
 @contextmanager
 def peak_of(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Give a function that tells the peak GiB: of the GPU inside the block; on a CPU of the process
-    since its start."""
+    """Give what tells the peak GiB: of the GPU in the block, or of the process since its start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) / 2**30
@@ -203,8 +201,7 @@ def share_of_rate(timed: Timed, found: dict[str, float], rate: float) -> float:
 
 
 def generate_once(timed: Timed, plan: Plan) -> tuple[float, float, list[float]]:
-    """One clip, decoded as its latents are ready: seconds in all, and until the first frame; and
-    again, of each block alone."""
+    """A clip, decoded as it is made: seconds in all, until its first frame, and of each block."""
     clock, began, first, blocks = timed.clock, timed.clock.now(), 0.0, []
     for _ in decode_in_order(timed.vae, plan, timed.blocks(plan)):
         first = first or time.perf_counter() - began  # pieces come whole: no need to wait
@@ -236,8 +233,7 @@ def measure(timed: Timed, plan: Plan) -> dict[str, float]:
 
 
 def long_video(timed: Timed) -> dict[str, float]:
-    """Block 100 of a long video against block 10: medians over the blocks around them in all runs,
-    without decoding."""
+    """Block 100 of a long video against block 10, not decoded: medians of the ten around them."""
     plan, times, clock = anchors.long(330), {10: [], 100: []}, timed.clock
     for _ in range(timed.runs):
         last = clock.now()
@@ -251,8 +247,7 @@ def long_video(timed: Timed) -> dict[str, float]:
 
 @torch.enable_grad()
 def training(timed: Timed, c: DiTConfig) -> dict[str, float]:
-    """Seconds of the updates of both stages, one sample, both directions; neither optimiser nor
-    other processes."""
+    """Seconds of the updates of both stages in both directions, one sample, without optimiser."""
     device, dtype = timed.clock.device, timed.dtype
     g, f_fake = (trainable(network(c, dtype, device), False) for _ in range(2))
     f_real, config = network(c, dtype, device), train_dmd.Config(latent=(21, *timed.cells))

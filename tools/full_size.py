@@ -29,8 +29,7 @@ FILE, GIB = "diffusion_pytorch_model.safetensors", 2**30
 
 @dataclass
 class Config:
-    """Load a 1.3B checkpoint of the official layout to bfloat16; decode 81 frames of 480 x 832 as a
-    stream."""
+    """Load 1.3B from the official layout as bfloat16; decode 81 frames of 480 x 832 as a stream."""
 
     RANGES = {"part": ("all", "write", "load", "decode"), "latents": (1, 10**6)}
     folder: str = ""  # where the checkpoint is written for a while; default: the system's for such

@@ -150,8 +150,7 @@ def result_of(name: str, room: Room) -> dict:
 
 
 def in_its_own_process(name: str, config: Config, room: Room, limit: float) -> dict:
-    """Run a part in a new process, for so many seconds at most; its output goes to a log of its
-    own."""
+    """Run a part in a new process, for so many seconds at most, with a log of its own."""
     log, began = room.out / f"{name}.log", time.perf_counter()
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as here
     command = [sys.executable, "-m", "tools.gpu", "--here", "--only", name, "--out", config.out]
@@ -181,8 +180,7 @@ def failed(sentence: str, began: float) -> dict:
 
 # ---------------------------------------------------------------- what is kept
 def read(room: Room) -> dict[str, dict]:
-    """Results of earlier calls that still count: made by this code, on this machine, at this
-    size."""
+    """Results of earlier calls that still count: of this code, machine and size."""
     path, key = room.out / "parts.json", key_of(room)
     if not path.exists():
         return {}
@@ -226,8 +224,7 @@ def write_report(room: Room) -> None:
 def fill(page: str, report: str) -> None:
     """Put a full report's numbers into the cells of a page that are marked `<!-- gpu: name -->`.
 
-    raises: UserError where the report is not of a GPU at full size, or the page has no such
-    cells"""
+    raises: UserError for a report that is not of a GPU at full size, or a page without cells"""
     for path in (page, report):
         if not Path(path).is_file():
             raise UserError(f"{path or '--report'} is not a file; give --fill PAGE --report JSON")

@@ -33,7 +33,8 @@ from dit import DiT, DiTConfig
 from plans import both_directions
 from tools import bench
 from tools.count import ORDERS, size_of
-from tools.memory import GIB, Meter, estimate, network, trainable, updates
+from tools.memory import GIB, estimate, network, trainable, updates
+from tools.meta import Meter
 from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,8 +176,7 @@ def by_name(rows: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def orders(room: Room) -> Found:
-    """Whole clips in every order, end to end; forward and backward also with the VAE in
-    bfloat16."""
+    """Whole clips in every order; forward and backward also with the VAE in bfloat16."""
     runs = max(room.runs - 1, 1)
     rows = table_7(room, ORDERS, torch.float32, runs)
     twice = {name: ORDERS[name] for name in ("forward", "backward, P = 3")}
@@ -197,8 +197,7 @@ def long_video(room: Room) -> Found:
 
 
 def peers(room: Room) -> Found:
-    """diffusers' Wan beside ours, in turns: a pass of 21 latents that see each other, and decoding
-    21 latents."""
+    """diffusers' Wan and ours in turns: one pass of 21 latents, and decoding them."""
     if not importlib.util.find_spec("diffusers"):
         raise Skipped("diffusers is not installed; pip install diffusers")
     c, device, clock = room.c, room.device, room.clock()
@@ -221,8 +220,7 @@ def peers(room: Room) -> Found:
 
 # ---------------------------------------------------------------- training
 def training(room: Room) -> Found:
-    """An update of both stages beside a teacher of the student's size, against the memory
-    estimate."""
+    """An update of both stages beside a small teacher, against the memory estimate."""
     return cost_of_training(room, room.c, "1.3B")
 
 
@@ -292,8 +290,7 @@ def family(kernel: str) -> str:
 
 
 def profile(room: Room) -> Found:
-    """One block of three latents that sees 18 before it: five passes and its decoding, by kernel
-    family; the trace is kept."""
+    """A block of three latents that sees 18, and its decoding, by kernel family; with a trace."""
     timed = room.timed(room.dtype)
     vae, one_step = timed.vae, timed.last_block()[bench.LAST]
     _, state = vae.decode_chunk(one_step()[:, :1])  # a block in the middle of the video follows
@@ -338,8 +335,7 @@ def kernels(profiler: torch.profiler.profile, cuda: bool) -> Iterator[tuple[str,
 
 # ---------------------------------------------------------------- and it learns
 def toy64(room: Room) -> Found:
-    """The toy world at 64 pixels: its VAE for a few steps, then its teacher until the time is up.
-    Does the loss fall?"""
+    """The toy at 64 pixels: its VAE for a few steps, then its teacher. Does the loss fall?"""
     (seconds, pixels, flags), began = room.toy64, time.perf_counter()
     out = room.out / "toy64"
     shutil.rmtree(out, ignore_errors=True)  # what an earlier call left there would go on
@@ -358,8 +354,7 @@ def toy64(room: Room) -> Found:
 
 
 def run_toy(script: str, flags: list[str], seconds: float, log: Path | None = None) -> None:
-    """Run a script of the toy world to its end; with a log, stop it as Ctrl-C does when the time is
-    up and it has logged."""
+    """Run a toy script to its end; with a log, until the time is up and it has logged."""
     began = time.perf_counter()
     with subprocess.Popen([sys.executable, "-m", script, *flags], cwd=ROOT) as process:
         try:

@@ -11,15 +11,12 @@ updates on a GPU and puts what they took beside what is said here.
     python -m tools.memory --write docs/many-gpus.md          # and put the tables there
 """
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 import train_dmd
 from anchors import Plan, layout
@@ -28,66 +25,16 @@ from lib.common import UserError, dtype_of, run
 from plans import both_directions, rows_of
 from sampler import generate, noise_from, student_sigmas
 from tools.count import BFLOAT, put, size_of, table
+from tools.meta import Fused, Meter
 from train_ode import ode_loss, recipe_of
 
 GIB = 2**30
 STAGE_1 = 16  # bytes a parameter: float32 master, gradient, Adam's two moments
 
 
-class Meter(TorchDispatchMode):
-    """Count the bytes of all tensors made inside the block that are alive; remember the peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def _free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.is_view:
-            return out
-        # what works in place returns an input, a weight for instance
-        given = {x.untyped_storage()._cdata for x in tensors_of((args, kwargs))}
-        for x in tensors_of(out):
-            storage = x.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self.known | given:
-                self.known.add(key)
-                self.live += size
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._free, key, size)
-        return out
-
-
-def tensors_of(tree: object) -> list[Tensor]:
-    """All tensors in lists, tuples and dicts of such."""
-    return [x for x in tree_iter(tree) if isinstance(x, Tensor)]
-
-
-class Fused(torch.autograd.Function):
-    """The memory of fused attention: it keeps q, k, v, its output and one float a query.
-
-    On the meta device torch would take the unfused path and count scores that no GPU ever holds."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
 # ---------------------------------------------------------------- networks and their updates
 def network(c: DiTConfig, dtype: torch.dtype, device: torch.device | str = "meta") -> DiT:
-    """A transformer with random weights, made in its own type: 14B in float32 would take 57 GB for
-    a moment."""
+    """A transformer with random weights, made in its own type: 14B in float32 would take 57 GB."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -100,8 +47,7 @@ def network(c: DiTConfig, dtype: torch.dtype, device: torch.device | str = "meta
 
 
 def trainable(dit: DiT, checkpointing: bool) -> DiT:
-    """The same with gradients that vanish as soon as they are complete, as after FSDP's
-    reduce-scatter."""
+    """The same with gradients that vanish when complete, as after FSDP's reduce-scatter."""
     dit.checkpointing = checkpointing
     for p in dit.requires_grad_(True).parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -168,8 +114,7 @@ def updates(
 def peaks(
     config: train_dmd.Config, student: DiTConfig, teacher: DiTConfig, direction: int
 ) -> dict[str, float]:
-    """Peak GiB, without weights, of updates of `config.micro` samples in one direction, of both
-    stages."""
+    """Peak GiB, without weights, of both stages' updates in one direction (`micro` samples)."""
     dtype, B = dtype_of(config.dtype), config.micro or config.batch
     plans = both_directions(config.latent[0], config.block, config.anchors, config.head)
     g, f_fake = (trainable(network(student, dtype), config.checkpointing) for _ in range(2))
@@ -188,8 +133,7 @@ def peaks(
 def estimate(
     config: train_dmd.Config, student: DiTConfig, teacher: DiTConfig, direction: int
 ) -> dict[str, float]:
-    """The same from two and three layers of each network, extended: every layer more adds the same,
-    and saves you minutes."""
+    """The same from two layers and three, extended, in seconds: every layer more adds the same."""
     two, three = (
         peaks(config, replace(student, num_layers=n), replace(teacher, num_layers=2), direction)
         for n in (2, 3)
@@ -207,8 +151,7 @@ def gathered(c: DiTConfig) -> float:
 
 
 def weights_1(student: DiTConfig, gpus: int) -> dict[str, float]:
-    """GiB a GPU in stage 1: what is sharded over the GPUs, and what is gathered while they
-    compute."""
+    """GiB a GPU in stage 1: what is sharded, and what is gathered while they compute."""
     sharded = size_of(student) * STAGE_1 / gpus / GIB
     return {"student: master, gradient, Adam": sharded, "gathered blocks": gathered(student)}
 

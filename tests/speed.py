@@ -5,7 +5,7 @@ The contestants take turns, so a slow minute of the machine slows both; medians 
 compared. Random weights: speed does not depend on them. Not a test (a busy machine would make it
 fail); docs/speed.md quotes its output.
 
-    python -m tools.speed
+    python -m tests.speed
 """
 
 import copy

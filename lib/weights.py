@@ -124,10 +124,9 @@ def network_in(tree: dict, what: str, source: object) -> dict[str, Tensor]:
         )
     tensors = found[preferred(found, source)]
     refuse_names(source, tensors, what)
-    if len(found) == 1 and len(tensors) < len(every):
-        print(
-            f"note: {source} holds {len(every) - len(tensors)} tensors besides, which stay unused"
-        )
+    others = len(every) - len(tensors)
+    if len(found) == 1 and others:
+        print(f"note: {source} holds {others} tensors besides, which stay unused")
     return tensors
 
 
@@ -200,9 +199,8 @@ def load_strict(
     for k in known:
         x = tensors.pop(k)
         if not x.is_floating_point():
-            raise UserError(
-                f"{source}: the weights {k} are {x.dtype}, quantised; use the bf16 file"
-            )
+            kind = f"{x.dtype}, quantised"
+            raise UserError(f"{source}: the weights {k} are {kind}; use the bf16 file")
         cast[k] = x.to(device=device, dtype=dtype or x.dtype)
     for k in fresh:
         cast[k] = torch.zeros(want[k].shape, dtype=dtype or torch.float32, device=device)
@@ -303,10 +301,7 @@ def read_vae(path: str | Path) -> tuple[dict, dict[str, Tensor], Path]:
 
 
 def read_umt5(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """UMT5's encoder from Wan's .pth or a Hugging Face `text_encoder/` folder.
-
-    returns: the sizes that `transformers.UMT5Config` wants, and tensors under transformers' names
-    raises: UserError"""
+    """UMT5's encoder from Wan's .pth or a Hugging Face `text_encoder/` folder (`names.umt5_of`)."""
     return umt5_of(read_tensors(path)[0], path)
 
 
@@ -348,8 +343,8 @@ def write_diffusers(tensors: dict[str, Tensor], values: dict, folder: Path) -> N
     older = [p.name for p in listed(folder, "*.index.json") + listed(folder, "*.safetensors")]
     if set(older) - {file.name}:
         raise UserError(f"{folder} holds {', '.join(older)}, which would be read in its place")
-    config = diffusers_config(values)
     write_safetensors(file, {rename(k, True): v for k, v in tensors.items()})
+    config = diffusers_config(values)
     with atomic(folder / "config.json") as tmp:
         tmp.write_text(json.dumps(config, indent=1))
     if config[OURS] != {"text_len": 512}:

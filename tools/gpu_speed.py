@@ -219,20 +219,12 @@ def peers(room: Room) -> Found:
 
 
 # ---------------------------------------------------------------- training
-def training(room: Room) -> Found:
-    """An update of both stages beside a small teacher, against the memory estimate."""
-    return cost_of_training(room, room.c, "1.3B")
+def training(room: Room, large: bool = False) -> Found:
+    """Time and memory of both stages' updates beside the estimate, without an optimiser.
 
-
-def training_14b(room: Room) -> Found:
-    """The same beside the large teacher, if memory allows."""
-    return cost_of_training(room, room.teacher, "14B")
-
-
-def cost_of_training(room: Room, teacher: DiTConfig, name: str) -> Found:
-    """Time and memory of stage 1's, the student's and the critic's update, without an optimiser."""
-    kind = str(room.dtype).removeprefix("torch.")
-    latent = (room.latents, *room.cells)
+    large: beside the 14B teacher, if memory allows, not beside one of the student's size"""
+    teacher, name = (room.teacher, "14B") if large else (room.c, "1.3B")
+    latent, kind = (room.latents, *room.cells), str(room.dtype).removeprefix("torch.")
     config = train_dmd.Config(latent=latent, micro=1, checkpointing=True, dtype=kind)
     plans = both_directions(room.latents)
     said = [estimate(config, room.c, teacher, d) for d in range(2)]

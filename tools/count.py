@@ -6,6 +6,7 @@ Three kinds of cost, each with its own ceiling:
     bytes       what kernels read from the GPU's memory and write to it, each tensor once a kernel
     launches    kernels started from Python: all operations of a pass that are no views
 
+Bytes and launches come from real passes on the meta device (`tools/meta.py`).
 "Least" times divide by a datasheet, so nothing can be faster, and much will be slower;
 `tools/gpu.py` measures. Ideas for more speed come last, each with the most that it could save.
 
@@ -126,7 +127,7 @@ def pass_seconds(c: DiTConfig, n: int, own: int, seen: int) -> float:
     return pass_flops(c, own * n, seen * n) / PEAK + rest * own / 3 + joined
 
 
-def vae_bytes() -> float:
+def decoder_moving() -> float:
     """Least seconds of the decoder's kernels that memory bounds, for three latents."""
     return sum(moved(vae_ledger()).values())
 
@@ -138,7 +139,7 @@ def clip_vae_flops(latents: int) -> float:
 
 def clip_seconds(c: DiTConfig, n: int, plan: Plan) -> float:
     """Least time of a clip, decoded in bfloat16."""
-    block = vae_flops(3) / PEAK + vae_bytes()
+    block = vae_flops(3) / PEAK + decoder_moving()
     total = block * clip_vae_flops(plan.length) / vae_flops(3)
     for times, own, seen, clean in passes(plan):
         total += times * pass_seconds(c, n, own, seen)
@@ -235,11 +236,11 @@ def savings(c: DiTConfig, n: int) -> list[tuple[str, str, float]]:
     book, other, runs = ledger(3, 12), moved(ledger(3, 12)), LEVELS + 1
     step, decoding = pass_seconds(c, n, 3, 12), vae_flops(3) / PEAK
     launches = runs * sum(book.launches.values()) + sum(vae_ledger().launches.values())
-    started, block = launches * LAUNCH, runs * step + decoding + vae_bytes()
+    started, block = launches * LAUNCH, runs * step + decoding + decoder_moving()
     norms = other["RoPE"] + other["norms, modulation"] - fusable(c, n)
     distant = attention_flops(c, 3 * n, 9 * n) / PEAK
     hidden = min(runs * sum(other.values()), decoding)
-    hidden += min(runs * (step - sum(other.values())), vae_bytes())
+    hidden += min(runs * (step - sum(other.values())), decoder_moving())
     # of 1 + 2 frames joined and 2 kept for the next, 6 and 2 for every four: 2 a frame, not 5
     pieced = 3 / 5 * (moved(vae_ledger())[JOINED] + moved(vae_ledger())["copies"])
     linear = linear_flops(c, 3 * n) / PEAK
@@ -251,7 +252,7 @@ def savings(c: DiTConfig, n: int) -> list[tuple[str, str, float]]:
         ("sparse attention", "attention to the 9 earlier latents, all", runs * distant),
         ("room for own keys behind the past's", "rows joined", runs * other[JOINED]),
         ("VAE: four large frames at a time", "3/5 of its rows joined and copies", pieced),
-        ("VAE: all fused", "all its bytes but the convolutions'", vae_bytes()),
+        ("VAE: all fused", "all its bytes but the convolutions'", decoder_moving()),
         ("VAE on a stream of its own", "one's memory beside the other's arithmetic", hidden),
     ]
     return [(name, why, x / block) for name, why, x in seconds]

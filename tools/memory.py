@@ -29,7 +29,7 @@ from tools.meta import Fused, Meter
 from train_ode import ode_loss, recipe_of
 
 GIB = 2**30
-STAGE_1 = 16  # bytes a parameter: float32 master, gradient, Adam's two moments
+TRAINED = 16  # bytes a parameter: float32 master, gradient, Adam's two moments
 
 
 # ---------------------------------------------------------------- networks and their updates
@@ -152,26 +152,17 @@ def gathered(c: DiTConfig) -> float:
 
 def weights_1(student: DiTConfig, gpus: int) -> dict[str, float]:
     """GiB a GPU in stage 1: what is sharded, and what is gathered while they compute."""
-    sharded = size_of(student) * STAGE_1 / gpus / GIB
+    sharded = size_of(student) * TRAINED / gpus / GIB
     return {"student: master, gradient, Adam": sharded, "gathered blocks": gathered(student)}
 
 
 def weights_2(student: DiTConfig, teacher: DiTConfig, gpus: int) -> dict[str, float]:
-    """The same in stage 2, which has teacher and critic, too."""
-    sizes = size_of(student), size_of(student), size_of(teacher)
-    blocks = 2 * gathered(student) + gathered(teacher)
-    return memory_of_weights(*sizes, gpus) | {"gathered blocks": blocks}
-
-
-def memory_of_weights(student: int, critic: int, teacher: int, gpus: int) -> dict[str, float]:
-    """GiB a process for networks of so many parameters, sharded over the GPUs as FSDP2 does.
-
-    Float32 masters, gradients and Adam's two moments are 16 bytes a parameter, the average 4 more;
-    the frozen teacher is kept in computation's type."""
+    """The same in stage 2, with a frozen teacher in bfloat16, and an average of the student."""
     return {
-        "teacher": teacher * BFLOAT / gpus / GIB,
-        "student: master, gradient, Adam, average": student * 20 / gpus / GIB,
-        "critic: master, gradient, Adam": critic * 16 / gpus / GIB,
+        "teacher": size_of(teacher) * BFLOAT / gpus / GIB,
+        "student: master, gradient, Adam, average": size_of(student) * (TRAINED + 4) / gpus / GIB,
+        "critic: master, gradient, Adam": size_of(student) * TRAINED / gpus / GIB,
+        "gathered blocks": 2 * gathered(student) + gathered(teacher),
     }
 
 

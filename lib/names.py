@@ -127,9 +127,10 @@ def dit_of(
     if any(k.startswith("condition_embedder.") for k in tensors):
         tensors = {rename(k, to_diffusers=False): v for k, v in tensors.items()}
     values = next(filter(None, (understood(config, source) for config in configs)), {})
-    values = sizes_of_dit(tensors, source) | values
+    sizes = sizes_of_dit(tensors, source)
     if not {"num_heads", "text_len"} <= values.keys():
-        values = heads_of_wan(values, source) | values
+        sizes |= heads_of_wan(sizes, source)
+    values = sizes | values
     return {k: values[k] for k in FIELDS if k in values} | values, tensors
 
 

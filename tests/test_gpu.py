@@ -133,9 +133,10 @@ def statements(path: Path) -> list[tuple[int, int, str]]:
             for n in handler.body:
                 visit(n)
 
-    for function in ast.walk(ast.parse(path.read_text())):
-        if isinstance(function, ast.FunctionDef):
-            visit(function)
+    for node in ast.parse(path.read_text()).body:
+        for function in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(function, ast.FunctionDef):
+                visit(function)
     return found
 
 

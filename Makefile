@@ -83,13 +83,13 @@ $(TOY)/weights/SHA256SUMS: $(TOY)/dmd/student.safetensors
 
 bench: .venv/dev
 	$(RUN) -m tools.bench --train
-	$(RUN) -m tools.speed
+	$(RUN) -m tests.speed
 
 gpu: .venv/run
 	$(RUN) -m tools.gpu
 
 fullsize: .venv/run
-	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ -u MALLOC_TOP_PAD_ $(RUN) -m tools.full_size
+	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ -u MALLOC_TOP_PAD_ $(RUN) -m tests.full_size
 
 fuzz: .venv/dev
 	$(RUN) -m tests.fuzz --inputs 10000

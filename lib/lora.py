@@ -8,7 +8,6 @@ What people have, with any prefix (diffusion_model., transformer., base_model.mo
                                                                  modulation (LoRAs made for Wan)
 """
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lib.common import UserError
+from lib.tensors import json_object
 
 PARTS = (  # end of a key -> what it is
     (r"[._]lora[._](A|down)(\.[^.]+)?\.weight$", "down"),
@@ -51,16 +51,13 @@ def settings(path: Path) -> Low:
     """What peft's adapter_config.json beside a LoRA, or diffusers' metadata in it, says of alpha.
 
     raises: UserError for kinds that are not merged here"""
-    said: dict = {}
-    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
-    try:
-        if beside.is_file():
-            said = json.loads(beside.read_text(encoding="utf-8"))
-        elif path.suffix == ".safetensors":
-            with safe_open(str(path), "pt") as f:
-                said = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"what {path} says of its alpha is not valid JSON ({error})") from None
+    beside, text = (path if path.is_dir() else path.parent) / "adapter_config.json", "{}"
+    if beside.is_file():
+        text = beside.read_bytes()
+    elif path.suffix == ".safetensors":
+        with safe_open(str(path), "pt") as f:
+            text = (f.metadata() or {}).get("lora_adapter_metadata", text)
+    said = json_object(text, f"what {path} says of its alpha")
     said = {str(k).rpartition(".")[2]: v for k, v in said.items()}  # "transformer.lora_alpha"
     for name in ("use_dora", "alpha_pattern"):
         if said.get(name):

@@ -14,8 +14,7 @@ GREY, BLUE = (60, 60, 60), (40, 90, 160)
 
 
 def _font() -> dict[str, np.ndarray]:
-    """A font [ours] of 3 x 5 pixels: the fifteen bits of each letter, row by row, as four
-    hexadecimal digits."""
+    """A font [ours] of 3 x 5 pixels: each letter's fifteen bits, as four hexadecimal digits."""
     letters = "0123456789abcdefghijklmnopqrstuvwxyz_.-+"
     digits = (
         "7b6f2c9773e773cf5bc979cf79ef72927bef7bcf2bed6bae39236b6e79a779a4396b5bed7497126a"

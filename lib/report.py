@@ -78,8 +78,10 @@ def markdown(rows: dict[str, dict[str, object]], columns: Sequence[str] = ()) ->
 
 
 def markdown_row(name: str, row: dict[str, object], columns: Sequence[str]) -> str:
-    """One line of it."""
-    return f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |"
+    """One line of it; floats have three digits."""
+    cells = [row.get(column, "") for column in columns]
+    shown = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells]
+    return f"| {name} | " + " | ".join(shown) + " |"
 
 
 def write_json(rows: dict[str, dict[str, object]], path: str) -> None:

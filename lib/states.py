@@ -41,8 +41,9 @@ from lib.common import (
     run,
     say,
 )
+from lib.tensors import listed, read_tensors, write_safetensors
 from lib.text import lines_of
-from lib.weights import listed, read_dit, read_tensors, write_safetensors
+from lib.weights import read_dit
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # name -> network and its optimiser

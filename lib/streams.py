@@ -106,8 +106,7 @@ def shares(given: Iterable[int], frames: int, fade: int, is_loop: bool = False) 
 
 
 def jump(four: list[Tensor]) -> float:
-    """How a cut in the middle of four frames [3, H, W] shows: the change there over the mean of
-    those beside."""
+    """How a cut amid four frames [3, H, W] shows: the change there over that beside it."""
     before, across, after = [(b - a).abs().mean().item() for a, b in zip(four, four[1:])]
     return across / max((before + after) / 2, STILL)
 

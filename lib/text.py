@@ -41,7 +41,8 @@ from lib.common import (
     start,
     stop_signals,
 )
-from lib.weights import find, load_strict, read_tensors, read_umt5, write_safetensors
+from lib.tensors import read_tensors, write_safetensors
+from lib.weights import find, load_strict, read_umt5
 
 TOY_DIM, TOY_LEN = 64, 12  # [ours] width of a toy word, words in a toy prompt
 WAN_LEN = 512  # [Wan] tokens
@@ -130,17 +131,6 @@ def note_new_words(prompts: Iterable[str]) -> None:
 
 
 # ---------------------------------------------------------------- UMT5-XXL
-def optional(package: str):
-    """A package that is not among the five. raises: UserError saying how to have it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise UserError(
-            f"the text encoder of Wan needs the package {package}: pip install transformers ftfy; "
-            "or give embeddings that text.py made where it is"
-        ) from None
-
-
 def clean(prompt: str) -> str:
     """As Wan does: Unicode mended and full-width punctuation made plain (where ftfy is installed),
     HTML entities read, white space collapsed."""
@@ -160,7 +150,13 @@ def umt5(
     A prompt runs at its own length, which equals Wan's run at 512 with the padding masked. What is
     longer is cut, with a note. raises: UserError naming a file or package that is missing."""
     words, source = find(folder, "tokenizer"), find(folder, "text encoder")
-    transformers, tokenizers = optional("transformers"), optional("tokenizers")
+    try:
+        transformers, tokenizers = map(importlib.import_module, ("transformers", "tokenizers"))
+    except ImportError as error:
+        raise UserError(
+            f"the text encoder of Wan needs the package {error.name}: pip install transformers"
+            " ftfy; or give embeddings that text.py made where it is"
+        ) from None
     if not importlib.util.find_spec("ftfy"):
         say(
             "note: ftfy is not installed, so full-width punctuation stays, unlike in Wan's own code"

@@ -62,9 +62,9 @@ def test_the_processor_is_named():
 
 @torch.no_grad()
 def test_races_run(monkeypatch, capsys):
-    """Every contestant of tools/speed.py runs, once and small, and its rows have names."""
+    """Every contestant of tests/speed.py runs, once and small, and its rows have names."""
     pytest.importorskip("diffusers")
-    from tools import speed
+    from tests import speed
 
     names = []
     monkeypatch.setattr(speed, "race", lambda name, a, b, turns=9: names.append((name, a(), b())))
@@ -74,9 +74,8 @@ def test_races_run(monkeypatch, capsys):
     speed.transformers("tiny", tiny, 3)
     speed.autoencoders(8)
     speed.rollouts("tiny", tiny)
-    speed.fused("tiny", tiny, 4)
     speed.longer("backward")
-    assert len(names) == 4 + 5 + 3 + 1
+    assert len(names) == 4 + 5 + 3
     assert "100 s of toy video, backward, against 10 s" in capsys.readouterr().out
 
 

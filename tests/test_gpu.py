@@ -13,9 +13,10 @@ from tiny import ROOT
 
 from dit import PRESETS
 from lib.common import UserError, from_cli
-from tools import gpu, gpu_checks, gpu_speed
+from tests import gpu_checks
+from tools import gpu, gpu_speed
 from tools.gpu import Config, main, result_of, room_of
-from tools.gpu_checks import Found, Skipped, Wrong
+from tools.gpu_speed import Found, Skipped, Wrong
 
 FILES = [Path(module.__file__) for module in (gpu, gpu_checks, gpu_speed)]
 REPORT = {
@@ -113,19 +114,29 @@ def test_what_is_done_stays_done(hour, capsys, monkeypatch):
 
 def statements(path: Path) -> list[tuple[int, int, str]]:
     """Smallest statements inside functions: first and last line, and their text; of compound ones
-    the header alone."""
+    the header alone, and nothing of the body of one that is marked."""
     lines, found = path.read_text().splitlines(), []
-    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
-    for node in (
-        n for f in functions for n in ast.walk(f) if isinstance(n, ast.stmt) and n is not f
-    ):
-        if isinstance(node, ast.FunctionDef | ast.Try | ast.ImportFrom | ast.Nonlocal):
-            continue
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # a docstring
-        last = node.body[0].lineno - 1 if hasattr(node, "body") else node.end_lineno
+
+    def visit(node: ast.stmt) -> None:
+        inner = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)]
+        last = inner[0].lineno - 1 if inner else node.end_lineno
         last = max(last, node.lineno)
-        found.append((node.lineno, last, "\n".join(lines[node.lineno - 1 : last])))
+        text = "\n".join(lines[node.lineno - 1 : last])
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if not is_docstring and not isinstance(node, ast.FunctionDef | ast.Try):
+            found.append((node.lineno, last, text))
+        spared = getattr(node, "body", []) if "# GPU: " in text else []
+        for n in inner:
+            if n not in spared:
+                visit(n)
+        for handler in getattr(node, "handlers", []):
+            for n in handler.body:
+                visit(n)
+
+    for node in ast.parse(path.read_text()).body:
+        for function in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(function, ast.FunctionDef):
+                visit(function)
     return found
 
 

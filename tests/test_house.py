@@ -13,7 +13,7 @@ from pages import PAGES
 FILES = [file for file in python_files() if not file.startswith("tests/")]
 MODULES = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
 PACKAGES = {"torch", "numpy", "tqdm", "imageio", "imageio_ffmpeg", "safetensors"}
-FOR_TESTS = {"diffusers"}  # what tools/ may compare with
+FOR_TESTS = {"diffusers", "tests"}  # what tools/ may compare with, and the checks it runs
 MAY_IMPORT = {  # room -> the rooms it may know
     "lib": {"lib"},
     "top": {"lib", "top"},

@@ -13,7 +13,7 @@ import dit
 import train_dmd
 from dit import PRESETS
 from lib.common import UserError, from_cli
-from tools import memory
+from tools import memory, meta
 
 WAN = train_dmd.Config(**train_dmd.Config.PRESETS["wan"])
 
@@ -21,7 +21,7 @@ WAN = train_dmd.Config(**train_dmd.Config.PRESETS["wan"])
 def test_meter_counts_live_bytes():
     """Births and deaths are counted once, views and weights not at all; the peak stays."""
     weight = torch.empty(1000, device="meta")
-    with memory.Meter() as meter:
+    with meta.Meter() as meter:
         # a dead temporary and a live sum: 2 KiB at most at once
         a = torch.empty(256, device="meta") + weight[:256]
         b = a.view(2, 128).t()
@@ -100,8 +100,7 @@ def test_updates_run_for_real():
     seen = []
     for p in (*g.parameters(), *f_fake.parameters()):
         p.register_hook(lambda grad: seen.append(grad.abs().sum().item()))
-    updates = memory.stage_2(g, f_fake, f_real, plan, config, 2, device)
-    updates["stage 1"] = memory.stage_1(g, plan, config.latent, 2, device)
+    updates = memory.updates(g, f_fake, f_real, plan, config, 2, device)
     for what, update in updates.items():
         seen.clear()
         update()

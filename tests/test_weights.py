@@ -25,7 +25,9 @@ from lib import lora, weights
 from lib.common import UserError
 from lib.foreign import refuse_names, refuse_pair
 from lib.lora import Low
-from lib.weights import find, names_of_dit, read_dit, read_tensors, write_safetensors
+from lib.names import names_of_dit
+from lib.tensors import only_checkpoint, read_tensors, write_safetensors
+from lib.weights import find, read_dit
 from sampler import generate, noise_seeded
 from vae import VAE, VAEConfig, load_vae, save_vae
 
@@ -486,7 +488,7 @@ def test_a_variant_is_taken_only_if_it_is_alone(tmp_path):
     """diffusers' repositories have a .fp16 beside the whole file."""
     for name in ("model.fp16.safetensors", "model.safetensors"):
         (tmp_path / name).touch()
-        assert weights.only_checkpoint(tmp_path).name == name
+        assert only_checkpoint(tmp_path).name == name
 
 
 def test_settings_in_a_pickle_are_no_obstacle_and_code_is_named(tmp_path):

@@ -30,10 +30,11 @@ from generate import decode_in_order
 from kvcache import KVCache
 from lib.common import atomic, dtype_of, run, start
 from lib.cpu import linear
+from lib.report import markdown
 from plans import both_directions
 from sampler import Recipe, clean_pass, few_steps, noise_seeded, rollout
-from tools.count import ORDERS, pass_flops, table
-from tools.memory import network, stage_1, stage_2, trainable
+from tools.count import ORDERS, pass_flops
+from tools.memory import network, trainable, updates
 from vae import PRESETS as VAES
 from vae import VAE, VAEConfig
 
@@ -79,8 +80,7 @@ def median_of(clock: Clock, runs: int, what: Callable[[], object]) -> float:
 
 
 def medians(clock: Clock, runs: int, *calls: Callable[[], object]) -> list[float]:
-    """Median seconds of each call. They take turns, so that a slow minute slows all; the first turn
-    warms up."""
+    """Median seconds of calls that take turns: a slow minute slows all. The first turn warms up."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(runs + 1):
         for mine, call in zip(times, calls):
@@ -92,8 +92,7 @@ def medians(clock: Clock, runs: int, *calls: Callable[[], object]) -> list[float
 
 @contextmanager
 def peak_of(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Give a function that tells the peak GiB: of the GPU inside the block; on a CPU of the process
-    since its start."""
+    """Give what tells the peak GiB: of the GPU in the block, or of the process since its start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) / 2**30
@@ -202,8 +201,7 @@ def share_of_rate(timed: Timed, found: dict[str, float], rate: float) -> float:
 
 
 def generate_once(timed: Timed, plan: Plan) -> tuple[float, float, list[float]]:
-    """One clip, decoded as its latents are ready: seconds in all, and until the first frame; and
-    again, of each block alone."""
+    """A clip, decoded as it is made: seconds in all, until its first frame, and of each block."""
     clock, began, first, blocks = timed.clock, timed.clock.now(), 0.0, []
     for _ in decode_in_order(timed.vae, plan, timed.blocks(plan)):
         first = first or time.perf_counter() - began  # pieces come whole: no need to wait
@@ -235,8 +233,7 @@ def measure(timed: Timed, plan: Plan) -> dict[str, float]:
 
 
 def long_video(timed: Timed) -> dict[str, float]:
-    """Block 100 of a long video against block 10: medians over the blocks around them in all runs,
-    without decoding."""
+    """Block 100 of a long video against block 10, not decoded: medians of the ten around them."""
     plan, times, clock = anchors.long(330), {10: [], 100: []}, timed.clock
     for _ in range(timed.runs):
         last = clock.now()
@@ -250,27 +247,18 @@ def long_video(timed: Timed) -> dict[str, float]:
 
 @torch.enable_grad()
 def training(timed: Timed, c: DiTConfig) -> dict[str, float]:
-    """Seconds of the updates of both stages, one sample, both directions; neither optimiser nor
-    other processes."""
+    """Seconds of the updates of both stages in both directions, one sample, without optimiser."""
     device, dtype = timed.clock.device, timed.dtype
     g, f_fake = (trainable(network(c, dtype, device), False) for _ in range(2))
     f_real, config = network(c, dtype, device), train_dmd.Config(latent=(21, *timed.cells))
     found = {}
     for plan in both_directions():
-        updates = stage_2(g, f_fake, f_real, plan, config, 1, device)
-        updates["stage 1"] = stage_1(g, plan, config.latent, 1, device)
-        for what, update in updates.items():
+        for what, update in updates(g, f_fake, f_real, plan, config, 1, device).items():
             found[f"{what}, {plan.name} s"] = median_of(timed.clock, timed.runs, update)
     return found
 
 
 # ---------------------------------------------------------------- the report
-def markdown(rows: dict[str, dict[str, float]]) -> str:
-    """A table, a row an entry."""
-    columns = {"": ""} | dict.fromkeys(next(iter(rows.values())), ".3g")
-    return table(columns, [[name, *row.values()] for name, row in rows.items()])
-
-
 def processor() -> str:
     """The processor's name and family, where Linux tells them."""
     found = {"model name": platform.processor() or "CPU", "cpu family": "?"}

@@ -6,6 +6,7 @@ Three kinds of cost, each with its own ceiling:
     bytes       what kernels read from the GPU's memory and write to it, each tensor once a kernel
     launches    kernels started from Python: all operations of a pass that are no views
 
+Bytes and launches come from real passes on the meta device (`tools/meta.py`).
 "Least" times divide by a datasheet, so nothing can be faster, and much will be slower;
 `tools/gpu.py` measures. Ideas for more speed come last, each with the most that it could save.
 
@@ -13,31 +14,19 @@ Three kinds of cost, each with its own ceiling:
     python -m tools.count --write docs/counting.md    # and put them there
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
 
 import anchors
-import dit
-import vae
 from anchors import Plan, layout
 from dit import PRESETS, DiT, DiTConfig
-from kvcache import KVCache
 from lib.common import UserError, atomic, run
 from plans import both_directions
+from tools.meta import BUSY, JOINED, H, Ledger, W, ledger, vae_flops, vae_ledger
 
-H, W = 60, 104  # cells of a latent at 480 x 832
 PEAK, BANDWIDTH = 989e12, 3.35e12  # FLOP/s in dense bfloat16, bytes/s: an H100's datasheet
 LAUNCH = 5e-6  # seconds to start a kernel from Python [guess]
 LEVELS = 4  # denoising steps a block [paper]
@@ -89,8 +78,7 @@ def clean_flops(c: DiTConfig, tokens: int, keys: int) -> float:
 
 
 def passes(plan: Plan, levels: float = LEVELS) -> Iterator[tuple[float, int, int, bool]]:
-    """How often the transformer runs, on how many latents, which see how many; and whether that is
-    a clean pass.
+    """How often the transformer runs, on how many latents that see how many; is it a clean pass?
 
     Each step is denoised at so many levels, and runs once clean if a later step reads it."""
     for n, step in enumerate(plan.steps):
@@ -124,126 +112,6 @@ def text_kv_flops(c: DiTConfig) -> float:
     return 2 * c.text_len * (c.text_dim * c.dim + c.dim**2 + c.num_layers * 2 * c.dim**2)
 
 
-# ---------------------------------------------------------------- counted from real passes
-class Ledger(TorchDispatchMode):
-    """Count launches and bytes by family: every operation that is no view is a kernel, and reads
-    and writes each tensor once. It begins anew whenever it is entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.family = ""  # of what runs now; "": told by the operation's name
-        self.launches, self.bytes = Counter(), Counter()
-
-    def __enter__(self) -> "Ledger":
-        self.launches, self.bytes = Counter(), Counter()
-        return super().__enter__()
-
-    def add(self, family: str, *tensors: Tensor) -> None:
-        self.launches[family] += 1
-        self.bytes[family] += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::")
-        if not func.is_view and not name.startswith(("empty", "_unsafe_view")):
-            family = self.family or FAMILIES.get(name, "activations, residuals, casts")
-            self.add(family, *(x for x in tree_iter((args, kwargs, out)) if torch.is_tensor(x)))
-        return out
-
-    def within(self, family: str, call: Callable) -> Callable:
-        """The same function, all of whose kernels belong to a family."""
-
-        def told(*args, **more):
-            outer, self.family = self.family, family
-            out = call(*args, **more)
-            self.family = outer
-            return out
-
-        return told
-
-    def one(self, family: str, x: Tensor, *others: Tensor) -> Tensor:
-        """In place of what is one kernel on a GPU and several on the meta device: as large as x."""
-        out = torch.empty_like(x)
-        self.add(family, x, *others, out)
-        return out
-
-
-JOINED = "rows joined: past and own"
-NORMS = "norms, modulation"
-FAMILIES = {"mm": "linear layers", "addmm": "linear layers", "convolution": "convolutions"}
-FAMILIES |= {"native_layer_norm": NORMS, "cat": JOINED, "clone": "copies", "copy_": "copies"}
-BUSY = ("linear layers", "attention", "convolutions")  # what arithmetic bounds
-
-
-@contextmanager
-def on_meta(*patches: tuple[object, str, Callable]) -> Iterator[None]:
-    """The meta device, without gradient, with these functions replaced."""
-    with torch.device("meta"), torch.no_grad(), ExitStack() as stack:
-        for where, name, new in patches:
-            stack.enter_context(mock.patch.object(where, name, new))
-        yield
-
-
-@cache
-def ledger(own: int, seen: int) -> Ledger:
-    """Launches and bytes of one denoising pass of `own` latents that see `seen` in all, 1.3B in
-    bfloat16."""
-    c, past, book = PRESETS["wan1.3b"], seen - own, Ledger()
-    with on_meta(
-        (dit, "attend", lambda q, k, v, visible=None: book.one("attention", q, k, v)),
-        (dit, "rotate", book.within("RoPE", dit.rotate)),
-        (dit, "modulate", book.within(NORMS, dit.modulate)),
-        (F, "rms_norm", lambda x, shape, weight, eps: book.one(NORMS, x, weight)),
-    ):
-        model = DiT(c).to(torch.bfloat16)
-        text = model.text_kv(torch.empty(1, c.text_len, c.text_dim))
-        cache = KVCache(c, 1, max(past, 1), H, W, torch.bfloat16, "meta")
-        cache.slot = {i: i for i in range(past)}
-        read = cache.read(tuple((i, i) for i in range(past)))
-        x, t = torch.empty(1, own, c.in_dim, H, W), torch.empty(1, own)
-        with book:
-            model(x, t, text, torch.arange(past, seen), past=read)
-    return book
-
-
-def decode_in(mode: TorchDispatchMode, latents: int, first: bool, kind: torch.dtype) -> None:
-    """Decode so many latents of a stream (first: its image latent) inside `mode`."""
-    model = vae.VAE().to(kind)
-    z = torch.empty(1, latents, model.config.z_dim, H, W)
-    state = None if first else model.decode_chunk(z[:, :1])[1]
-    with mode:
-        model.decode_chunk(z, state)
-
-
-@cache
-def vae_flops(latents: int, first: bool = False) -> float:
-    """Of decoding so many latents, counted by torch from the real network."""
-    counter = FlopCounterMode(display=False)
-    with on_meta():
-        decode_in(counter, latents, first, torch.float32)
-    return counter.get_total_flops()
-
-
-@cache
-def vae_ledger() -> Ledger:
-    """Launches and bytes of decoding three latents in the middle of a stream, in bfloat16.
-
-    A convolution keeps the layout of its input, as cuDNN's does; the meta device forgets it, and
-    every one would count a copy."""
-    book, conv3d = Ledger(), vae.conv3d
-
-    def channels_last(*args, **more) -> Tensor:
-        return torch.empty_like(conv3d(*args, **more), memory_format=vae.LAYOUT)
-
-    with on_meta(
-        (F, "scaled_dot_product_attention", lambda q, k, v: book.one("attention", q, k, v)),
-        (vae, "conv3d", channels_last),
-        (vae.RMSNorm, "forward", book.within(NORMS, vae.RMSNorm.forward)),
-    ):
-        decode_in(book, 3, False, torch.bfloat16)
-    return book
-
-
 # ---------------------------------------------------------------- least seconds
 def moved(book: Ledger) -> dict[str, float]:
     """Least seconds by family of what memory bounds."""
@@ -251,17 +119,15 @@ def moved(book: Ledger) -> dict[str, float]:
 
 
 def pass_seconds(c: DiTConfig, n: int, own: int, seen: int) -> float:
-    """Least time of a denoising pass: its arithmetic, and one after the other the kernels that
-    memory bounds.
+    """Least time of a denoising pass: its arithmetic, then the kernels that memory bounds.
 
-    These grow with the latents of the pass, all but one, which joins the past's keys and values
-    with its own."""
+    These grow with the latents of the pass, but for the joining of past and own keys."""
     rest = sum(moved(ledger(3, 12)).values()) - moved(ledger(3, 12))[JOINED]
     joined = 2 * seen * latent_bytes(c, n) / BANDWIDTH if seen > own else 0.0
     return pass_flops(c, own * n, seen * n) / PEAK + rest * own / 3 + joined
 
 
-def vae_bytes() -> float:
+def decoder_moving() -> float:
     """Least seconds of the decoder's kernels that memory bounds, for three latents."""
     return sum(moved(vae_ledger()).values())
 
@@ -273,7 +139,7 @@ def clip_vae_flops(latents: int) -> float:
 
 def clip_seconds(c: DiTConfig, n: int, plan: Plan) -> float:
     """Least time of a clip, decoded in bfloat16."""
-    block = vae_flops(3) / PEAK + vae_bytes()
+    block = vae_flops(3) / PEAK + decoder_moving()
     total = block * clip_vae_flops(plan.length) / vae_flops(3)
     for times, own, seen, clean in passes(plan):
         total += times * pass_seconds(c, n, own, seen)
@@ -341,8 +207,7 @@ def clip_table(c: DiTConfig, n: int) -> str:
 
 
 def kernel_table() -> str:
-    """Launches and bytes of one denoising step in the middle of a forward clip, and of decoding its
-    block."""
+    """Launches and bytes of a denoising step in the middle of a forward clip, and of decoding."""
     books = {"step": ledger(3, 12), "VAE": vae_ledger()}
     step, decoder = books.values()
     families = sorted({*step.bytes, *decoder.bytes}, key=lambda family: -step.bytes[family])
@@ -359,8 +224,7 @@ def kernel_table() -> str:
 
 
 def fusable(c: DiTConfig, n: int) -> float:
-    """Least seconds of the norms, modulations and rotations of a step if each were one kernel: one
-    read, one write."""
+    """Least seconds of a step's norms, modulations and rotations, if each read and wrote once."""
     turned = 2 * (BFLOAT + BFLOAT)  # q and k: norm and RoPE at once
     modulated = 2 * (4 + BFLOAT) + (4 + BFLOAT)  # float32 in, bfloat16 out: three norms a layer
     return (turned + modulated) * 3 * n * c.dim * c.num_layers / BANDWIDTH
@@ -372,11 +236,11 @@ def savings(c: DiTConfig, n: int) -> list[tuple[str, str, float]]:
     book, other, runs = ledger(3, 12), moved(ledger(3, 12)), LEVELS + 1
     step, decoding = pass_seconds(c, n, 3, 12), vae_flops(3) / PEAK
     launches = runs * sum(book.launches.values()) + sum(vae_ledger().launches.values())
-    started, block = launches * LAUNCH, runs * step + decoding + vae_bytes()
+    started, block = launches * LAUNCH, runs * step + decoding + decoder_moving()
     norms = other["RoPE"] + other["norms, modulation"] - fusable(c, n)
     distant = attention_flops(c, 3 * n, 9 * n) / PEAK
     hidden = min(runs * sum(other.values()), decoding)
-    hidden += min(runs * (step - sum(other.values())), vae_bytes())
+    hidden += min(runs * (step - sum(other.values())), decoder_moving())
     # of 1 + 2 frames joined and 2 kept for the next, 6 and 2 for every four: 2 a frame, not 5
     pieced = 3 / 5 * (moved(vae_ledger())[JOINED] + moved(vae_ledger())["copies"])
     linear = linear_flops(c, 3 * n) / PEAK
@@ -388,7 +252,7 @@ def savings(c: DiTConfig, n: int) -> list[tuple[str, str, float]]:
         ("sparse attention", "attention to the 9 earlier latents, all", runs * distant),
         ("room for own keys behind the past's", "rows joined", runs * other[JOINED]),
         ("VAE: four large frames at a time", "3/5 of its rows joined and copies", pieced),
-        ("VAE: all fused", "all its bytes but the convolutions'", vae_bytes()),
+        ("VAE: all fused", "all its bytes but the convolutions'", decoder_moving()),
         ("VAE on a stream of its own", "one's memory beside the other's arithmetic", hidden),
     ]
     return [(name, why, x / block) for name, why, x in seconds]
@@ -425,8 +289,7 @@ def counted() -> str:
 
 
 def put(path: str, name: str, text: str) -> None:
-    """Replace what stands between the lines `<!-- name -->` and `<!-- end -->` of a page. raises:
-    UserError if it has none"""
+    """Replace what a page has between `<!-- name -->` and `<!-- end -->`. raises: UserError"""
     page, begin, end = Path(path).read_text(), f"<!-- {name} -->\n", "<!-- end -->"
     before, found, rest = page.partition(begin)
     if not found or end not in rest:

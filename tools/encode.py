@@ -27,7 +27,7 @@ from lib.common import (
     stop_signals,
 )
 from lib.media import load_clip, videos_in
-from lib.weights import write_safetensors
+from lib.tensors import write_safetensors
 from toy import world
 from vae import VAE, load_vae
 

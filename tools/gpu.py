@@ -30,10 +30,11 @@ import torch
 
 from dit import PRESETS
 from lib.common import UserError, atomic, run, start
-from tools import gpu_checks as checks
+from lib.report import markdown
+from tests import gpu_checks as checks
 from tools import gpu_speed as speed
-from tools.bench import markdown, name_of
-from tools.gpu_checks import ROOT, Found, Room, Skipped, Wrong
+from tools.bench import name_of
+from tools.gpu_speed import ROOT, Found, Room, Skipped, Wrong
 from vae import PRESETS as VAES
 
 TOY_VAE = ("--steps", "2", "--frames", "1", "5", "--batch", "1", "1", "--share", "0.5", "0.5")
@@ -42,7 +43,7 @@ FULL_VAE += ("--share", "0.2", "0.4", "0.4")
 CELL = re.compile(r"\| *([^|]*?) *<!-- gpu: ([^>]*?) -->")  # a cell that a report fills
 
 PARTS: dict[str, tuple[Callable[[Room], Found], int]] = {  # in order; seconds that each may take
-    "machine": (checks.machine, 60),
+    "machine": (speed.machine, 60),
     "tests": (checks.cuda_tests, 240),
     "attention": (checks.attention, 240),
     "precision": (checks.precision, 90),
@@ -54,7 +55,7 @@ PARTS: dict[str, tuple[Callable[[Room], Found], int]] = {  # in order; seconds t
     "long": (speed.long_video, 150),
     "diffusers": (speed.peers, 150),
     "training": (speed.training, 180),
-    "training-14b": (speed.training_14b, 180),
+    "training-14b": (partial(speed.training, large=True), 180),
     "profile": (speed.profile, 90),
     "toy64": (speed.toy64, 360),
 }
@@ -107,7 +108,7 @@ def room_of(config: Config) -> Room:
 
 def code() -> str:
     """Which code this is: a hash of its files, and the commit where git tells it."""
-    folders = [ROOT / name for name in ("", "lib", "tools", "toy")]
+    folders = [ROOT / name for name in ("", "lib", "tools", "toy", "tests")]
     files = sorted(path for folder in folders for path in folder.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
@@ -120,11 +121,9 @@ def code() -> str:
 
 def key_of(room: Room) -> dict[str, str]:
     """What must be the same for a result to count again."""
-    settings = repr({k: v for k, v in vars(room).items() if k not in ("device", "out")})
     return {
         "machine": f"{name_of(room.device)}, torch {torch.__version__}",
         "code": code(),
-        "settings": hashlib.sha256(settings.encode()).hexdigest()[:10],
         "size": "full" if room.c == PRESETS["wan1.3b"] else "toy",
         "device": room.device.type,
     }
@@ -149,8 +148,7 @@ def result_of(name: str, room: Room) -> dict:
 
 
 def in_its_own_process(name: str, config: Config, room: Room, limit: float) -> dict:
-    """Run a part in a new process, for so many seconds at most; its output goes to a log of its
-    own."""
+    """Run a part in a new process, for so many seconds at most, with a log of its own."""
     log, began = room.out / f"{name}.log", time.perf_counter()
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as here
     command = [sys.executable, "-m", "tools.gpu", "--here", "--only", name, "--out", config.out]
@@ -180,8 +178,7 @@ def failed(sentence: str, began: float) -> dict:
 
 # ---------------------------------------------------------------- what is kept
 def read(room: Room) -> dict[str, dict]:
-    """Results of earlier calls that still count: made by this code, on this machine, at this
-    size."""
+    """Results of earlier calls that still count: of this code, machine and size."""
     path, key = room.out / "parts.json", key_of(room)
     if not path.exists():
         return {}
@@ -211,10 +208,12 @@ def write_report(room: Room) -> None:
     values = {k: v for row in rows.values() for k, v in row["values"].items()}
     with atomic(room.out / "report.json") as tmp:
         tmp.write_text(json.dumps(key | {"values": values, "parts": rows}, indent=1))
+    shown = {
+        name: {"result": row["status"], "s": f"{row['seconds']:.0f}", "found": row["line"]}
+        for name, row in rows.items()
+    }
     lines = ["# What this machine does", "", f"{key['machine']}; code {key['code']}; {key['size']}"]
-    lines += ["", "| part | result | s | |", "|---|---|---|---|"]
-    for name, row in rows.items():
-        lines.append(f"| {name} | {row['status']} | {row['seconds']:.0f} | {row['line']} |")
+    lines += ["", markdown(shown)]
     for name, row in rows.items():
         lines += ["", f"## {name}", "", markdown(row["table"])] if row["table"] else []
     with atomic(room.out / "report.md") as tmp:
@@ -225,8 +224,7 @@ def write_report(room: Room) -> None:
 def fill(page: str, report: str) -> None:
     """Put a full report's numbers into the cells of a page that are marked `<!-- gpu: name -->`.
 
-    raises: UserError where the report is not of a GPU at full size, or the page has no such
-    cells"""
+    raises: UserError for a report that is not of a GPU at full size, or a page without cells"""
     for path in (page, report):
         if not Path(path).is_file():
             raise UserError(f"{path or '--report'} is not a file; give --fill PAGE --report JSON")

@@ -1,8 +1,11 @@
-"""The first hour on a GPU, second half: how fast is it, what does it need, where does the time go?
+"""The first hour on a GPU: how fast is it, what does it need, where does the time go?
 
-Parts as in `tools/gpu_checks.py`, run by `tools/gpu.py`: clips in every order, a long one, the VAE,
-diffusers beside them, training against the memory estimate, a profile of one block, and the toy
-world."""
+One small function a part, run by `tools/gpu.py`. A part takes a `Room` (where it measures, and how
+large) and returns `Found`: one line, some numbers, perhaps a table. It raises `Skipped` with a
+reason where it cannot run, and `Wrong` where what must be equal is not. Everything runs on a CPU
+too, at toy size; what needs a GPU is marked `# GPU:` with its reason, and a test finds lines that
+are neither run nor marked. The parts that check are `tests/gpu_checks.py`.
+"""
 
 import importlib.util
 import json
@@ -15,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,16 +29,104 @@ from torch.profiler import ProfilerActivity
 import anchors
 import train_dmd
 from anchors import Plan
-from dit import DiTConfig
+from dit import DiT, DiTConfig
 from plans import both_directions
 from tools import bench
 from tools.count import ORDERS, size_of
-from tools.gpu_checks import ROOT, Found, Room, Skipped, demand
-from tools.memory import GIB, Meter, estimate, network, stage_1, stage_2, trainable
-from vae import VAE
+from tools.memory import GIB, estimate, network, trainable, updates
+from tools.meta import Meter
+from vae import VAE, VAEConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Skipped(Exception):
+    """Why a part does not run here."""
+
+
+class Wrong(Exception):
+    """What is not as it must be."""
+
+
+@dataclass
+class Found:
+    """What a part found: a line for the terminal, numbers by name, the rows of a table."""
+
+    line: str
+    values: dict[str, float] = field(default_factory=dict)
+    table: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where a part measures: the device, the sizes, and the folder for what it writes."""
+
+    device: torch.device
+    out: Path
+    c: DiTConfig
+    teacher: DiTConfig  # the large one
+    vae: VAEConfig
+    size: tuple[int, int]  # of a frame, (height, width)
+    runs: int
+    latents: int  # latents of a clip in training
+    toy64: tuple[float, int, tuple[str, ...]]  # seconds, pixels, and how the toy's VAE is trained
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.cuda else torch.float32
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        return self.size[0] // self.vae.space, self.size[1] // self.vae.space
+
+    def clock(self) -> bench.Clock:
+        return bench.Clock(self.device)
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None, seed: int = 0) -> Tensor:
+        g = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(*shape, generator=g, device=self.device, dtype=dtype)
+
+    def text(self) -> Tensor:
+        return self.randn(1, self.c.text_len, self.c.text_dim)
+
+    def timed(self, vae_dtype: torch.dtype, dit: DiT | None = None) -> bench.Timed:
+        """Fresh networks of these sizes (or this one) for the stopwatch."""
+        dit = dit or network(self.c, self.dtype, self.device)
+        vae = bench.autoencoder(self.vae, vae_dtype, self.device)
+        return bench.Timed(self.clock(), dit, vae, self.text(), self.cells, self.dtype, self.runs)
+
+
+def demand(holds: bool, sentence: str) -> None:
+    """Raise `Wrong` with the sentence unless it holds."""
+    if not holds:
+        raise Wrong(sentence)
 
 
 # ---------------------------------------------------------------- speed
+def machine(room: Room) -> Found:
+    """What machine this is, and the ceilings that all else is compared with."""
+    clock = room.clock()
+    rate, copied = bench.matmul_rate(clock, room.dtype), bench.copy_rate(clock)
+    name = f"{bench.name_of(room.device)}, torch {torch.__version__}"
+    if room.cuda:  # GPU: asks nvidia-smi
+        name += f", {driver()}"
+    values = {"matmul TFLOP/s": rate / 1e12, "copy GB/s": copied / 1e9}
+    kind, (flops, bytes_) = str(room.dtype).removeprefix("torch."), values.values()
+    return Found(f"{name}; {kind} products {flops:.3g} TFLOP/s, copies {bytes_:.3g} GB/s", values)
+
+
+def driver() -> str:  # GPU: no nvidia-smi without one
+    """Driver, power limit and clock, as nvidia-smi tells them."""
+    what = "driver_version,power.limit,clocks.max.sm,memory.total"
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return f"CUDA {torch.version.cuda}, {done.stdout.splitlines()[0]}"
+
+
 def step(room: Room) -> Found:
     """The parts of a block, and the denoising step's share of the matmul rate."""
     timed = room.timed(torch.float32)
@@ -85,8 +176,7 @@ def by_name(rows: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def orders(room: Room) -> Found:
-    """Whole clips in every order, end to end; forward and backward also with the VAE in
-    bfloat16."""
+    """Whole clips in every order; forward and backward also with the VAE in bfloat16."""
     runs = max(room.runs - 1, 1)
     rows = table_7(room, ORDERS, torch.float32, runs)
     twice = {name: ORDERS[name] for name in ("forward", "backward, P = 3")}
@@ -107,8 +197,7 @@ def long_video(room: Room) -> Found:
 
 
 def peers(room: Room) -> Found:
-    """diffusers' Wan beside ours, in turns: a pass of 21 latents that see each other, and decoding
-    21 latents."""
+    """diffusers' Wan and ours in turns: one pass of 21 latents, and decoding them."""
     if not importlib.util.find_spec("diffusers"):
         raise Skipped("diffusers is not installed; pip install diffusers")
     c, device, clock = room.c, room.device, room.clock()
@@ -130,37 +219,27 @@ def peers(room: Room) -> Found:
 
 
 # ---------------------------------------------------------------- training
-def training(room: Room) -> Found:
-    """An update of both stages beside a teacher of the student's size, against the memory
-    estimate."""
-    return updates(room, room.c, "1.3B")
+def training(room: Room, large: bool = False) -> Found:
+    """Time and memory of both stages' updates beside the estimate, without an optimiser.
 
-
-def training_14b(room: Room) -> Found:
-    """The same beside the large teacher, if memory allows."""
-    return updates(room, room.teacher, "14B")
-
-
-def updates(room: Room, teacher: DiTConfig, name: str) -> Found:
-    """Time and memory of stage 1's, the student's and the critic's update, without an optimiser."""
-    kind = str(room.dtype).removeprefix("torch.")
-    latent = (room.latents, *room.cells)
+    large: beside the 14B teacher, if memory allows, not beside one of the student's size"""
+    teacher, name = (room.teacher, "14B") if large else (room.c, "1.3B")
+    latent, kind = (room.latents, *room.cells), str(room.dtype).removeprefix("torch.")
     config = train_dmd.Config(latent=latent, micro=1, checkpointing=True, dtype=kind)
     plans = both_directions(room.latents)
     said = [estimate(config, room.c, teacher, d) for d in range(2)]
     needed = (2 * size_of(room.c) + size_of(teacher)) * room.dtype.itemsize / GIB
     needed += max(max(row.values()) for row in said)
-    if room.cuda:
-        free = torch.cuda.mem_get_info(room.device)[0] / GIB  # GPU: a CPU does not tell
-        if free < needed:  # GPU: likewise
-            raise Skipped(f"needs {needed:.1f} GiB, {free:.1f} are free")  # GPU: likewise
+    if room.cuda:  # GPU: a CPU does not tell
+        free = torch.cuda.mem_get_info(room.device)[0] / GIB
+        if free < needed:
+            raise Skipped(f"needs {needed:.1f} GiB, {free:.1f} are free")
     g, f_fake = (trainable(network(room.c, room.dtype, room.device), True) for _ in range(2))
     f_real, rows = network(teacher, room.dtype, room.device), {}
     for plan, memory in zip(plans, said):
-        found = stage_2(g, f_fake, f_real, plan, config, 1, room.device)
+        found = updates(g, f_fake, f_real, plan, config, 1, room.device)
         halves = found.pop("rollout"), found["critic"]
         found["critic"] = lambda halves=halves: [half() for half in halves]
-        found["stage 1"] = stage_1(g, plan, latent, 1, room.device)
         for what, update in found.items():
             row = {"estimated GiB": memory[what]} | update_cost(room, update)
             rows[f"{what}, {plan.name}"] = row
@@ -175,12 +254,12 @@ def updates(room: Room, teacher: DiTConfig, name: str) -> Found:
 @torch.enable_grad()
 def update_cost(room: Room, update: Callable[[], object]) -> dict[str, float]:
     """Seconds of an update, and the GiB that it takes beyond the weights."""
-    if room.cuda:
-        update()  # GPU: kernels are chosen and compiled in the first call
-        before = torch.cuda.memory_allocated(room.device) / GIB  # GPU: a CPU has no such counter
-        with bench.peak_of(room.device) as peak:  # GPU: likewise
-            seconds = bench.median_of(room.clock(), 1, update)  # GPU: likewise
-            return {"measured GiB": peak() - before, "s": seconds}  # GPU: likewise
+    if room.cuda:  # GPU: a CPU has no such counter
+        update()  # kernels are chosen and compiled in the first call
+        before = torch.cuda.memory_allocated(room.device) / GIB
+        with bench.peak_of(room.device) as peak:
+            seconds = bench.median_of(room.clock(), 1, update)
+            return {"measured GiB": peak() - before, "s": seconds}
     with Meter() as meter:
         update()
     return {"measured GiB": meter.peak / GIB, "s": bench.median_of(room.clock(), 1, update)}
@@ -203,8 +282,7 @@ def family(kernel: str) -> str:
 
 
 def profile(room: Room) -> Found:
-    """One block of three latents that sees 18 before it: five passes and its decoding, by kernel
-    family; the trace is kept."""
+    """A block of three latents that sees 18, and its decoding, by kernel family; with a trace."""
     timed = room.timed(room.dtype)
     vae, one_step = timed.vae, timed.last_block()[bench.LAST]
     _, state = vae.decode_chunk(one_step()[:, :1])  # a block in the middle of the video follows
@@ -242,15 +320,14 @@ def kernels(profiler: torch.profiler.profile, cuda: bool) -> Iterator[tuple[str,
     for row in profiler.key_averages():
         if cuda:
             if row.device_type == DeviceType.CUDA:  # GPU: its kernels are the rows
-                yield row.key, row.self_device_time_total, row.count  # GPU: likewise
+                yield row.key, row.self_device_time_total, row.count
         elif row.self_cpu_time_total:
             yield row.key, row.self_cpu_time_total, row.count
 
 
 # ---------------------------------------------------------------- and it learns
 def toy64(room: Room) -> Found:
-    """The toy world at 64 pixels: its VAE for a few steps, then its teacher until the time is up.
-    Does the loss fall?"""
+    """The toy at 64 pixels: its VAE for a few steps, then its teacher. Does the loss fall?"""
     (seconds, pixels, flags), began = room.toy64, time.perf_counter()
     out = room.out / "toy64"
     shutil.rmtree(out, ignore_errors=True)  # what an earlier call left there would go on
@@ -269,8 +346,7 @@ def toy64(room: Room) -> Found:
 
 
 def run_toy(script: str, flags: list[str], seconds: float, log: Path | None = None) -> None:
-    """Run a script of the toy world to its end; with a log, stop it as Ctrl-C does when the time is
-    up and it has logged."""
+    """Run a toy script to its end; with a log, until the time is up and it has logged."""
     began = time.perf_counter()
     with subprocess.Popen([sys.executable, "-m", script, *flags], cwd=ROOT) as process:
         try:

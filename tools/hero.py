@@ -18,12 +18,11 @@ import torch
 
 import anchors
 from anchors import Plan
+from evaluate import Maker
 from generate import load_models
-from lib import text
 from lib.common import UserError, atomic, run
 from lib.media import to_uint8
 from lib.picture import write_text
-from sampler import generate, noise_seeded
 from tools.plan import COLOURS
 
 CELL = 22  # pixels of a latent's column in the plan
@@ -47,16 +46,11 @@ class Config:
     seed: int = 0
 
 
-@torch.no_grad()
 def video_of(config: Config, plan: Plan) -> list[Picture]:
     """One frame for each latent of the plan's video, the last that the latent stands for."""
-    dit, vae = load_models(config.weights)
-    c, side = dit.config, 32 // vae.config.space
-    words = dit.text_kv(text.embed([config.prompt], c.text_dim, c.text_len))
-    noise = noise_seeded([(config.seed, 0, 0)], (c.in_dim, side, side))
-    latents = generate(dit, plan, [words], noise)  # (1, T, C, h, w)
-    video = vae.decode(latents)[0]  # (3, F, H, W)
-    shown = torch.arange(plan.length) * vae.config.time  # latent i ends with frame 4i
+    student = Maker(*load_models(config.weights), (32, 32), config.seed)
+    video = student.make(plan, [config.prompt])[1][0]  # (3, F, H, W)
+    shown = torch.arange(plan.length) * student.vae.config.time  # latent i ends with frame 4i
     return list(to_uint8(video[:, shown]))
 
 

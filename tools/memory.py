@@ -11,15 +11,12 @@ updates on a GPU and puts what they took beside what is said here.
     python -m tools.memory --write docs/many-gpus.md          # and put the tables there
 """
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 import train_dmd
 from anchors import Plan, layout
@@ -28,66 +25,16 @@ from lib.common import UserError, dtype_of, run
 from plans import both_directions, rows_of
 from sampler import generate, noise_from, student_sigmas
 from tools.count import BFLOAT, put, size_of, table
+from tools.meta import Fused, Meter
 from train_ode import ode_loss, recipe_of
 
 GIB = 2**30
-STAGE_1 = 16  # bytes a parameter: float32 master, gradient, Adam's two moments
-
-
-class Meter(TorchDispatchMode):
-    """Count the bytes of all tensors made inside the block that are alive; remember the peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def _free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.is_view:
-            return out
-        # what works in place returns an input, a weight for instance
-        given = {x.untyped_storage()._cdata for x in tensors_of((args, kwargs))}
-        for x in tensors_of(out):
-            storage = x.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self.known | given:
-                self.known.add(key)
-                self.live += size
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._free, key, size)
-        return out
-
-
-def tensors_of(tree: object) -> list[Tensor]:
-    """All tensors in lists, tuples and dicts of such."""
-    return [x for x in tree_iter(tree) if isinstance(x, Tensor)]
-
-
-class Fused(torch.autograd.Function):
-    """The memory of fused attention: it keeps q, k, v, its output and one float a query.
-
-    On the meta device torch would take the unfused path and count scores that no GPU ever holds."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+TRAINED = 16  # bytes a parameter: float32 master, gradient, Adam's two moments
 
 
 # ---------------------------------------------------------------- networks and their updates
 def network(c: DiTConfig, dtype: torch.dtype, device: torch.device | str = "meta") -> DiT:
-    """A transformer with random weights, made in its own type: 14B in float32 would take 57 GB for
-    a moment."""
+    """A transformer with random weights, made in its own type: 14B in float32 would take 57 GB."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -100,8 +47,7 @@ def network(c: DiTConfig, dtype: torch.dtype, device: torch.device | str = "meta
 
 
 def trainable(dit: DiT, checkpointing: bool) -> DiT:
-    """The same with gradients that vanish as soon as they are complete, as after FSDP's
-    reduce-scatter."""
+    """The same with gradients that vanish when complete, as after FSDP's reduce-scatter."""
     dit.checkpointing = checkpointing
     for p in dit.requires_grad_(True).parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -122,7 +68,7 @@ def stage_1(
     return lambda: ode_loss(g, lay, states, levels, sigmas, text).mean().backward()
 
 
-def stage_2(
+def updates(
     g: DiT,
     f_fake: DiT,
     f_real: DiT,
@@ -131,8 +77,8 @@ def stage_2(
     B: int,
     device: torch.device | str,
 ) -> dict[str, Callable[[], None]]:
-    """The student's update of B samples, all denoising steps, in one direction; and the critic's in
-    its two halves."""
+    """What a training step of B samples runs in one direction, each to be called: the student's
+    update (all denoising steps), the critic's in its two halves, and stage 1's."""
     c, (T, h, w) = g.config, config.latent
     levels = len(config.denoising)
     text = torch.randn(B, c.text_len, c.text_dim, device=device)
@@ -159,7 +105,8 @@ def stage_2(
         x = torch.randn_like(score)
         train_dmd.critic_loss(f_fake, x, at).mean().backward()
 
-    return {"student": student, "rollout": rollout, "critic": critic}
+    of_stage_1 = stage_1(g, plan, config.latent, B, device)
+    return {"student": student, "rollout": rollout, "critic": critic, "stage 1": of_stage_1}
 
 
 # ---------------------------------------------------------------- estimates
@@ -167,18 +114,16 @@ def stage_2(
 def peaks(
     config: train_dmd.Config, student: DiTConfig, teacher: DiTConfig, direction: int
 ) -> dict[str, float]:
-    """Peak GiB, without weights, of updates of `config.micro` samples in one direction, of both
-    stages."""
+    """Peak GiB, without weights, of both stages' updates in one direction (`micro` samples)."""
     dtype, B = dtype_of(config.dtype), config.micro or config.batch
     plans = both_directions(config.latent[0], config.block, config.anchors, config.head)
     g, f_fake = (trainable(network(student, dtype), config.checkpointing) for _ in range(2))
     with torch.device("meta"):
         f_real = network(teacher, dtype)
-        updates = stage_2(g, f_fake, f_real, plans[direction], config, B, "meta")
-        updates["stage 1"] = stage_1(g, plans[direction], config.latent, B, "meta")
+        steps = updates(g, f_fake, f_real, plans[direction], config, B, "meta")
     found = {}
     with mock.patch("dit.attend", lambda q, k, v, visible=None: Fused.apply(q, k, v)):
-        for what, update in updates.items():
+        for what, update in steps.items():
             with Meter() as meter:
                 update()
             found[what] = meter.peak / GIB
@@ -188,8 +133,7 @@ def peaks(
 def estimate(
     config: train_dmd.Config, student: DiTConfig, teacher: DiTConfig, direction: int
 ) -> dict[str, float]:
-    """The same from two and three layers of each network, extended: every layer more adds the same,
-    and saves you minutes."""
+    """The same from two layers and three, extended, in seconds: every layer more adds the same."""
     two, three = (
         peaks(config, replace(student, num_layers=n), replace(teacher, num_layers=2), direction)
         for n in (2, 3)
@@ -207,28 +151,18 @@ def gathered(c: DiTConfig) -> float:
 
 
 def weights_1(student: DiTConfig, gpus: int) -> dict[str, float]:
-    """GiB a GPU in stage 1: what is sharded over the GPUs, and what is gathered while they
-    compute."""
-    sharded = size_of(student) * STAGE_1 / gpus / GIB
+    """GiB a GPU in stage 1: what is sharded, and what is gathered while they compute."""
+    sharded = size_of(student) * TRAINED / gpus / GIB
     return {"student: master, gradient, Adam": sharded, "gathered blocks": gathered(student)}
 
 
 def weights_2(student: DiTConfig, teacher: DiTConfig, gpus: int) -> dict[str, float]:
-    """The same in stage 2, which has teacher and critic, too."""
-    sizes = size_of(student), size_of(student), size_of(teacher)
-    blocks = 2 * gathered(student) + gathered(teacher)
-    return memory_of_weights(*sizes, gpus) | {"gathered blocks": blocks}
-
-
-def memory_of_weights(student: int, critic: int, teacher: int, gpus: int) -> dict[str, float]:
-    """GiB a process for networks of so many parameters, sharded over the GPUs as FSDP2 does.
-
-    Float32 masters, gradients and Adam's two moments are 16 bytes a parameter, the average 4 more;
-    the frozen teacher is kept in computation's type."""
+    """The same in stage 2, with a frozen teacher in bfloat16, and an average of the student."""
     return {
-        "teacher": teacher * BFLOAT / gpus / GIB,
-        "student: master, gradient, Adam, average": student * 20 / gpus / GIB,
-        "critic: master, gradient, Adam": critic * 16 / gpus / GIB,
+        "teacher": size_of(teacher) * BFLOAT / gpus / GIB,
+        "student: master, gradient, Adam, average": size_of(student) * (TRAINED + 4) / gpus / GIB,
+        "critic: master, gradient, Adam": size_of(student) * TRAINED / gpus / GIB,
+        "gathered blocks": 2 * gathered(student) + gathered(teacher),
     }
 
 

@@ -99,8 +99,7 @@ def student_without(config: Config, student: Maker) -> Maker | None:
 
 
 def measured(config: Config, student: Maker, captions: Sequence[str]) -> Shown:
-    """Make and measure clips by every plan of the student, and of the one without anchors; the
-    other orders are only shown."""
+    """Measure clips by every plan of both students; the other orders are only shown."""
     world = find_world(config.world, student.dit.config.text_dim)
     vae, plans = student.vae, plans_of(recipe_of(student.dit))
     makers = dict.fromkeys(plans, student)

@@ -1,11 +1,8 @@
-"""The first hour on a GPU, first half: is everything right there? (`tools/gpu.py` runs it,
-`tools/gpu_speed.py` goes on.)
+"""The first hour on a GPU: is everything right there? `python -m tools.gpu` runs these parts.
 
-One small function a part. A part takes a `Room` (where it measures, and how large) and returns
-`Found`: one line, some numbers, perhaps a table. It raises `Skipped` with a reason where it cannot
-run, and `Wrong` where what must be equal is not. Everything runs on a CPU too, at toy size; a line
-that needs a GPU is marked `# GPU:` with its reason, and a test finds lines that are neither run nor
-marked."""
+The CUDA tests of this folder; attention, bfloat16 and compiled blocks against the plain way; and
+whether a second stream for the VAE is worth its lines. What a part is: `tools/gpu_speed.py:Room`.
+"""
 
 import importlib.util
 import re
@@ -13,9 +10,8 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,81 +19,13 @@ from torch import Tensor
 
 import anchors
 from anchors import Plan, layout
-from dit import DiT, DiTConfig, Visible, attend
+from dit import DiT, Visible, attend
 from plans import both_directions
 from sampler import generate, noise_seeded
 from tools import bench
+from tools.gpu_speed import ROOT, Found, Room, Skipped, demand
 from tools.memory import network
-from vae import VAE, VAEConfig
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class Skipped(Exception):
-    """Why a part does not run here."""
-
-
-class Wrong(Exception):
-    """What is not as it must be."""
-
-
-@dataclass
-class Found:
-    """What a part found: a line for the terminal, numbers by name, and the rows of a
-    table."""
-
-    line: str
-    values: dict[str, float] = field(default_factory=dict)
-    table: dict[str, dict[str, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Room:
-    """Where a part measures: the device, the sizes, and the folder for what it writes."""
-
-    device: torch.device
-    out: Path
-    c: DiTConfig
-    teacher: DiTConfig  # the large one
-    vae: VAEConfig
-    size: tuple[int, int]  # of a frame, (height, width)
-    runs: int
-    latents: int  # latents of a clip in training
-    toy64: tuple[float, int, tuple[str, ...]]  # seconds, pixels, and how the toy's VAE is trained
-
-    @property
-    def cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.cuda else torch.float32
-
-    @property
-    def cells(self) -> tuple[int, int]:
-        return self.size[0] // self.vae.space, self.size[1] // self.vae.space
-
-    def clock(self) -> bench.Clock:
-        return bench.Clock(self.device)
-
-    def randn(self, *shape: int, dtype: torch.dtype | None = None, seed: int = 0) -> Tensor:
-        g = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(*shape, generator=g, device=self.device, dtype=dtype)
-
-    def text(self) -> Tensor:
-        return self.randn(1, self.c.text_len, self.c.text_dim)
-
-    def timed(self, vae_dtype: torch.dtype, dit: DiT | None = None) -> bench.Timed:
-        """Fresh networks of these sizes (or this one) for the stopwatch."""
-        dit = dit or network(self.c, self.dtype, self.device)
-        vae = bench.autoencoder(self.vae, vae_dtype, self.device)
-        return bench.Timed(self.clock(), dit, vae, self.text(), self.cells, self.dtype, self.runs)
-
-
-def demand(holds: bool, sentence: str) -> None:
-    """Raise `Wrong` with the sentence unless it holds."""
-    if not holds:
-        raise Wrong(sentence)
+from vae import VAE
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -108,27 +36,6 @@ def apart(a: Tensor, b: Tensor) -> float:
 def spread(a: Tensor, b: Tensor) -> float:
     """The root mean square of the difference over that of b (any shape, both alike)."""
     return ((a.float() - b.float()).square().mean() / b.float().square().mean()).sqrt().item()
-
-
-# ---------------------------------------------------------------- the machine and its tests
-def machine(room: Room) -> Found:
-    """What machine this is, and the ceilings that all else is compared with."""
-    clock = room.clock()
-    rate, copied = bench.matmul_rate(clock, room.dtype), bench.copy_rate(clock)
-    name = f"{bench.name_of(room.device)}, torch {torch.__version__}"
-    if room.cuda:
-        name += f", {driver()}"  # GPU: asks nvidia-smi
-    values = {"matmul TFLOP/s": rate / 1e12, "copy GB/s": copied / 1e9}
-    kind, (flops, bytes_) = str(room.dtype).removeprefix("torch."), values.values()
-    return Found(f"{name}; {kind} products {flops:.3g} TFLOP/s, copies {bytes_:.3g} GB/s", values)
-
-
-def driver() -> str:
-    """Driver, power limit and clock, as nvidia-smi tells them."""
-    what = "driver_version,power.limit,clocks.max.sm,memory.total"  # GPU: no nvidia-smi without one
-    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]  # GPU: likewise
-    done = subprocess.run(command, capture_output=True, text=True, check=True)  # GPU: likewise
-    return f"CUDA {torch.version.cuda}, {done.stdout.splitlines()[0]}"  # GPU: likewise
 
 
 def cuda_tests(room: Room) -> Found:
@@ -148,7 +55,7 @@ def cuda_tests(room: Room) -> Found:
     demand(count["passed"] + count["skipped"] > 0, "no test with on_cuda or on_a_gpu in its name")
     if not count["passed"]:
         raise Skipped(f"{count['skipped']} tests need CUDA, and torch sees no GPU")
-    return Found(last_line(done), {"CUDA tests passed": count["passed"]})  # GPU: they pass there
+    return Found(last_line(done), {"CUDA tests passed": count["passed"]})  # GPU: there they do
 
 
 def last_line(done: subprocess.CompletedProcess) -> str:
@@ -193,38 +100,34 @@ def agreement(room: Room, visible: Visible, tokens: int = 60) -> dict[str, float
         ).transpose(1, 2),
         "spans": lambda: attend(q, k, v, visible),
     }
-    if room.cuda:
-        prepared = visible.prepare(tokens, room.device)  # GPU: flex has no gradients on a CPU
-        ways["flex"] = lambda: attend(q, k, v, prepared)  # GPU: likewise
+    if room.cuda:  # GPU: flex has no gradients on a CPU
+        prepared = visible.prepare(tokens, room.device)
+        ways["flex"] = lambda: attend(q, k, v, prepared)
+    found = {}
     with torch.enable_grad():
-        found = {name: (out := way(), *grads(out, (q, k, v), weight)) for name, way in ways.items()}
+        for name, way in ways.items():
+            out = way()  # (1, L, 2, 64)
+            found[name] = out, *torch.autograd.grad(out, (q, k, v), weight)
     pairs = [(a, b) for name in found for a, b in zip(found[name], found["dense"])]
     return {"worst difference": max(apart(a, b) for a, b in pairs)}
 
 
-def grads(out: Tensor, wrt: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of the weighted sum of out (both of one shape [B, L, A, D])."""
-    return torch.autograd.grad(out, wrt, weight)
-
-
-def speeds(room: Room, visible: Visible) -> dict[str, float]:
+def speeds(room: Room, visible: Visible) -> dict[str, float]:  # GPU: a CPU has one way alone
     """Milliseconds, forward and backward, at full size: which realisation should train?"""
-    n, heads = room.c.tokens(*room.cells), room.c.num_heads  # GPU: there are not two ways on a CPU
-    slots, keys = visible.dense().shape  # GPU: likewise
-    shape = (heads, room.c.dim // heads)  # GPU: likewise
-    sizes = (slots, keys, keys)  # GPU: likewise
-    q, k, v = (
-        room.randn(1, i * n, *shape, dtype=room.dtype).requires_grad_() for i in sizes
-    )  # GPU: likewise
-    weight = room.randn(*q.shape, dtype=room.dtype)  # GPU: likewise
+    n, heads = room.c.tokens(*room.cells), room.c.num_heads
+    slots, keys = visible.dense().shape
+    shape = (heads, room.c.dim // heads)
+    sizes = (slots, keys, keys)
+    q, k, v = (room.randn(1, i * n, *shape, dtype=room.dtype).requires_grad_() for i in sizes)
+    weight = room.randn(*q.shape, dtype=room.dtype)
 
     def update(how: Visible) -> None:
-        with torch.enable_grad():  # GPU: likewise
-            grads(attend(q, k, v, how), (q, k, v), weight)  # GPU: likewise
+        with torch.enable_grad():
+            torch.autograd.grad(attend(q, k, v, how), (q, k, v), weight)
 
-    ways = partial(update, visible.prepare(n, room.device)), partial(update, visible)  # GPU: same
-    found = bench.medians(room.clock(), room.runs, *ways)  # GPU: likewise
-    return {"flex ms": 1e3 * found[0], "spans ms": 1e3 * found[1]}  # GPU: likewise
+    ways = partial(update, visible.prepare(n, room.device)), partial(update, visible)
+    found = bench.medians(room.clock(), room.runs, *ways)
+    return {"flex ms": 1e3 * found[0], "spans ms": 1e3 * found[1]}
 
 
 def precision(room: Room) -> Found:
@@ -275,19 +178,19 @@ def compiled(room: Room) -> Found:
     demand(graphs[1] == graphs[0], f"the second clip compiled {graphs[1] - graphs[0]} graphs more")
     values = {"compiled difference": worst, "graphs": graphs[0]}
     line = f"equal to {worst:.1g}; {graphs[0]} graphs for two orders, none for the second clip"
-    if room.cuda:
-        values["compiled gain"] = gain(room)  # GPU: on a CPU nothing was compiled
-        line += f"; a denoising step {values['compiled gain']:.2f} x as fast"  # GPU: likewise
+    if room.cuda:  # GPU: on a CPU nothing was compiled
+        values["compiled gain"] = gain(room)
+        line += f"; a denoising step {values['compiled gain']:.2f} x as fast"
     return Found(f"{backend}: {line}", values)
 
 
-def gain(room: Room) -> float:
+def gain(room: Room) -> float:  # GPU: see above
     """How many times as fast a denoising step is with compiled blocks."""
-    fast = network(room.c, room.dtype, room.device).compile_blocks()  # GPU: see above
-    both = room.timed(room.dtype), room.timed(room.dtype, fast)  # GPU: likewise
-    steps = [timed.last_block()[bench.LAST] for timed in both]  # GPU: likewise
-    slow, quick = bench.medians(room.clock(), room.runs, *steps)  # GPU: likewise
-    return slow / quick  # GPU: likewise
+    fast = network(room.c, room.dtype, room.device).compile_blocks()
+    both = room.timed(room.dtype), room.timed(room.dtype, fast)
+    steps = [timed.last_block()[bench.LAST] for timed in both]
+    slow, quick = bench.medians(room.clock(), room.runs, *steps)
+    return slow / quick
 
 
 # ---------------------------------------------------------------- two streams
@@ -296,37 +199,35 @@ def streams(room: Room) -> Found:
     second one.
 
     (The product decodes on one stream; this says whether the other is worth its lines.)"""
-    timed, blocks = room.timed(room.dtype), 4
-    vae, clock, one_step = timed.vae, timed.clock, timed.last_block()[bench.LAST]
+    timed = room.timed(room.dtype)
+    clock, loop = timed.clock, partial(interleaved, timed.vae, timed.last_block()[bench.LAST])
     began = clock.now()
-    alone = interleaved(vae, one_step, blocks, None)
+    alone = loop(None)
     seconds = clock.now() - began
-    if not room.cuda:
-        raise Skipped(f"a CPU has no second stream; on one, {blocks} blocks took {seconds:.2g} s")
-    aside = torch.cuda.Stream(room.device)  # GPU: streams are CUDA's
-    both = interleaved(vae, one_step, blocks, aside)  # GPU: likewise
-    clock.now()  # GPU: likewise
-    same = torch.equal(alone, both)  # GPU: likewise
-    demand(same, "the video of two streams is not that of one")  # GPU: likewise
-    loop = partial(interleaved, vae, one_step, blocks)  # GPU: likewise
-    loops = partial(loop, None), partial(loop, aside)  # GPU: likewise
-    first, second = bench.medians(clock, room.runs, *loops)  # GPU: likewise
-    values = {"one stream s": first, "two streams s": second}  # GPU: likewise
-    return Found(f"two streams are {first / second:.3f} x as fast as one", values)  # GPU: likewise
+    if room.cuda:  # GPU: a CPU has no second stream
+        aside = torch.cuda.Stream(room.device)
+        both = loop(aside)
+        clock.now()  # waits for both streams
+        demand(torch.equal(alone, both), "the video of two streams is not that of one")
+        loops = partial(loop, None), partial(loop, aside)
+        first, second = bench.medians(clock, room.runs, *loops)
+        values = {"one stream s": first, "two streams s": second}
+        return Found(f"two streams are {first / second:.3f} x as fast as one", values)
+    raise Skipped(f"a CPU has no second stream; on one, four blocks took {seconds:.2g} s")
 
 
 def interleaved(
-    vae: VAE, one_step: Callable[[], Tensor], blocks: int, aside: "torch.cuda.Stream | None"
+    vae: VAE, one_step: Callable[[], Tensor], aside: "torch.cuda.Stream | None"
 ) -> Tensor:
-    """Denoise and decode so many blocks; with a second stream, decode there. The last frames [B, 3,
-    F, H, W]."""
+    """Denoise and decode four blocks; with a second stream, decode there. The last frames [B, 3, F,
+    H, W]."""
     state = None
-    for _ in range(blocks):
+    for _ in range(4):
         for _ in range(4):
             x0 = one_step()
-        if aside:
-            aside.wait_stream(torch.cuda.current_stream())  # GPU: streams are CUDA's
-            x0.record_stream(aside)  # GPU: likewise; its memory is not free before it is read
+        if aside:  # GPU: streams are CUDA's
+            aside.wait_stream(torch.cuda.current_stream())
+            x0.record_stream(aside)  # its memory is not free before it is read
         with torch.cuda.stream(aside):  # None: this line does nothing
             video, state = vae.decode_chunk(x0, state)
     return video

@@ -5,7 +5,7 @@ The contestants take turns, so a slow minute of the machine slows both; medians 
 compared. Random weights: speed does not depend on them. Not a test (a busy machine would make it
 fail); docs/speed.md quotes its output.
 
-    python -m tools.speed
+    python -m tests.speed
 """
 
 import copy
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import anchors
 import vae as vae_module
 from anchors import Plan, layout
-from dit import PRESETS, DiTConfig
+from dit import DiTConfig
 from generate import decode_in_order, load_models, make_blocks, write_video
 from lib import cpu
 from plans import rows_of
@@ -43,8 +43,7 @@ def race(name: str, ours: Callable, other: Callable, turns: int = 9) -> None:
 
 
 def products() -> None:
-    """Print the rate of large matrix products, by oneDNN (what `lib/cpu.py` takes) and by torch's
-    own choice."""
+    """Print the rate of large matrix products, by oneDNN (`lib/cpu.py`) and by torch's choice."""
     rate = matmul_rate(CLOCK, torch.float32) / 1e9
     with mock.patch.object(cpu, "ONEDNN", False):
         own = matmul_rate(CLOCK, torch.float32) / 1e9
@@ -52,8 +51,7 @@ def products() -> None:
 
 
 def longer(way: str) -> None:
-    """How time and memory of a toy video on disk grow from 10 s to 100 s: in one process, the short
-    one first."""
+    """How time and memory of a toy video grow from 10 s to 100 s, in one process."""
     dit, vae = load_models("random", torch.float32, CPU)
     times, peaks = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -129,8 +127,7 @@ def transformers(name: str, c: DiTConfig, latents: int) -> None:
 
 
 def autoencoders(dim: int) -> None:
-    """Decoding and encoding of 17 frames against diffusers' VAE, against its own convolutions
-    alone, and in bfloat16."""
+    """17 frames decoded and encoded, against diffusers' VAE and the floor, and in bfloat16."""
     vae = autoencoder(VAEConfig(dim=dim), torch.float32, CPU)
     _, theirs = of_diffusers(DiTConfig(num_layers=1), vae.config, torch.float32, CPU)
     half = copy.deepcopy(vae).to(torch.bfloat16)
@@ -158,8 +155,7 @@ def rollouts(name: str, c: DiTConfig) -> None:
         generate(dit, plan, [dit.text_kv(text)], noise_from(noise, renoise, 21))
 
     def recompute(words: torch.Tensor | list) -> None:
-        """Every denoising step runs all earlier blocks again, clean, and the current one: what a
-        cache saves."""
+        """Every denoising step runs all earlier blocks again, clean: what a cache saves."""
         for n, step in enumerate(forward.steps):
             latents = step.targets[-1] + 1
             visible = layout(Plan("prefix", latents, forward.steps[: n + 1])).visible
@@ -177,22 +173,6 @@ def rollouts(name: str, c: DiTConfig) -> None:
         race(whole, lambda: cached(forward), other, turns=3)
 
 
-def fused(name: str, c: DiTConfig, h: int) -> None:
-    """What fusing a block's clean pass with the next one's first step would save: one pass of both,
-    or one after the other."""
-    z, t, pos = torch.randn(1, 6, c.in_dim, h, h), torch.zeros(1, 6), torch.arange(6)
-    dit = network(c, torch.float32, CPU)
-    kv = dit.text_kv(torch.randn(1, c.text_len, c.text_dim))
-
-    def separate() -> None:
-        dit(z[:, :3], t[:, :3], kv, pos[:3], keys_only=True)
-        dit(z[:, 3:], t[:, 3:], kv, pos[3:])
-
-    tokens = f"6x{c.tokens(h, h)} tokens"
-    name = f"clean pass and next step in one pass, {name}, {tokens}, against one after the other"
-    race(name, lambda: dit(z, t, kv, pos), separate)
-
-
 @torch.no_grad()
 def main() -> None:
     print(f"{processor()}, torch {torch.__version__}, float32")
@@ -208,8 +188,6 @@ def main() -> None:
         autoencoders(dim)
     rollouts("dim 384, 8 layers", small)
     rollouts("dim 1536, 4 layers", wide)
-    fused("the toy", PRESETS["toy"], 4)
-    fused("1.3B's layers, two of them", replace(PRESETS["wan1.3b"], num_layers=2), 32)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ writes a 5.7 GB file (and removes it), needs 8 GiB of memory and, for the video,
 CPU core. Weights are random: time and memory do not depend on them. Each part runs in a process of
 its own and prints its largest resident memory, in which pages of mapped files count.
 
-    python -m tools.full_size
+    python -m tests.full_size
 """
 
 import json
@@ -29,8 +29,7 @@ FILE, GIB = "diffusion_pytorch_model.safetensors", 2**30
 
 @dataclass
 class Config:
-    """Load a 1.3B checkpoint of the official layout to bfloat16; decode 81 frames of 480 x 832 as a
-    stream."""
+    """Load 1.3B from the official layout as bfloat16; decode 81 frames of 480 x 832 as a stream."""
 
     RANGES = {"part": ("all", "write", "load", "decode"), "latents": (1, 10**6)}
     folder: str = ""  # where the checkpoint is written for a while; default: the system's for such
@@ -91,7 +90,7 @@ def decode(latents: int) -> None:
 
 def main(config: Config) -> None:
     if config.part == "all":
-        command = [sys.executable, "-m", "tools.full_size", "--part"]
+        command = [sys.executable, "-m", "tests.full_size", "--part"]
         with tempfile.TemporaryDirectory(dir=config.folder or None) as made:
             for part in ("write", "load"):
                 subprocess.run([*command, part, "--folder", made], check=True)

@@ -120,6 +120,11 @@ class Plan:
         """The latents that are the user's own."""
         return {i for step in self.steps for i in step.given}
 
+    @property
+    def made(self) -> list[int]:
+        """`order` without those that are given."""
+        return [i for i in self.order if i not in self.given]
+
     def boundaries(self) -> list[bool]:
         """For latents i, i+1: True where two different steps made them (inter-block)."""
         return [self.made_at[i] != self.made_at[i + 1] for i in range(self.length - 1)]

@@ -94,6 +94,11 @@ class Recipe:
         return student_sigmas(levels, self.shift)
 
 
+def recipe_of(dit: DiT) -> Recipe:
+    """How a student was trained, and so how it is run; if its file is silent, the paper's way."""
+    return Recipe.read(dit.recipe) or Recipe()
+
+
 # ---------------------------------------------------------------- noise
 Noise = Callable[[int, tuple[int, ...]], Tensor]  # (level, numbers) -> [B, len(numbers), C, h, w]
 
@@ -310,7 +315,7 @@ def student_blocks(
 
     recipe: how it is run; None: as its checkpoint remembers, or else as in the paper
     dtype: of the cache, where it is not that of the weights (mixed precision under FSDP)"""
-    recipe = recipe or Recipe.read(dit.recipe) or Recipe()
+    recipe = recipe or recipe_of(dit)
     cache = cache_for(dit, plan, noise, dtype=dtype)
     dummies = sum(step.targets[0] < 0 for step in plan.steps)  # before the blocks that are shown
     denoise = few_steps(

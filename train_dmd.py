@@ -53,7 +53,7 @@ from lib.training import (
 )
 from plans import Mix, rows_of, without_given
 from sampler import cfg_velocity, noise_from, shift_sigma
-from train_ode import draw_entry, mix_of, network, recipe_of
+from train_ode import draw_entry, mix_of, network, trained_as
 from vae import load_vae
 
 
@@ -234,7 +234,7 @@ def roll(world: World, student: DiT, plan: Plan, drawn: Draw) -> Tensor:
         plan,
         [text] * plan.prompts(),
         noise_from(drawn.noise[0], drawn.noise[1:], plan.length),
-        recipe=recipe_of(config),
+        recipe=trained_as(config),
         given=drawn.given,
         exit_at=lambda n: drawn.exits[min(n, 1)],
         commit_anchors=config.commit_anchors,
@@ -361,7 +361,7 @@ def main(
 ) -> None:
     """generate, mix, gradient_of: another method's rollout, plans and loss in the place of ours."""
     rank, processes, device = start(config.device)
-    dtype, recipe = dtype_of(config.dtype), recipe_of(config).write()
+    dtype, recipe = dtype_of(config.dtype), trained_as(config).write()
     mix = possible(config, mix_of(config, mix))
     rounds = split_batch(config.batch, config.micro, rank, processes)
     if config.sheet_every:

@@ -102,7 +102,7 @@ def mix_of(config, mix: Mix | None = None) -> Mix:
     return mix or MIXES[config.plans](config.latent[0], config.block, config.anchors, config.head)
 
 
-def recipe_of(config) -> Recipe:
+def trained_as(config) -> Recipe:
     """What a student must remember of its training."""
     values = {k: getattr(config, k) for k in ("shift", "block", "anchors", "head", "share_noise")}
     first = getattr(config, "first_denoising", ())
@@ -294,7 +294,7 @@ def fit(
     )
     averages = {"ema": average[0]} if average else {}
     result = average[1] if average else dit
-    dit.recipe = result.recipe = recipe_of(config).write() if name == "student" else None
+    dit.recipe = result.recipe = trained_as(config).write() if name == "student" else None
     dtype = dtype_of(config.dtype if config.parallel == "ddp" else "float32")  # FSDP2 casts itself
     with computing(dtype, device):
         for step, row in training_steps(config, name, {"dit": (dit, optimiser)}, device, averages):
@@ -361,7 +361,7 @@ def main(config: Config, kind: type[Trajectories] = Trajectories) -> None:
     """kind: which pairs are made, and learned from."""
     rank, world, device = start(config.device)
     mix = mix_of(config)
-    recipe_of(config)  # impossible levels are refused before any work
+    trained_as(config)  # impossible levels are refused before any work
     c = load_dit(config.teacher, None).config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
     made = kind(config, mix, c.in_dim, source)

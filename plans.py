@@ -291,7 +291,7 @@ def rows_of(plans: Sequence[Plan]) -> int:
 
 def without_given(mix: Mix) -> Mix:
     """The plans of a mix that need no clip from outside."""
-    free = [entry for entry in mix if not any(step.given for p in entry[1] for step in p.steps)]
+    free = [(share, plans) for share, plans in mix if not any(plan.given for plan in plans)]
     total = sum(share for share, _ in free)
     return tuple((share / total, plans) for share, plans in free)
 

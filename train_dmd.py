@@ -190,11 +190,10 @@ def draw_round(
     """What plan d gets in a round: all is a function of (seed, role, iteration, sample, d)."""
     config, levels = world.config, world.levels()
     grid = (world.channels, *config.latent[1:])
-    around_clips = any(s.given for s in plan.steps)
     numbers, noise, u, score_noise = [], [], [], []
     for j in samples:
         g = generator(config.seed, role, step, j, d)
-        limit = len(world.clips) if around_clips else 1 << 30
+        limit = len(world.clips) if plan.given else 1 << 30
         numbers.append(int(torch.randint(limit, (1,), generator=g)))
         noise.append(torch.randn(max(levels), rows_of([plan]), *grid, generator=g))
         u.append(torch.rand(1, generator=g))
@@ -216,11 +215,10 @@ def draw_round(
 
 def real_latents(world: World, plan: Plan, numbers: list[int]) -> dict[int, Tensor]:
     """What a plan is given, latent -> [B, C, h, w], of the real clips with these numbers."""
-    given = [i for step in plan.steps for i in step.given]
-    if not given:
+    if not plan.given:
         return {}
     clips = torch.stack([world.clips[n] for n in numbers]).to(world.device)  # (B, T, C, h, w)
-    return {i: clips[:, i] for i in given}
+    return {i: clips[:, i] for i in plan.given}
 
 
 def roll(world: World, student: DiT, plan: Plan, drawn: Draw) -> Tensor:

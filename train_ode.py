@@ -20,7 +20,7 @@ zoo/consistency.py.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -33,27 +33,16 @@ from anchors import Layout, Plan, forward, layout
 from dit import DiT, load_dit
 from lib import presets
 from lib.cli import check_range
-from lib.common import Stream, dtype_of, generator, run, say, start
-from lib.pairs import (
-    MADE_BY,
-    Pair,
-    check_shards,
-    kept_states,
-    pair_noise,
-    pairs_where,
-    read_pairs,
-    slot_states,
-    write_missing,
-    wrong_states,
-)
+from lib.common import Stream, dtype_of, generator, run, start
+from lib.pairs import Kind, Pair, check_shards, read_pairs, slot_states, with_pairs, write_missing
 from lib.states import EMA, write_network
 from lib.text import Prompts
 from lib.training import (
     Training,
     clip_gradients,
     computing,
-    distribute,
     finite_means,
+    prepare,
     split_batch,
     sync_gradients,
     training_steps,
@@ -164,31 +153,11 @@ def ode_loss(
 
 
 # ---------------------------------------------------------------- pairs
-class Trajectories:
+class Trajectories(Kind):
     """The pairs of this stage: the bidirectional teacher makes all latents of a plan at once.
 
     Entries of the mix whose plans make as many latents share their pairs: these are a group.
     zoo/causal_ode.py has another kind."""
-
-    made_by = MADE_BY  # the flags that decide what is in a pair
-    group_is = "lengths"
-    clip_of = None  # pair -> the real clip in it, of kinds that hold one
-
-    def __init__(self, config: Config, mix: Mix, channels: int, source: Prompts) -> None:
-        self.config, self.mix, self.channels, self.source = config, mix, channels, source
-        self.keep = kept_states(config.denoising)
-        self.teacher_forcing = config.teacher_forcing
-
-    def group(self, entry: int) -> int:
-        return self.mix[entry][1][0].length
-
-    def shapes(self, group: int) -> dict[str, tuple[int, ...]]:
-        """What the teacher leaves of each pair: tensor -> its shape."""
-        return {"states": (len(self.keep), group, self.channels, *self.config.latent[1:])}
-
-    def noise(self, numbers: Sequence[int], rows: int) -> Tensor:
-        """What these pairs start from, [B, rows, C, h, w]."""
-        return torch.stack([pair_noise(self.config, self.channels, n, rows) for n in numbers])
 
     def make(self, teacher: DiT, text: Text, group: int, numbers: range) -> dict[str, Tensor]:
         """The teacher's states. text: of the prompts, then of as many unconditional ones"""
@@ -203,11 +172,6 @@ class Trajectories:
         solve(0, forward(group, group).steps[0], None, None, None)
         return {"states": torch.stack([states[k] for k in self.keep], dim=1)}
 
-    def wrong(self, group: int, pair: Pair) -> str:
-        """What is wrong with a pair: it starts elsewhere, or does not fall to its end; or ""."""
-        start = self.noise([pair.number], group)[0]
-        return wrong_states(pair.shard["states"][pair.row], start, self.config.seed)
-
 
 def make_pairs(kind: Trajectories, rank: int, world: int, device: torch.device) -> None:
     """Write the pairs that are missing."""
@@ -220,10 +184,7 @@ def make_pairs(kind: Trajectories, rank: int, world: int, device: torch.device) 
         text = teacher.text_kv(torch.cat([prompt, negative.expand_as(prompt)]))
         return kind.make(teacher, text, group, numbers)
 
-    where = pairs_where(
-        config, source.words, lambda u: kind.group(draw(kind.mix, u)), kind.made_by, kind.clip_of
-    )
-    write_missing(where, make, kind.shapes, config.micro, rank, world, device)
+    write_missing(kind, lambda u: kind.group(draw(kind.mix, u)), make, rank, world, device)
 
 
 # ---------------------------------------------------------------- training
@@ -231,11 +192,7 @@ def network(
     config, path: str, device: torch.device, trained: bool, dtype: torch.dtype = torch.float32
 ) -> DiT:
     """Load a network for training, or one that is only asked."""
-    dit = load_dit(path, dtype, device).requires_grad_(trained).train(trained)
-    dit.checkpointing = config.checkpointing
-    if config.compile:
-        dit.compile_blocks()
-    return distribute(dit, config.parallel, dtype_of(config.dtype))
+    return prepare(load_dit(path, dtype, device), config, trained)
 
 
 @cache
@@ -322,15 +279,6 @@ def fit(
     write_network(Path(config.out) / f"{name}.safetensors", result)
 
 
-def with_pairs(mix: Mix, there: list[bool]) -> Mix:
-    """The mix without the entries that have no pairs: the others keep their shares' ratio."""
-    if all(there):
-        return mix
-    say(f"{there.count(False)} of {len(mix)} kinds of plans have no pairs yet: left out")
-    total = sum(share for (share, _), here in zip(mix, there) if here)
-    return tuple((share / total * here, plans) for (share, plans), here in zip(mix, there))
-
-
 def pair_loss(setup: Setup, pairs: list[list[Pair]], part: Part) -> Tensor:
     """The loss [B] of samples: a pair of the entry's, and a noise level per step of the plan.
 
@@ -370,8 +318,7 @@ def main(config: Config, kind: type[Trajectories] = Trajectories) -> None:
         return
     groups = read_pairs(config, source.words, made.shapes, made.made_by)
     if config.check:
-        check_shards(Path(config.data), groups, made.wrong)
-        print(f"{sum(map(len, groups.values()))} pairs of {len(groups)} {made.group_is} are good")
+        check_shards(Path(config.data), groups, made)
         return
     pairs = [groups.get(made.group(entry), []) for entry in range(len(mix))]
     setup = Setup(config, with_pairs(mix, list(map(bool, pairs))), made.teacher_forcing)

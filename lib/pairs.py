@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.common import Stream, UserError, atomic, fingerprint, generator, stop_signals
+from lib.common import Stream, UserError, atomic, fingerprint, generator, say, stop_signals
 from lib.training import mean_over_processes
 from lib.weights import listed, read_dit, read_json, read_tensors, write_safetensors
 
@@ -81,6 +81,38 @@ def hashed(words: Callable[[int], str], numbers: range) -> str:
     return hashlib.sha256("\n".join(map(words, numbers)).encode()).hexdigest()[:16]
 
 
+class Kind:
+    """A kind of pairs: which go together, what is in one. Made by `make` of whoever inherits this.
+
+    mix: the plans, [(share, plans)] (plans.py);  channels: of a latent;  source: of the prompts"""
+
+    made_by = MADE_BY  # the flags that decide what is in a pair
+    group_is = "lengths"
+    clip_of = None  # pair -> the real clip in it, of kinds that hold one
+
+    def __init__(self, config, mix, channels: int, source) -> None:
+        self.config, self.mix, self.channels, self.source = config, mix, channels, source
+        self.keep = kept_states(config.denoising)
+        self.teacher_forcing = config.teacher_forcing
+
+    def group(self, entry: int) -> int:
+        """What the pairs for an entry of the mix have in common."""
+        return self.mix[entry][1][0].length
+
+    def shapes(self, group: int) -> dict[str, tuple[int, ...]]:
+        """What the teacher leaves of each pair: tensor -> its shape."""
+        return {"states": (len(self.keep), group, self.channels, *self.config.latent[1:])}
+
+    def noise(self, numbers: Sequence[int], rows: int) -> Tensor:
+        """What these pairs start from, [B, rows, C, h, w]."""
+        return torch.stack([pair_noise(self.config, self.channels, n, rows) for n in numbers])
+
+    def wrong(self, group: int, pair: "Pair") -> str:
+        """What is wrong with a pair: it starts elsewhere, or does not fall to its end; or ""."""
+        start = self.noise([pair.number], group)[0]
+        return wrong_states(pair.shard["states"][pair.row], start, self.config.seed)
+
+
 def settings_of(config, names: Sequence[str]) -> dict:
     """How pairs are made: what a shard records and a later run is compared with."""
     made = {k: asdict(config)[k] for k in names}
@@ -90,19 +122,14 @@ def settings_of(config, names: Sequence[str]) -> dict:
     return made
 
 
-def pairs_where(
-    config,
-    words: Callable[[int], str],
-    group_of: Callable[[float], int],
-    names: Sequence[str] = MADE_BY,
-    clips: Callable[[int], str] | None = None,
-) -> Where:
-    """Where a run's pairs lie. config: of train_ode.py;  words, clips: pair -> prompt, clip"""
+def pairs_where(kind: Kind, group_of: Callable[[float], int]) -> Where:
+    """Where the pairs of a run lie. raises: UserError"""
+    config = kind.config
     if min(config.pairs, config.shard) < 1:
         raise UserError(f"--pairs {config.pairs} and --shard {config.shard} must be at least 1")
-    settings = settings_of(config, names)
+    how, words = settings_of(config, kind.made_by), kind.source.words
     folder = Path(config.data)
-    return Where(folder, config.pairs, config.shard, settings, group_of, words, clips)
+    return Where(folder, config.pairs, config.shard, how, group_of, words, kind.clip_of)
 
 
 def pair_noise(config, channels: int, number: int, rows: int) -> Tensor:
@@ -147,21 +174,21 @@ def missing_shards(where: Where) -> list[range]:
 
 
 def write_missing(
-    where: Where,
+    kind: Kind,
+    group_of: Callable[[float], int],
     make: Make,
-    shapes: Callable[[int], dict],
-    micro: int,
     rank: int,
     world: int,
     device: torch.device,
 ) -> None:
     """Make what is missing, every process its share; at the end rank 0 writes the index.
 
-    shapes: group -> tensor -> its shape for one pair;  micro: pairs made at a time, 0: 16"""
+    group_of: a number in [0, 1) -> the group of a shard"""
+    where, micro = pairs_where(kind, group_of), kind.config.micro or 16
     todo = missing_shards(where)
     mean_over_processes({"looked": 1.0}, device)  # nobody writes before all have looked
     if rank == 0:
-        of_group = {r: shapes(where.group(r)).values() for r in where.ranges()}
+        of_group = {r: kind.shapes(where.group(r)).values() for r in where.ranges()}
         numbers = sum(len(r) * sum(map(math.prod, some)) for r, some in of_group.items())
         print(
             f"{where.pairs} pairs in {len(of_group)} shards, {len(todo)} to make; "
@@ -171,7 +198,7 @@ def write_missing(
     mine = todo[rank::world]
     bar = tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair")
     with torch.no_grad(), stop_signals() as stop, bar:
-        done = all(write_shard(where, numbers, make, micro or 16, stop, bar) for numbers in mine)
+        done = all(write_shard(where, numbers, make, micro, stop, bar) for numbers in mine)
     # one process that was stopped is enough to leave the index as it is
     done = mean_over_processes({"done": float(done)}, device)["done"] == 1
     if rank == 0 and done:
@@ -261,8 +288,8 @@ def read_pairs(
     return groups
 
 
-def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[int, Pair], str]):
-    """Hashes, finite numbers, and what `check` finds wrong with a pair. raises: UserError"""
+def check_shards(folder: Path, pairs: dict[int, list[Pair]], kind: Kind) -> None:
+    """Hashes, finite numbers, and what the kind finds wrong with a pair. raises: UserError"""
     index = read_json(folder / "index.json")["shards"]
     for name, digest in tqdm(index.items(), desc="check", unit="shard"):
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
@@ -272,9 +299,19 @@ def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[in
     for group, some in pairs.items():
         for pair in some:
             lost = [k for k, x in pair.shard.items() if not x[pair.row].isfinite().all()]
-            wrong = f"its {lost[0]} are not finite" if lost else check(group, pair)
+            wrong = f"its {lost[0]} are not finite" if lost else kind.wrong(group, pair)
             if wrong:
                 raise UserError(f"pair {pair.number} in {pair.file}: {wrong}; {AGAIN}")
+    print(f"{sum(map(len, pairs.values()))} pairs of {len(pairs)} {kind.group_is} are good")
+
+
+def with_pairs(mix: tuple, there: list[bool]) -> tuple:
+    """The mix without the entries that have no pairs: the others keep their shares' ratio."""
+    if all(there):
+        return mix
+    say(f"{there.count(False)} of {len(mix)} kinds of plans have no pairs yet: left out")
+    total = sum(share for (share, _), here in zip(mix, there) if here)
+    return tuple((share / total * here, plans) for (share, plans), here in zip(mix, there))
 
 
 def slot_states(pair: Pair, lay: object, d: int) -> Tensor:

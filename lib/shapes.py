@@ -1,5 +1,7 @@
 """What is wrong with a video, with latents or with a plan, and what would do instead."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,15 @@ def check_ratio_frames(frames: int, time: int) -> None:
             f"the flickering ratio needs 1 + {time}k frames and at least {least}, not {frames};"
             f" cut the video to {whole}"
         )
+
+
+def check_levels(levels: Sequence[float]) -> None:
+    """raises: UserError for noise levels (of 1000) that a student cannot have"""
+    falling = list(levels) == sorted(set(levels), reverse=True)
+    if not levels or not falling or levels[0] > 1000 or levels[-1] <= 0:
+        shown = " ".join(map(str, levels))
+        flags = "--denoising (or --first_denoising)"
+        raise UserError(f"{flags} {shown} must fall from at most 1000 and stay above 0")
 
 
 # ---------------------------------------------------------------- plans

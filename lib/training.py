@@ -34,6 +34,7 @@ from lib.common import (
     atomic,
     check_out,
     clear_temporaries,
+    dtype_of,
     is_first,
     say,
     stop_signals,
@@ -90,6 +91,15 @@ class Training:
 
 
 # ---------------------------------------------------------------- processes and precision
+def prepare(model: nn.Module, config, trained: bool) -> nn.Module:
+    """A network as a run asks for it: learning or not, recomputing, compiled, on all processes."""
+    model.requires_grad_(trained).train(trained)
+    model.checkpointing = config.checkpointing
+    if config.compile:
+        model.compile_blocks()
+    return distribute(model, config.parallel, dtype_of(config.dtype))
+
+
 def distribute(model: nn.Module, how: str, dtype: torch.dtype | None = None) -> nn.Module:
     """Prepare a model for training on all processes, before its optimiser is made.
 

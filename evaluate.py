@@ -21,7 +21,6 @@ makes the last seconds first. What a clip shows is asked of a world (lib/world.p
     python evaluate.py --weights FOLDER --prompts prompts.safetensors      # without a world
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,9 +36,9 @@ from generate import Maker, decoded, frame_size, load_models
 from lib import report, text
 from lib.changes import STATIC, frame_changes, temporal_flickering
 from lib.common import UserError, check_out, dtype_of, run, start
-from lib.media import read_frames, videos_in
 from lib.shapes import check_ratio_frames
-from lib.statistics import Stat, Values, joined, over_files, stat, summary
+from lib.statistics import Stat, Values, joined, stat, summary
+from lib.videos import rows_of_videos
 from lib.world import OTHER, World, find_world, numbers_of
 from plans import both_directions
 from sampler import Recipe, recipe_of
@@ -218,7 +217,6 @@ class Config:
     RANGES = {
         "clips": (2, 10**6),
         "block": (1, 10**4),
-        "share_noise": ("none", "start", "all"),
         "orders": tuple(anchors.ORDERS),
     }
     weights: str = "toy/weights"  # a folder with student and VAE
@@ -239,33 +237,11 @@ class Config:
     device: str = "auto"
 
 
-def measure_file(file: Path, block: int) -> dict[str, Stat]:
-    """A row for a video, cut to whole blocks; empty if it does not move. raises: UserError"""
-    video = read_frames(file)
-    there, least = video.shape[2], 4 * math.ceil(3 / block) * block - 3
-    if there < least:
-        raise UserError(f"{file} has {there} frames; blocks of {block} latents need {least}")
-    latents = (there + 3) // 4 // block * block
-    used = 4 * latents - 3
-    print(f"{file.name}: the first {used} of {there} frames, {latents} latents by {block}")
+def measure_video(video: Tensor, latents: int, block: int) -> dict[str, Stat]:
+    """A row for a video [1, 3, F, H, W], of which so many latents are whole blocks."""
     plan = anchors.forward(latents, block, View(window=0))  # who reads what does not matter
-    found = summary(measure(video[:, :, :used], plan))
-    if not (found["FR inter"].clips or found["FR intra"].clips):
-        print(f"{file.name} is left out: it does not move, so it has no flickering ratio")
-        return {}
-    return found | {"flicker (VBench)": stat(temporal_flickering(video))}
-
-
-def measure_files(path: Path, block: int) -> dict[str, dict[str, Stat]]:
-    """A row for a video, or for each in a folder and one for all."""
-    files = videos_in(path) if path.is_dir() else [path]
-    measured = {file.name: measure_file(file, block) for file in files}
-    rows = {name: row for name, row in measured.items() if row}
-    if not rows:
-        raise UserError(f"{path} does not move, so it has no flickering ratio")
-    if path.is_dir():
-        rows[f"all {len(rows)}"] = over_files(list(rows.values()))
-    return rows
+    row = summary(measure(video[:, :, : 4 * latents - 3], plan))
+    return row | {"flicker (VBench)": stat(temporal_flickering(video))}
 
 
 def measure_student(config: Config, device: torch.device) -> dict[str, dict[str, Stat]]:
@@ -311,7 +287,7 @@ def main(config: Config) -> None:
     if config.out:
         check_out(config.out, inputs=[config.video])
     if config.video:
-        rows = measure_files(Path(config.video), config.block)
+        rows = rows_of_videos(Path(config.video), config.block, measure_video)
     else:
         rows = measure_student(config, device)
     report.show(rows, config.out)

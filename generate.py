@@ -234,7 +234,6 @@ class Config(clips.Clips):
         "seed": (),  # a number, or "random"
         "frames": (1, int(LONGEST * FPS)),
         "gap": (0, None),
-        "share_noise": ("none", "start", "all"),
     }
     prompts: str = ""  # a file with a prompt a line: a clip each, in a folder named as --out
     out: str = "out/clip.mp4"  # .mp4, .gif, .mkv (lossless), .png (one frame)

@@ -43,12 +43,11 @@ from lib.states import EMA, write_network
 from lib.text import Prompts
 from lib.training import (
     Training,
-    clip_gradients,
+    apply_gradients,
     computing,
     finite_means,
     inference,
     split_batch,
-    sync_gradients,
     training_steps,
 )
 from plans import Mix, rows_of, without_given
@@ -298,10 +297,7 @@ def update(config: Config, trained: Trained, where: str) -> float:
     for model, optimiser in zip(*trained):
         if all(p.grad is None for p in model.parameters()):
             continue  # an entry of one plan leaves the other direction's network alone
-        sync_gradients(model, config.parallel)
-        norms.append(clip_gradients(model, config.clip, where))
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        norms.append(apply_gradients(model, optimiser, config, where))
     return max(norms)
 
 

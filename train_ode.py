@@ -39,12 +39,11 @@ from lib.states import EMA, write_network
 from lib.text import Prompts
 from lib.training import (
     Training,
-    clip_gradients,
+    apply_gradients,
     computing,
     finite_means,
     prepare,
     split_batch,
-    sync_gradients,
     training_steps,
     trapezoid,
 )
@@ -266,12 +265,9 @@ def fit(
                     loss = loss_of(Part(step, samples, entry, d))  # (B,)
                     (loss / len(rounds)).mean().backward()
                     losses[plan.name].append(loss.detach())
-            sync_gradients(dit, config.parallel)
             row |= finite_means(losses, rounds, f"step {step}: the loss", device)
-            row["norm"] = clip_gradients(dit, config.clip, f"step {step}")
+            row["norm"] = apply_gradients(dit, optimiser, config, f"step {step}")
             row["latents"] = plans[0].length
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
             if average:
                 average[0].update(dit)
     if average:

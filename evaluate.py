@@ -21,7 +21,7 @@ makes the last seconds first. What a clip shows is asked of a world (lib/world.p
     python evaluate.py --weights FOLDER --prompts prompts.safetensors      # without a world
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,12 +34,12 @@ from anchors import HORIZON, Plan, View
 from dit import load_dit
 from generate import Maker, decoded, frame_size, load_models
 from lib import report, text
-from lib.changes import STATIC, frame_changes, temporal_flickering
+from lib.changes import STATIC, frame_changes, frames_of, temporal_flickering
 from lib.common import UserError, check_out, dtype_of, run, start
 from lib.shapes import check_ratio_frames
-from lib.statistics import Stat, Values, joined, stat, summary
+from lib.statistics import Stat, Values, features, joined, stat, summary
 from lib.videos import rows_of_videos
-from lib.world import OTHER, World, find_world, numbers_of
+from lib.world import OTHER, World, find_world, measure_words, numbers_of
 from plans import both_directions
 from sampler import Recipe, recipe_of
 from vae import VAE
@@ -90,28 +90,7 @@ def round_trip(z: Tensor, again: Tensor, plan: Plan) -> Tensor:
     return change[:, first].mean(1) / change[:, ~first].mean(1)
 
 
-def features(z: Tensor) -> Tensor:
-    """A row a clip for `frechet`: mean and spread of each channel, spread of its change [ours].
-
-    z: [B, T, C, h, w];  returns: [B, 3C]"""
-    rest = (1, 3, 4)
-    return torch.cat([z.mean(rest), z.std(rest), z.diff(dim=1).std(rest)], dim=1)
-
-
-# ---------------------------------------------------------------- the order of generation
-def frames_of(latents: Iterable[int], time: int = 4) -> list[int]:
-    """The frames that latents decode to, in time: frames_of([2, 0]) is [0, 5, 6, 7, 8]."""
-    starts = {i: max(time * (i - 1) + 1, 0) for i in sorted(latents)}
-    return [frame for i, start in starts.items() for frame in range(start, time * i + 1)]
-
-
-def ends(plan: Plan) -> tuple[list[int], list[int]]:
-    """The latents that were there first, given or made, and last: 5 s each, of less a third."""
-    order = plan.order
-    count = HORIZON if len(order) >= 2 * HORIZON else max(len(order) // 3, 1)
-    return order[:count], order[-count:]
-
-
+# ---------------------------------------------------------------- along the order of generation
 def drift(video: Tensor, plan: Plan, piece: int = HORIZON) -> Values:
     """What changes while a video [B, 3, F, H, W] is made, for each 5 s as made: [B, pieces].
 
@@ -135,23 +114,6 @@ def drift(video: Tensor, plan: Plan, piece: int = HORIZON) -> Values:
     }
     offset = (colour - colour[:, :1]).abs().amax(2) * 127.5
     return {"colour offset": offset} | {k: v / v[:, :1].clamp_min(1e-6) for k, v in spread.items()}
-
-
-# ---------------------------------------------------------------- what clips show
-def measure_words(world: World, video: Tensor, plan: Plan, captions: Sequence[str]) -> Values:
-    """What a world reads in pixels [B, 3, F, H, W]: words in the 5 s made first, and in frame 0.
-
-    identity: [B, 2, D], as it is in what was made first and in what was made last"""
-    order = plan.made
-    found = world.hits(video[:, :, frames_of(order[:HORIZON])], captions)
-    if len(order) > HORIZON:
-        last = world.hits(video[:, :, frames_of(order[-HORIZON:])], captions)
-        found["caption, last made"] = last["caption"]
-    frame = world.hits(video[:, :, :1], captions)
-    found["frame 0: colours"] = frame["colour"] & frame["ground"]
-    found["frame 0: shape"] = frame["shape"]
-    first, last = (world.identity(video[:, :, frames_of(part)]) for part in ends(plan))
-    return found | {f"identity: {k}": torch.stack([first[k], last[k]], 1) for k in first}
 
 
 # ---------------------------------------------------------------- whose clips

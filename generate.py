@@ -36,6 +36,7 @@ from dit import PRESETS, DiT, load_dit
 from lib import outputs, streams, text
 from lib.common import UserError, dtype_of, run, start
 from lib.media import FORMATS, VideoWriter, write_sheet
+from lib.shapes import frame_size
 from lib.story import LONGEST
 from lib.weights import find
 from sampler import (
@@ -332,22 +333,6 @@ def chosen_recipe(config: Config, dit: DiT) -> Recipe:
         if trained and value != was:
             print(f"note: --{name} {value}, but this student was trained with {was}")
     return replace(base, **changes)
-
-
-def frame_size(size: tuple[int, ...], dit: DiT, vae: VAE) -> tuple[int, int]:
-    """Height and width of frames: --size, or what suits the VAE. raises: UserError if they, or the
-    two models, do not fit"""
-    size = size or ((480, 832) if vae.config.dim == 96 else (32, 32))
-    unit = [vae.config.space * p for p in dit.config.patch_size[1:]]
-    if len(size) != 2 or min(size) < 1 or size[0] % unit[0] or size[1] % unit[1]:
-        shown, sides = " ".join(map(str, size)), "a height and a width divisible by"
-        raise UserError(f"--size {shown} must be {sides} {unit[0]} and {unit[1]}")
-    made, read = vae.config.z_dim, dit.config.in_dim
-    if made != read:
-        raise UserError(
-            f"the VAE makes {made} channels but the transformer reads {read}; use a matching pair"
-        )
-    return size
 
 
 # ---------------------------------------------------------------- which plan

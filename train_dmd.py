@@ -37,7 +37,7 @@ from anchors import Plan
 from dit import DiT
 from lib import presets
 from lib.clips import Clips
-from lib.common import Stream, UserError, dtype_of, generator, is_first, run, say, start
+from lib.common import Stream, dtype_of, generator, is_first, run, start
 from lib.media import write_sheet
 from lib.states import EMA, write_network
 from lib.text import Prompts
@@ -50,9 +50,9 @@ from lib.training import (
     split_batch,
     training_steps,
 )
-from plans import Mix, rows_of, without_given
+from plans import Mix, draw_entry, mix_of, possible, rows_of, without_given
 from sampler import cfg_velocity, noise_from, shift_sigma
-from train_ode import draw_entry, mix_of, network, trained_as
+from train_ode import network, trained_as
 from vae import load_vae
 
 
@@ -321,17 +321,6 @@ def sheet(world: World, students: Trained, step: int) -> None:
 
 
 # ---------------------------------------------------------------- a run
-def possible(config: Config, mix: Mix) -> Mix:
-    """The plans that can be trained: those around real clips need --clips. raises: UserError"""
-    free = without_given(mix)
-    if config.clips or len(free) == len(mix):
-        return mix
-    if not free:
-        raise UserError("all plans are around given clips: use --clips (tools/encode.py)")
-    say("plans around given clips are left out: they need --clips (tools/encode.py)")
-    return free
-
-
 def trained(config: Config, path: str, shared: bool, lr: float, device: torch.device) -> Trained:
     """One network for both directions, or one for each, with optimisers."""
     models = [network(config, path, device, trained=True) for _ in range(2 - shared)]

@@ -32,7 +32,6 @@ from torch import Tensor
 from anchors import Layout, Plan, forward, layout
 from dit import DiT, load_dit
 from lib import presets
-from lib.cli import check_range
 from lib.common import Stream, dtype_of, generator, run, start
 from lib.pairs import Kind, Pair, check_shards, read_pairs, slot_states, with_pairs, write_missing
 from lib.states import EMA, write_network
@@ -47,7 +46,7 @@ from lib.training import (
     training_steps,
     trapezoid,
 )
-from plans import MIXES, Mix, draw
+from plans import Mix, draw, draw_entry, mix_of
 from sampler import Recipe, Text, many_steps, noise_from, student_sigmas
 
 
@@ -80,14 +79,6 @@ class Config(Training):
     loss_on_anchors: bool = False  # ablation of the paper's Table 5
     clean: float = 0.0  # share of steps at t = 0, without loss: clean context [paper: 0]
     teacher_forcing: bool = False  # all context clean: [clean | noisy]
-
-
-def mix_of(config, mix: Mix | None = None) -> Mix:
-    """The plans that a script trains on, `mix` or what --plans names of all that are registered.
-
-    raises: UserError for a name that is not, or sizes that do not fit"""
-    check_range("plans", config.plans, tuple(MIXES))
-    return mix or MIXES[config.plans](config.latent[0], config.block, config.anchors, config.head)
 
 
 def trained_as(config) -> Recipe:
@@ -226,11 +217,6 @@ class Setup:
 
     def layout(self, part: Part) -> Layout:
         return masked(self.plan(part), self.teacher_forcing, self.tokens, self.device)
-
-
-def draw_entry(config, mix: Mix, step: int) -> int:
-    """The entry of the mix that all processes train on in this iteration."""
-    return draw(mix, torch.rand(1, generator=generator(config.seed, Stream.PLANS, step)).item())
 
 
 def fit(

@@ -35,6 +35,22 @@ def check_latents(z: Tensor, channels: int) -> None:
         raise UserError(f"latents of shape {shape} are not [B, T, {channels}, h, w]")
 
 
+def frame_size(size: tuple[int, ...], dit, vae) -> tuple[int, int]:
+    """Height and width of frames: --size, or what suits the VAE. raises: UserError if they, or the
+    two models, do not fit"""
+    size = size or ((480, 832) if vae.config.dim == 96 else (32, 32))
+    unit = [vae.config.space * p for p in dit.config.patch_size[1:]]
+    if len(size) != 2 or min(size) < 1 or size[0] % unit[0] or size[1] % unit[1]:
+        shown, sides = " ".join(map(str, size)), "a height and a width divisible by"
+        raise UserError(f"--size {shown} must be {sides} {unit[0]} and {unit[1]}")
+    made, read = vae.config.z_dim, dit.config.in_dim
+    if made != read:
+        raise UserError(
+            f"the VAE makes {made} channels but the transformer reads {read}; use a matching pair"
+        )
+    return size
+
+
 def check_text(text: Tensor, most: int, width: int) -> None:
     """Embeddings are [B, L, width], of at most so many words. raises: UserError"""
     if text.ndim != 3 or text.shape[1] > most or text.shape[2] != width:

@@ -19,7 +19,6 @@ from dit import save_dit
 from evaluate import (
     change_ratios,
     drift,
-    ends,
     features,
     flickering_ratio,
     frames_of,
@@ -33,7 +32,7 @@ from lib.changes import frame_changes, seam, temporal_flickering
 from lib.common import UserError
 from lib.media import VideoWriter
 from lib.statistics import Stat, frechet, largest, lost, over_runs, stat
-from lib.world import find_world, numbers_of
+from lib.world import ends, find_world, numbers_of
 from plans import timeline, with_given
 from sampler import Recipe
 from toy import world

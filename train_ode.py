@@ -149,6 +149,8 @@ class Trajectories(Kind):
     Entries of the mix whose plans make as many latents share their pairs: these are a group.
     zoo/causal_ode.py has another kind."""
 
+    draw = staticmethod(draw)
+
     def make(self, teacher: DiT, text: Text, group: int, numbers: range) -> dict[str, Tensor]:
         """The teacher's states. text: of the prompts, then of as many unconditional ones"""
         config, states = self.config, {}
@@ -174,7 +176,7 @@ def make_pairs(kind: Trajectories, rank: int, world: int, device: torch.device) 
         text = teacher.text_kv(torch.cat([prompt, negative.expand_as(prompt)]))
         return kind.make(teacher, text, group, numbers)
 
-    write_missing(kind, lambda u: kind.group(draw(kind.mix, u)), make, rank, world, device)
+    write_missing(kind, make, rank, world, device)
 
 
 # ---------------------------------------------------------------- training
@@ -298,9 +300,9 @@ def main(config: Config, kind: type[Trajectories] = Trajectories) -> None:
     if config.generate:
         make_pairs(made, rank, world, device)
         return
-    groups = read_pairs(config, source.words, made.shapes, made.made_by)
+    groups = read_pairs(made)
     if config.check:
-        check_shards(Path(config.data), groups, made)
+        check_shards(groups, made)
         return
     pairs = [groups.get(made.group(entry), []) for entry in range(len(mix))]
     setup = Setup(config, with_pairs(mix, list(map(bool, pairs))), made.teacher_forcing)

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -100,19 +101,20 @@ class Kind:
     def path(self, numbers: range) -> Path:
         return self.folder / f"pairs-{numbers.start:06d}.safetensors"
 
-    def settings(self, free: Sequence[str] = ()) -> dict:
-        """How pairs are made, but for the flags in `free`: what a later run is compared with."""
-        made = {k: asdict(self.config)[k] for k in self.made_by if k not in free}
+    @cached_property
+    def settings(self) -> dict:
+        """How pairs are made: what a shard records and a later run is compared with."""
+        made = {k: asdict(self.config)[k] for k in self.made_by}
         made["teacher"] = fingerprint(read_dit(self.config.teacher)[1])
         if self.config.prompts.endswith(".safetensors"):  # embeddings: of which encoder
             made["encoder"] = (read_tensors(self.config.prompts)[1] or {}).get("encoder")
         return made
 
     def record(self, numbers: range) -> dict:
-        """What a shard says of its pairs, beside the settings."""
+        """What a shard says of itself."""
         counted = {"first": numbers.start, "count": len(numbers), "group": self.group_of(numbers)}
         clips = {"clips": hashed(self.clip_of, numbers)} if self.clip_of else {}
-        return counted | {"words": hashed(self.source.words, numbers)} | clips
+        return self.settings | counted | {"words": hashed(self.source.words, numbers)} | clips
 
 
 def pair_noise(config, channels: int, number: int, rows: int) -> Tensor:
@@ -137,7 +139,7 @@ def shard_files(folder: Path) -> list[Path]:
 Make = Callable[[int, range], dict[str, Tensor]]  # (group, pairs) -> tensors
 
 
-def missing_shards(kind: Kind, settings: dict) -> list[range]:
+def missing_shards(kind: Kind) -> list[range]:
     """The shards that are not there, or not whole. raises: UserError for one of another run"""
     todo = {kind.path(numbers): numbers for numbers in kind.ranges()}
     for path in shard_files(kind.folder):
@@ -148,7 +150,7 @@ def missing_shards(kind: Kind, settings: dict) -> list[range]:
                 "--pairs and --shard it was made with (--pairs may grow), or another --data"
             )
         made = read_tensors(path)[1] or {}
-        if wrong := difference(made, settings):
+        if wrong := difference(made, kind.settings):
             raise UserError(f"{path} was made otherwise: {wrong}; delete it, or use another --data")
         if wrong := difference(made, kind.record(todo[path])):
             print(f"{path.name} is made again: {wrong}", flush=True)
@@ -162,8 +164,7 @@ def write_missing(kind: Kind, make: Make, rank: int, world: int, device: torch.d
     config, folder = kind.config, kind.folder
     if min(config.pairs, config.shard) < 1:
         raise UserError(f"--pairs {config.pairs} and --shard {config.shard} must be at least 1")
-    settings = kind.settings()
-    todo = missing_shards(kind, settings)
+    todo = missing_shards(kind)
     mean_over_processes({"looked": 1.0}, device)  # nobody writes before all have looked
     if rank == 0:
         shards = {r: kind.shapes(kind.group_of(r)).values() for r in kind.ranges()}
@@ -176,7 +177,7 @@ def write_missing(kind: Kind, make: Make, rank: int, world: int, device: torch.d
     mine = todo[rank::world]
     bar = tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair")
     with torch.no_grad(), stop_signals() as stop, bar:
-        done = all(write_shard(kind, settings, numbers, make, stop, bar) for numbers in mine)
+        done = all(write_shard(kind, numbers, make, stop, bar) for numbers in mine)
     # one process that was stopped is enough to leave the index as it is
     done = mean_over_processes({"done": float(done)}, device)["done"] == 1
     if rank == 0 and done:
@@ -190,7 +191,7 @@ def write_missing(kind: Kind, make: Make, rank: int, world: int, device: torch.d
 
 
 def write_shard(
-    kind: Kind, settings: dict, numbers: range, make: Make, stop: Callable[[], bool], bar: tqdm
+    kind: Kind, numbers: range, make: Make, stop: Callable[[], bool], bar: tqdm
 ) -> bool:
     """Make and write one shard; False if a signal came before it was whole."""
     parts, micro = [], kind.config.micro or 16
@@ -207,7 +208,7 @@ def write_shard(
             f"the teacher's {lost[0]} of pairs {numbers.start} to {numbers.stop - 1} are not "
             "finite; nothing was written for them"
         )
-    write_safetensors(kind.path(numbers), tensors, settings | kind.record(numbers))
+    write_safetensors(kind.path(numbers), tensors, kind.record(numbers))
     return True
 
 
@@ -226,7 +227,8 @@ def read_pairs(kind: Kind) -> dict[int, list[Pair]]:
     """Group -> its pairs in --data.
 
     raises: UserError where a shard is missing, damaged, or not what is asked for"""
-    index, settings = kind.folder / "index.json", kind.settings(free=("seed",))  # of training: any
+    index = kind.folder / "index.json"
+    settings = {k: v for k, v in kind.settings.items() if k != "seed"}  # of training: any
     if not index.is_file():
         raise UserError(
             f"{index} does not exist: make pairs first, with --generate --data {kind.folder}"

@@ -28,6 +28,9 @@ import torch
 
 from dit import Visible
 from lib.common import UserError
+from lib.letters import marks as marks
+from lib.letters import text_picture as text_picture
+from lib.shapes import check_anchors, check_blocks, check_long, check_step
 
 HORIZON = 21  # positions and latents the model has seen at once in training [paper Sec. 4.3]
 SINK_GAP = 3  # empty positions between a block and a sink moved to its far side [paper A.2]
@@ -104,8 +107,23 @@ class Plan:
 
     @cached_property
     def made_at(self) -> dict[int, int]:
-        """latent -> the step that finishes it."""
+        """latent -> the step that finishes it, in order of generation."""
         return {i: n for n, step in enumerate(self.steps) for i in step.targets}
+
+    @property
+    def order(self) -> list[int]:
+        """Latents in order of generation, no dummies; backward(9): [6, 7, 8, 3, 4, 5, 0, 1, 2]."""
+        return [i for i in self.made_at if i >= 0]
+
+    @cached_property
+    def given(self) -> set[int]:
+        """The latents that are the user's own."""
+        return {i for step in self.steps for i in step.given}
+
+    @property
+    def made(self) -> list[int]:
+        """`order` without those that are given."""
+        return [i for i in self.order if i not in self.given]
 
     def boundaries(self) -> list[bool]:
         """For latents i, i+1: True where two different steps made them (inter-block)."""
@@ -114,29 +132,6 @@ class Plan:
     def prompts(self) -> int:
         """How many prompts the plan asks for."""
         return 1 + max(step.prompt for step in self.steps)
-
-
-def check_step(step: Step, finished: set[int], horizon: int, where: str) -> None:
-    """raises: UserError for a step that cannot be executed after these latents are finished."""
-    unread = [i for i, _ in step.reads if i not in finished]
-    if unread:
-        raise UserError(f"{where} reads latents {unread} before they are finished")
-    again = sorted(finished.intersection(step.targets))
-    if again:
-        raise UserError(f"{where} finishes latents {again} a second time")
-    if len(set(step.own)) < len(step.own):
-        raise UserError(f"{where} has latents twice in {step.anchors} and {step.targets}")
-    if set(step.given) - set(step.own) or (step.commits and step.anchors):
-        makes = f"makes {step.targets} with anchors {step.anchors}"
-        raise UserError(f"{where} is given {step.given} but {makes}")
-    places = [*step.pos, *(p for _, p in step.reads)]
-    if len(step.pos) != len(step.own) or len(set(places)) < len(places):
-        latents = f"{len(step.own)} latents and {len(step.reads)} reads"
-        raise UserError(f"{where} puts {latents} on positions {sorted(places)}")
-    span = max(places) - min(places) + 1
-    if span > horizon:
-        advice = "shorten the window, gap or block"
-        raise UserError(f"{where} spans {span} positions, over the horizon of {horizon}: {advice}")
 
 
 # ---------------------------------------------------------------- one block of an order
@@ -235,21 +230,8 @@ def _beginning(block: range, finished: Sequence[int]) -> Step:
 def _blocks(length: int, block: int, head: int = 0) -> list[range]:
     """Cut 0 .. length-1 into a head (0: of a block) and blocks. raises: UserError"""
     head = head or block
-    if block < 1 or head < 1:
-        raise UserError(f"block {block} and head {head} must be at least 1")
-    rest = length - head
-    if rest < 0 or rest % block:
-        below = length - rest % block if rest > 0 else head
-        behind = f" behind a head of {head}" if head != block else ""
-        use = f"use {below} or {below + block}"
-        raise UserError(f"{length} latents are not whole blocks of {block}{behind}; {use}")
+    check_blocks(length, block, head)
     return [range(head), *(range(s, s + block) for s in range(head, length, block))]
-
-
-def check_anchors(anchors: int, block: int) -> None:
-    """raises: UserError for a number of anchors that the block cannot have"""
-    if block < 1 or not 0 <= anchors <= block:
-        raise UserError(f"{anchors} anchors do not fit the block {block}; use 0 to {block}")
 
 
 # ---------------------------------------------------------------- the orders
@@ -344,12 +326,7 @@ def long(
     as_trained: bool = False,
 ) -> Plan:
     """Forward or backward past the horizon, at constant memory: a window, and sinks on a side."""
-    if sink not in ("past", "future", "both", "none"):
-        raise UserError(f"unknown sink {sink!r}; use past, future, both or none")
-    if direction not in ("forward", "backward"):
-        raise UserError(f"unknown direction {direction!r}; use forward or backward")
-    if window < 0:
-        raise UserError(f"window {window} must be at least 0")
+    check_long(direction, window, sink)
     view = View(window, sink in ("past", "both"), sink in ("future", "both"), as_trained)
     if direction == "forward":
         return forward(length, block, view)
@@ -443,30 +420,3 @@ def ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
         else:
             runs.append((n, n + 1))
     return tuple(runs)
-
-
-# ---------------------------------------------------------------- a picture in letters
-def text_picture(plan: Plan) -> str:
-    """One line a step, one column a latent: T target, G given, a anchor, r read, . unseen.
-
-    d: the dummy block. Behind a line: reads that do not stand where they lie in time."""
-    dummies = sorted(i for i in plan.made_at if i < 0)[::-1]
-    columns = [*dummies, *range(plan.length)]
-    heads = " ".join(f"{'d' if i < 0 else i:>2}" for i in columns)
-    lines = ["latent    " + heads]
-    for n, step in enumerate(plan.steps):
-        mark = marks(step)
-        row = " ".join(f"{mark.get(i, '.'):>2}" for i in columns)
-        offset = step.pos[-1] - step.targets[-1]
-        shown = [(i, p) for i, p in step.reads if i >= 0 and i not in step.own]
-        moved = [f"{i}@{p}" for i, p in shown if p - i != offset]
-        lines.append(f"step {n:<4} {row}" + (f"   moved: {' '.join(moved)}" if moved else ""))
-    return "\n".join(lines)
-
-
-def marks(step: Step) -> dict[int, str]:
-    """latent -> its letter in a picture of the plan."""
-    mark = {i: "r" for i, _ in step.reads}
-    mark |= {i: "a" for i in step.anchors}
-    mark |= {i: "G" if i in step.given else "T" for i in step.targets}
-    return mark

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from lib.common import UserError
 from lib.cpu import Linear
 from lib.flex import block_mask, flex_attention
+from lib.shapes import check_noisy, check_text
 from lib.weights import check_sizes, config_from, load_strict, read_dit, write_dit
 
 
@@ -346,9 +347,7 @@ class DiT(nn.Module):
     def embed_text(self, text: Tensor) -> Tensor:
         """[B, L <= text_len, text_dim] -> padded with zeros, then embedded: [B, text_len, E]."""
         c = self.config
-        if text.ndim != 3 or text.shape[1] > c.text_len or text.shape[2] != c.text_dim:
-            want = f"[B, <= {c.text_len}, {c.text_dim}]"
-            raise UserError(f"text embeddings of shape {tuple(text.shape)} are not {want}")
+        check_text(text, c.text_len, c.text_dim)
         text = F.pad(text, (0, 0, 0, c.text_len - text.shape[1]))
         return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
 
@@ -376,7 +375,7 @@ class DiT(nn.Module):
         past: what all of them see besides, layer by layer (`KVCache.read`)
         returns: v [B, T, C, h, w] float32; with return_kv also the keys and values of each layer;
             with keys_only these alone, and the last layer stops at its keys"""
-        self._check(z, t, pos)
+        check_noisy(z, t, pos, self.config)
         c, (h, w) = self.config, z.shape[3:]
         x = self._patchify(z)  # (B, T, N, E)
         e = self._embed_time(t)  # (B, T, E)
@@ -421,18 +420,6 @@ class DiT(nn.Module):
         x = x.view(*x.shape[:2], rows, columns, ph, pw, c.out_dim)
         x = x.permute(0, 1, 6, 2, 4, 3, 5)  # (B, T, C, rows, ph, columns, pw)
         return x.reshape(*x.shape[:3], h, w)
-
-    def _check(self, z: Tensor, t: Tensor, pos: Tensor) -> None:
-        B, T, C, h, w = z.shape
-        ph, pw = self.config.patch_size[1:]
-        if C != self.config.in_dim or h % ph or w % pw:
-            raise UserError(
-                f"latents of {C} channels and {h}x{w} cells do not fit in_dim {self.config.in_dim}"
-                f" and patches of {ph}x{pw} (the frame's sides: multiples of 16 with an 8x VAE)"
-            )
-        if t.shape != (B, T) or pos.shape != (T,):
-            given = f"t {tuple(t.shape)} and pos {tuple(pos.shape)}"
-            raise UserError(f"{given} must be {(B, T)} and {(T,)} for z {tuple(z.shape)}")
 
 
 # ---------------------------------------------------------------- weights

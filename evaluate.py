@@ -13,16 +13,15 @@ and reports the largest mean. Print motion beside it: a blurred, slow video has 
 Latent round trip [ours]: decode, encode again; the squared change of the first latent of each block
 over that of the others. A latent that does not fit its past does not come back. About 1 if all do.
 
-What was made first, and what last, is asked of the plan (`order_of`), not read off the clock:
-backward order makes the last seconds first. What a clip shows is asked of a world (lib/world.py).
+What was made first, and what last, is asked of the plan, not read off the clock: backward order
+makes the last seconds first. What a clip shows is asked of a world (lib/world.py).
 
     python evaluate.py --clips 32                # the student in toy/weights
     python evaluate.py --video clip.mp4          # or a folder of videos
     python evaluate.py --weights FOLDER --prompts prompts.safetensors      # without a world
 """
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,17 +31,17 @@ from tqdm import tqdm
 
 import anchors
 from anchors import HORIZON, Plan, View
-from dit import DiT, load_dit
-from generate import frame_size, load_models
+from dit import load_dit
+from generate import Maker, decoded, frame_size, load_models
 from lib import report, text
-from lib.changes import STATIC, frame_changes, temporal_flickering
+from lib.changes import STATIC, frame_changes, frames_of, temporal_flickering
 from lib.common import UserError, check_out, dtype_of, run, start
-from lib.media import read_frames, videos_in
 from lib.shapes import check_ratio_frames
-from lib.statistics import Stat, Values, joined, over_files, stat, summary
-from lib.world import OTHER, World, find_world, numbers_of
+from lib.statistics import Stat, Values, features, joined, stat, summary
+from lib.videos import rows_of_videos
+from lib.world import OTHER, World, find_world, measure_words, numbers_of
 from plans import both_directions
-from sampler import Recipe, gather, noise_seeded, student_blocks, teacher_blocks
+from sampler import Recipe, recipe_of
 from vae import VAE
 
 BATCH = 16  # clips at a time
@@ -72,7 +71,7 @@ def measure(video: Tensor, plan: Plan) -> Values:
     inter = torch.tensor(plan.boundaries()[1:])
     if ratios.shape[1] != len(inter):
         raise UserError(f"{video.shape[2]} frames do not fit {plan.name!r}, {plan.length} latents")
-    into = [frame - 1 for frame in frames_of(made(plan)) if frame]
+    into = [frame - 1 for frame in frames_of(plan.made) if frame]
     return {
         "FR inter": ratios[:, inter],  # (B, boundaries, 4)
         "FR intra": ratios[:, ~inter],
@@ -91,46 +90,14 @@ def round_trip(z: Tensor, again: Tensor, plan: Plan) -> Tensor:
     return change[:, first].mean(1) / change[:, ~first].mean(1)
 
 
-def features(z: Tensor) -> Tensor:
-    """A row a clip for `frechet`: mean and spread of each channel, spread of its change [ours].
-
-    z: [B, T, C, h, w];  returns: [B, 3C]"""
-    rest = (1, 3, 4)
-    return torch.cat([z.mean(rest), z.std(rest), z.diff(dim=1).std(rest)], dim=1)
-
-
-# ---------------------------------------------------------------- the order of generation
-def order_of(plan: Plan) -> list[int]:
-    """Latents in a plan's order, without dummies; backward(9): [6, 7, 8, 3, 4, 5, 0, 1, 2]."""
-    return [i for step in plan.steps for i in step.targets if i >= 0]
-
-
-def made(plan: Plan) -> list[int]:
-    """The same without those that are given."""
-    given = {i for step in plan.steps for i in step.given}
-    return [i for i in order_of(plan) if i not in given]
-
-
-def frames_of(latents: Iterable[int], time: int = 4) -> list[int]:
-    """The frames that latents decode to, in time: frames_of([2, 0]) is [0, 5, 6, 7, 8]."""
-    starts = {i: max(time * (i - 1) + 1, 0) for i in sorted(latents)}
-    return [frame for i, start in starts.items() for frame in range(start, time * i + 1)]
-
-
-def ends(plan: Plan) -> tuple[list[int], list[int]]:
-    """The latents that were there first, given or made, and last: 5 s each, of less a third."""
-    order = order_of(plan)
-    count = HORIZON if len(order) >= 2 * HORIZON else max(len(order) // 3, 1)
-    return order[:count], order[-count:]
-
-
+# ---------------------------------------------------------------- along the order of generation
 def drift(video: Tensor, plan: Plan, piece: int = HORIZON) -> Values:
     """What changes while a video [B, 3, F, H, W] is made, for each 5 s as made: [B, pieces].
 
     colour offset: from what was there first, in grey levels of 255
     contrast, sharpness, motion: over those of what was there first
     A last piece of less than half the length is left out."""
-    order = order_of(plan)
+    order = plan.order
     parts = [frames_of(order[a : a + piece]) for a in range(0, len(order), piece)]
     parts = [part for part in parts if 2 * len(part) >= len(parts[0])]
     video = video.float()
@@ -149,29 +116,7 @@ def drift(video: Tensor, plan: Plan, piece: int = HORIZON) -> Values:
     return {"colour offset": offset} | {k: v / v[:, :1].clamp_min(1e-6) for k, v in spread.items()}
 
 
-# ---------------------------------------------------------------- what clips show
-def measure_words(world: World, video: Tensor, plan: Plan, captions: Sequence[str]) -> Values:
-    """What a world reads in pixels [B, 3, F, H, W]: words in the 5 s made first, and in frame 0.
-
-    identity: [B, 2, D], as it is in what was made first and in what was made last"""
-    order = made(plan)
-    found = world.hits(video[:, :, frames_of(order[:HORIZON])], captions)
-    if len(order) > HORIZON:
-        last = world.hits(video[:, :, frames_of(order[-HORIZON:])], captions)
-        found["caption, last made"] = last["caption"]
-    frame = world.hits(video[:, :, :1], captions)
-    found["frame 0: colours"] = frame["colour"] & frame["ground"]
-    found["frame 0: shape"] = frame["shape"]
-    first, last = (world.identity(video[:, :, frames_of(part)]) for part in ends(plan))
-    return found | {f"identity: {k}": torch.stack([first[k], last[k]], 1) for k in first}
-
-
 # ---------------------------------------------------------------- whose clips
-def recipe_of(dit: DiT) -> Recipe:
-    """How a student was trained, and so how it is run; if its file is silent, the paper's way."""
-    return Recipe.read(dit.recipe) or Recipe()
-
-
 def plans_of(recipe: Recipe) -> dict[str, Plan]:
     """The two plans a student was trained for; and its anchors kept as output (paper Fig. 9c)."""
     block, head = recipe.block, recipe.head or recipe.block
@@ -180,54 +125,6 @@ def plans_of(recipe: Recipe) -> dict[str, Plan]:
     if recipe.anchors and (HORIZON - head) % (2 * block) == 0:
         plans["backward, anchors as output"] = anchors.backward(HORIZON, 2 * block, 0, head=head)
     return plans
-
-
-@dataclass
-class Maker:
-    """Who makes clips, and how: a student as trained, or, with guidance, a teacher in 48 steps."""
-
-    dit: DiT
-    vae: VAE
-    size: tuple[int, int]
-    seed: int = 0
-    guidance: float | None = None
-    share_noise: str = ""  # none, start or all; default: as trained
-    embeddings: str = ""  # a file of embedded prompts
-    weights: str = ""  # a folder with Wan's text encoder
-
-    @torch.no_grad()
-    def make(
-        self,
-        plan: Plan,
-        captions: Sequence[str],
-        first: int = 0,
-        given: dict[int, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Latents [B, T, C, h, w] and pixels [B, 3, F, H, W], a clip a caption.
-
-        first: clip n has the noise (seed, first + n, 0);  given: latent -> [B, C, h, w]"""
-        c, device = self.dit.config, self.dit.patch_embedding.weight.device
-        words = text.embed(captions, c.text_dim, c.text_len, self.embeddings, self.weights)
-        texts = [words.to(device)] * plan.prompts()  # (B, L, text_dim) each
-        h, w = (side // self.vae.config.space for side in self.size)
-        seeds = [(self.seed, first + n, 0) for n in range(len(captions))]
-        noise = noise_seeded(seeds, (c.in_dim, h, w), device)
-        recipe = recipe_of(self.dit)
-        share = self.share_noise or recipe.share_noise
-        if self.guidance is None:
-            recipe = replace(recipe, share_noise=share)
-            blocks = student_blocks(self.dit, plan, texts, noise, recipe, given)
-        else:
-            empty = torch.zeros_like(texts[0][:1])  # the empty prompt
-            how = (empty, noise, self.guidance, given)
-            blocks = teacher_blocks(self.dit, plan, texts, *how, share_noise=share)
-        z = gather(plan, blocks)
-        return z, decoded(self.vae, z)
-
-
-def decoded(vae: VAE, z: Tensor, chunk: int = 0) -> Tensor:
-    """Pixels [B, 3, F, H, W] of latents [B, T, C, h, w], a clip at a time; on the CPU."""
-    return torch.cat([vae.decode(clip[None], chunk).cpu() for clip in z])
 
 
 def encoded(vae: VAE, video: Tensor, chunk: int = 0) -> Tensor:
@@ -282,7 +179,6 @@ class Config:
     RANGES = {
         "clips": (2, 10**6),
         "block": (1, 10**4),
-        "share_noise": ("none", "start", "all"),
         "orders": tuple(anchors.ORDERS),
     }
     weights: str = "toy/weights"  # a folder with student and VAE
@@ -303,33 +199,11 @@ class Config:
     device: str = "auto"
 
 
-def measure_file(file: Path, block: int) -> dict[str, Stat]:
-    """A row for a video, cut to whole blocks; empty if it does not move. raises: UserError"""
-    video = read_frames(file)
-    there, least = video.shape[2], 4 * math.ceil(3 / block) * block - 3
-    if there < least:
-        raise UserError(f"{file} has {there} frames; blocks of {block} latents need {least}")
-    latents = (there + 3) // 4 // block * block
-    used = 4 * latents - 3
-    print(f"{file.name}: the first {used} of {there} frames, {latents} latents by {block}")
+def measure_video(video: Tensor, latents: int, block: int) -> dict[str, Stat]:
+    """A row for a video [1, 3, F, H, W], of which so many latents are whole blocks."""
     plan = anchors.forward(latents, block, View(window=0))  # who reads what does not matter
-    found = summary(measure(video[:, :, :used], plan))
-    if not (found["FR inter"].clips or found["FR intra"].clips):
-        print(f"{file.name} is left out: it does not move, so it has no flickering ratio")
-        return {}
-    return found | {"flicker (VBench)": stat(temporal_flickering(video))}
-
-
-def measure_files(path: Path, block: int) -> dict[str, dict[str, Stat]]:
-    """A row for a video, or for each in a folder and one for all."""
-    files = videos_in(path) if path.is_dir() else [path]
-    measured = {file.name: measure_file(file, block) for file in files}
-    rows = {name: row for name, row in measured.items() if row}
-    if not rows:
-        raise UserError(f"{path} does not move, so it has no flickering ratio")
-    if path.is_dir():
-        rows[f"all {len(rows)}"] = over_files(list(rows.values()))
-    return rows
+    row = summary(measure(video[:, :, : 4 * latents - 3], plan))
+    return row | {"flicker (VBench)": stat(temporal_flickering(video))}
 
 
 def measure_student(config: Config, device: torch.device) -> dict[str, dict[str, Stat]]:
@@ -375,7 +249,7 @@ def main(config: Config) -> None:
     if config.out:
         check_out(config.out, inputs=[config.video])
     if config.video:
-        rows = measure_files(Path(config.video), config.block)
+        rows = rows_of_videos(Path(config.video), config.block, measure_video)
     else:
         rows = measure_student(config, device)
     report.show(rows, config.out)

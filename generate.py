@@ -36,9 +36,18 @@ from dit import PRESETS, DiT, load_dit
 from lib import outputs, streams, text
 from lib.common import UserError, dtype_of, run, start
 from lib.media import FORMATS, VideoWriter, write_sheet
+from lib.shapes import frame_size
 from lib.story import LONGEST
 from lib.weights import find
-from sampler import FPS, Recipe, noise_seeded, student_blocks, teacher_blocks
+from sampler import (
+    FPS,
+    Recipe,
+    gather,
+    noise_seeded,
+    recipe_of,
+    student_blocks,
+    teacher_blocks,
+)
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, load_vae
 
@@ -80,15 +89,14 @@ def load_models(
     return dit.eval().requires_grad_(False), vae.eval().requires_grad_(False)
 
 
-def recipe_of(dit: DiT) -> Recipe:
+def known_recipe(dit: DiT) -> Recipe:
     """How a student was trained. raises: UserError if its file does not say"""
-    recipe = Recipe.read(dit.recipe)
-    if recipe is None:
+    if dit.recipe is None:
         raise UserError(
             "these weights do not say how they were trained: give --denoising 1000 750 500 250 if"
             " they are a student of these steps, or --guidance 5 if they are a teacher (48 steps)"
         )
-    return recipe
+    return recipe_of(dit)
 
 
 # ---------------------------------------------------------------- from a plan to a file
@@ -119,14 +127,61 @@ def make_blocks(
         negative = "" if c.text_dim == text.TOY_DIM else text.NEGATIVE
     words = [*prompts] if guidance is None else [*prompts, negative]
     embedded = text.embed(words, c.text_dim, c.text_len, embeddings, weights).to(device)
-    texts = [e[None] for e in embedded]  # (1, L, text_dim) each
+    texts = list(embedded.split(1))  # (1, L, text_dim) each
     noise = noise_seeded([(seed, 0, 0)], (c.in_dim, *size), device)
     if guidance is None:
-        texts, recipe = [dit.text_kv(e) for e in texts], recipe or recipe_of(dit)
+        texts, recipe = [dit.text_kv(e) for e in texts], recipe or known_recipe(dit)
         return student_blocks(dit, plan, texts, noise, recipe, given, commit_anchors=commit_anchors)
     *texts, nothing = texts
     rule = {name: getattr(recipe or Recipe(), name) for name in ("shift", "share_noise")}
     return teacher_blocks(dit, plan, texts, nothing, noise, guidance, given, **rule)
+
+
+@dataclass
+class Maker:
+    """Who makes clips to measure, and how: a student as trained or, with guidance, a teacher."""
+
+    dit: DiT
+    vae: VAE
+    size: tuple[int, int]
+    seed: int = 0
+    guidance: float | None = None
+    share_noise: str = ""  # none, start or all; default: as trained
+    embeddings: str = ""  # a file of embedded prompts
+    weights: str = ""  # a folder with Wan's text encoder
+
+    @torch.no_grad()
+    def make(
+        self,
+        plan: Plan,
+        captions: Sequence[str],
+        first: int = 0,
+        given: dict[int, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Latents [B, T, C, h, w] and pixels [B, 3, F, H, W], a clip a caption.
+
+        first: clip n has the noise (seed, first + n, 0);  given: latent -> [B, C, h, w]"""
+        c, device = self.dit.config, self.dit.patch_embedding.weight.device
+        words = text.embed(captions, c.text_dim, c.text_len, self.embeddings, self.weights)
+        texts = [words.to(device)] * plan.prompts()  # (B, L, text_dim) each
+        h, w = (side // self.vae.config.space for side in self.size)
+        seeds = [(self.seed, first + n, 0) for n in range(len(captions))]
+        noise = noise_seeded(seeds, (c.in_dim, h, w), device)
+        recipe = recipe_of(self.dit)
+        share = self.share_noise or recipe.share_noise
+        if self.guidance is None:
+            recipe = replace(recipe, share_noise=share)
+            blocks = student_blocks(self.dit, plan, texts, noise, recipe, given)
+        else:
+            how = (torch.zeros_like(texts[0][:1]), noise, self.guidance, given)  # no negative
+            blocks = teacher_blocks(self.dit, plan, texts, *how, share_noise=share)
+        z = gather(plan, blocks)
+        return z, decoded(self.vae, z)
+
+
+def decoded(vae: VAE, z: Tensor, chunk: int = 0) -> Tensor:
+    """Pixels [B, 3, F, H, W] of latents [B, T, C, h, w], a clip at a time; on the CPU."""
+    return torch.cat([vae.decode(clip[None], chunk).cpu() for clip in z])
 
 
 @torch.no_grad()
@@ -180,7 +235,6 @@ class Config(clips.Clips):
         "seed": (),  # a number, or "random"
         "frames": (1, int(LONGEST * FPS)),
         "gap": (0, None),
-        "share_noise": ("none", "start", "all"),
     }
     prompts: str = ""  # a file with a prompt a line: a clip each, in a folder named as --out
     out: str = "out/clip.mp4"  # .mp4, .gif, .mkv (lossless), .png (one frame)
@@ -268,7 +322,7 @@ def chosen_recipe(config: Config, dit: DiT) -> Recipe:
     if trained and config.guidance is not None:
         print(f"note: a student of {len(trained.levels)} steps is run as a teacher, of 48")
     is_said = config.denoising or config.guidance is not None
-    base = Recipe() if is_said and not trained else recipe_of(dit)
+    base = Recipe() if is_said and not trained else known_recipe(dit)
     changes = {}
     for entry, name in FLAGS.items():
         value = 0 if name == "anchors" and config.dummy else getattr(config, name)
@@ -279,22 +333,6 @@ def chosen_recipe(config: Config, dit: DiT) -> Recipe:
         if trained and value != was:
             print(f"note: --{name} {value}, but this student was trained with {was}")
     return replace(base, **changes)
-
-
-def frame_size(size: tuple[int, ...], dit: DiT, vae: VAE) -> tuple[int, int]:
-    """Height and width of frames: --size, or what suits the VAE. raises: UserError if they, or the
-    two models, do not fit"""
-    size = size or ((480, 832) if vae.config.dim == 96 else (32, 32))
-    unit = [vae.config.space * p for p in dit.config.patch_size[1:]]
-    if len(size) != 2 or min(size) < 1 or size[0] % unit[0] or size[1] % unit[1]:
-        shown, sides = " ".join(map(str, size)), "a height and a width divisible by"
-        raise UserError(f"--size {shown} must be {sides} {unit[0]} and {unit[1]}")
-    made, read = vae.config.z_dim, dit.config.in_dim
-    if made != read:
-        raise UserError(
-            f"the VAE makes {made} channels but the transformer reads {read}; use a matching pair"
-        )
-    return size
 
 
 # ---------------------------------------------------------------- which plan

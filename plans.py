@@ -18,6 +18,8 @@ the whole clip. A new order joins the training by a line in `any_mix`; a mix of 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 from anchors import (
     EVERYTHING,
     HORIZON,
@@ -33,7 +35,8 @@ from anchors import (
     forward_step,
     place,
 )
-from lib.common import UserError
+from lib.cli import check_range
+from lib.common import Stream, UserError, generator, say
 
 
 # ---------------------------------------------------------------- changes to any plan
@@ -291,7 +294,7 @@ def rows_of(plans: Sequence[Plan]) -> int:
 
 def without_given(mix: Mix) -> Mix:
     """The plans of a mix that need no clip from outside."""
-    free = [entry for entry in mix if not any(step.given for p in entry[1] for step in p.steps)]
+    free = [(share, plans) for share, plans in mix if not any(plan.given for plan in plans)]
     total = sum(share for share, _ in free)
     return tuple((share / total, plans) for share, plans in free)
 
@@ -306,3 +309,27 @@ def draw(mix: Mix, u: float) -> int:
 
 
 MIXES: dict[str, Callable[..., Mix]] = {"paper": paper_mix, "any": any_mix}
+
+
+def mix_of(config, mix: Mix | None = None) -> Mix:
+    """The plans that a script trains on, `mix` or what --plans names of all that are registered.
+
+    raises: UserError for a name that is not, or sizes that do not fit"""
+    check_range("plans", config.plans, tuple(MIXES))
+    return mix or MIXES[config.plans](config.latent[0], config.block, config.anchors, config.head)
+
+
+def draw_entry(config, mix: Mix, step: int) -> int:
+    """The entry of the mix that all processes train on in this iteration."""
+    return draw(mix, torch.rand(1, generator=generator(config.seed, Stream.PLANS, step)).item())
+
+
+def possible(config, mix: Mix) -> Mix:
+    """The plans that can be trained: those around real clips need --clips. raises: UserError"""
+    free = without_given(mix)
+    if config.clips or len(free) == len(mix):
+        return mix
+    if not free:
+        raise UserError("all plans are around given clips: use --clips (tools/encode.py)")
+    say("plans around given clips are left out: they need --clips (tools/encode.py)")
+    return free

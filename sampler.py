@@ -27,7 +27,9 @@ from torch import Tensor
 from anchors import IMAGINED, Plan, Step
 from dit import KV, DiT, Past
 from kvcache import KVCache
-from lib.common import Stream, UserError, generator
+from lib.common import Stream, generator
+from lib.shapes import check_levels
+from lib.weights import config_from
 
 FPS = 16  # [Wan]
 ODE_STEPS = 48  # of a teacher; every 12th level is a student's, for any shift [Self-Forcing]
@@ -44,11 +46,7 @@ def student_sigmas(
     levels: Sequence[float] = (1000, 750, 500, 250), shift: float = 5.0
 ) -> list[float]:
     """A student's noise levels; by default 1, .9375, .83333, .625 [paper]. raises: UserError"""
-    falling = list(levels) == sorted(set(levels), reverse=True)
-    if not levels or not falling or levels[0] > 1000 or levels[-1] <= 0:
-        shown = " ".join(map(str, levels))
-        flags = "--denoising (or --first_denoising)"
-        raise UserError(f"{flags} {shown} must fall from at most 1000 and stay above 0")
+    check_levels(levels)
     return [shift_sigma(level / 1000, shift) for level in levels]
 
 
@@ -72,18 +70,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for levels in filter(None, (self.levels, self.first_levels)):
-            student_sigmas(levels)  # raises for impossible ones
+            check_levels(levels)
 
     @classmethod
     def read(cls, values: dict | None) -> "Recipe | None":
         """From a checkpoint's metadata; None if it says nothing. raises: UserError"""
         if values is None:
             return None
-        try:
-            lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-            return cls(**values | lists)
-        except TypeError as error:
-            raise UserError(f"a student's recipe is not one of this version: {error}") from None
+        return config_from(cls, values, "a student's recipe is not one of this version")
 
     def write(self) -> dict:
         return asdict(self)
@@ -92,6 +86,11 @@ class Recipe:
         """The noise levels of block n, in order of generation; a dummy is none."""
         levels = self.first_levels if n == 0 and self.first_levels else self.levels
         return student_sigmas(levels, self.shift)
+
+
+def recipe_of(dit: DiT) -> Recipe:
+    """How a student was trained, and so how it is run; if its file is silent, the paper's way."""
+    return Recipe.read(dit.recipe) or Recipe()
 
 
 # ---------------------------------------------------------------- noise
@@ -310,7 +309,7 @@ def student_blocks(
 
     recipe: how it is run; None: as its checkpoint remembers, or else as in the paper
     dtype: of the cache, where it is not that of the weights (mixed precision under FSDP)"""
-    recipe = recipe or Recipe.read(dit.recipe) or Recipe()
+    recipe = recipe or recipe_of(dit)
     cache = cache_for(dit, plan, noise, dtype=dtype)
     dummies = sum(step.targets[0] < 0 for step in plan.steps)  # before the blocks that are shown
     denoise = few_steps(

@@ -37,23 +37,22 @@ from anchors import Plan
 from dit import DiT
 from lib import presets
 from lib.clips import Clips
-from lib.common import Stream, UserError, dtype_of, generator, is_first, run, say, start
+from lib.common import Stream, dtype_of, generator, is_first, run, start
 from lib.media import write_sheet
 from lib.states import EMA, write_network
 from lib.text import Prompts
 from lib.training import (
     Training,
-    clip_gradients,
+    apply_gradients,
     computing,
     finite_means,
     inference,
     split_batch,
-    sync_gradients,
     training_steps,
 )
-from plans import Mix, rows_of, without_given
+from plans import Mix, draw_entry, mix_of, possible, rows_of, without_given
 from sampler import cfg_velocity, noise_from, shift_sigma
-from train_ode import draw_entry, mix_of, network, recipe_of
+from train_ode import network, trained_as
 from vae import load_vae
 
 
@@ -190,11 +189,10 @@ def draw_round(
     """What plan d gets in a round: all is a function of (seed, role, iteration, sample, d)."""
     config, levels = world.config, world.levels()
     grid = (world.channels, *config.latent[1:])
-    around_clips = any(s.given for s in plan.steps)
     numbers, noise, u, score_noise = [], [], [], []
     for j in samples:
         g = generator(config.seed, role, step, j, d)
-        limit = len(world.clips) if around_clips else 1 << 30
+        limit = len(world.clips) if plan.given else 1 << 30
         numbers.append(int(torch.randint(limit, (1,), generator=g)))
         noise.append(torch.randn(max(levels), rows_of([plan]), *grid, generator=g))
         u.append(torch.rand(1, generator=g))
@@ -216,11 +214,10 @@ def draw_round(
 
 def real_latents(world: World, plan: Plan, numbers: list[int]) -> dict[int, Tensor]:
     """What a plan is given, latent -> [B, C, h, w], of the real clips with these numbers."""
-    given = [i for step in plan.steps for i in step.given]
-    if not given:
+    if not plan.given:
         return {}
     clips = torch.stack([world.clips[n] for n in numbers]).to(world.device)  # (B, T, C, h, w)
-    return {i: clips[:, i] for i in given}
+    return {i: clips[:, i] for i in plan.given}
 
 
 def roll(world: World, student: DiT, plan: Plan, drawn: Draw) -> Tensor:
@@ -234,7 +231,7 @@ def roll(world: World, student: DiT, plan: Plan, drawn: Draw) -> Tensor:
         plan,
         [text] * plan.prompts(),
         noise_from(drawn.noise[0], drawn.noise[1:], plan.length),
-        recipe=recipe_of(config),
+        recipe=trained_as(config),
         given=drawn.given,
         exit_at=lambda n: drawn.exits[min(n, 1)],
         commit_anchors=config.commit_anchors,
@@ -300,10 +297,7 @@ def update(config: Config, trained: Trained, where: str) -> float:
     for model, optimiser in zip(*trained):
         if all(p.grad is None for p in model.parameters()):
             continue  # an entry of one plan leaves the other direction's network alone
-        sync_gradients(model, config.parallel)
-        norms.append(clip_gradients(model, config.clip, where))
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        norms.append(apply_gradients(model, optimiser, config, where))
     return max(norms)
 
 
@@ -327,17 +321,6 @@ def sheet(world: World, students: Trained, step: int) -> None:
 
 
 # ---------------------------------------------------------------- a run
-def possible(config: Config, mix: Mix) -> Mix:
-    """The plans that can be trained: those around real clips need --clips. raises: UserError"""
-    free = without_given(mix)
-    if config.clips or len(free) == len(mix):
-        return mix
-    if not free:
-        raise UserError("all plans are around given clips: use --clips (tools/encode.py)")
-    say("plans around given clips are left out: they need --clips (tools/encode.py)")
-    return free
-
-
 def trained(config: Config, path: str, shared: bool, lr: float, device: torch.device) -> Trained:
     """One network for both directions, or one for each, with optimisers."""
     models = [network(config, path, device, trained=True) for _ in range(2 - shared)]
@@ -361,7 +344,7 @@ def main(
 ) -> None:
     """generate, mix, gradient_of: another method's rollout, plans and loss in the place of ours."""
     rank, processes, device = start(config.device)
-    dtype, recipe = dtype_of(config.dtype), recipe_of(config).write()
+    dtype, recipe = dtype_of(config.dtype), trained_as(config).write()
     mix = possible(config, mix_of(config, mix))
     rounds = split_batch(config.batch, config.micro, rank, processes)
     if config.sheet_every:

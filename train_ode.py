@@ -20,7 +20,7 @@ zoo/consistency.py.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -32,34 +32,21 @@ from torch import Tensor
 from anchors import Layout, Plan, forward, layout
 from dit import DiT, load_dit
 from lib import presets
-from lib.cli import check_range
-from lib.common import Stream, dtype_of, generator, run, say, start
-from lib.pairs import (
-    MADE_BY,
-    Pair,
-    check_shards,
-    kept_states,
-    pair_noise,
-    pairs_where,
-    read_pairs,
-    slot_states,
-    write_missing,
-    wrong_states,
-)
+from lib.common import Stream, dtype_of, generator, run, start
+from lib.pairs import Kind, Pair, check_shards, read_pairs, slot_states, with_pairs, write_missing
 from lib.states import EMA, write_network
 from lib.text import Prompts
 from lib.training import (
     Training,
-    clip_gradients,
+    apply_gradients,
     computing,
-    distribute,
     finite_means,
+    prepare,
     split_batch,
-    sync_gradients,
     training_steps,
     trapezoid,
 )
-from plans import MIXES, Mix, draw
+from plans import Mix, draw, draw_entry, mix_of
 from sampler import Recipe, Text, many_steps, noise_from, student_sigmas
 
 
@@ -94,15 +81,7 @@ class Config(Training):
     teacher_forcing: bool = False  # all context clean: [clean | noisy]
 
 
-def mix_of(config, mix: Mix | None = None) -> Mix:
-    """The plans that a script trains on, `mix` or what --plans names of all that are registered.
-
-    raises: UserError for a name that is not, or sizes that do not fit"""
-    check_range("plans", config.plans, tuple(MIXES))
-    return mix or MIXES[config.plans](config.latent[0], config.block, config.anchors, config.head)
-
-
-def recipe_of(config) -> Recipe:
+def trained_as(config) -> Recipe:
     """What a student must remember of its training."""
     values = {k: getattr(config, k) for k in ("shift", "block", "anchors", "head", "share_noise")}
     first = getattr(config, "first_denoising", ())
@@ -164,31 +143,13 @@ def ode_loss(
 
 
 # ---------------------------------------------------------------- pairs
-class Trajectories:
+class Trajectories(Kind):
     """The pairs of this stage: the bidirectional teacher makes all latents of a plan at once.
 
     Entries of the mix whose plans make as many latents share their pairs: these are a group.
     zoo/causal_ode.py has another kind."""
 
-    made_by = MADE_BY  # the flags that decide what is in a pair
-    group_is = "lengths"
-    clip_of = None  # pair -> the real clip in it, of kinds that hold one
-
-    def __init__(self, config: Config, mix: Mix, channels: int, source: Prompts) -> None:
-        self.config, self.mix, self.channels, self.source = config, mix, channels, source
-        self.keep = kept_states(config.denoising)
-        self.teacher_forcing = config.teacher_forcing
-
-    def group(self, entry: int) -> int:
-        return self.mix[entry][1][0].length
-
-    def shapes(self, group: int) -> dict[str, tuple[int, ...]]:
-        """What the teacher leaves of each pair: tensor -> its shape."""
-        return {"states": (len(self.keep), group, self.channels, *self.config.latent[1:])}
-
-    def noise(self, numbers: Sequence[int], rows: int) -> Tensor:
-        """What these pairs start from, [B, rows, C, h, w]."""
-        return torch.stack([pair_noise(self.config, self.channels, n, rows) for n in numbers])
+    draw = staticmethod(draw)
 
     def make(self, teacher: DiT, text: Text, group: int, numbers: range) -> dict[str, Tensor]:
         """The teacher's states. text: of the prompts, then of as many unconditional ones"""
@@ -203,11 +164,6 @@ class Trajectories:
         solve(0, forward(group, group).steps[0], None, None, None)
         return {"states": torch.stack([states[k] for k in self.keep], dim=1)}
 
-    def wrong(self, group: int, pair: Pair) -> str:
-        """What is wrong with a pair: it starts elsewhere, or does not fall to its end; or ""."""
-        start = self.noise([pair.number], group)[0]
-        return wrong_states(pair.shard["states"][pair.row], start, self.config.seed)
-
 
 def make_pairs(kind: Trajectories, rank: int, world: int, device: torch.device) -> None:
     """Write the pairs that are missing."""
@@ -220,10 +176,7 @@ def make_pairs(kind: Trajectories, rank: int, world: int, device: torch.device) 
         text = teacher.text_kv(torch.cat([prompt, negative.expand_as(prompt)]))
         return kind.make(teacher, text, group, numbers)
 
-    where = pairs_where(
-        config, source.words, lambda u: kind.group(draw(kind.mix, u)), kind.made_by, kind.clip_of
-    )
-    write_missing(where, make, kind.shapes, config.micro, rank, world, device)
+    write_missing(kind, make, rank, world, device)
 
 
 # ---------------------------------------------------------------- training
@@ -231,11 +184,7 @@ def network(
     config, path: str, device: torch.device, trained: bool, dtype: torch.dtype = torch.float32
 ) -> DiT:
     """Load a network for training, or one that is only asked."""
-    dit = load_dit(path, dtype, device).requires_grad_(trained).train(trained)
-    dit.checkpointing = config.checkpointing
-    if config.compile:
-        dit.compile_blocks()
-    return distribute(dit, config.parallel, dtype_of(config.dtype))
+    return prepare(load_dit(path, dtype, device), config, trained)
 
 
 @cache
@@ -272,11 +221,6 @@ class Setup:
         return masked(self.plan(part), self.teacher_forcing, self.tokens, self.device)
 
 
-def draw_entry(config, mix: Mix, step: int) -> int:
-    """The entry of the mix that all processes train on in this iteration."""
-    return draw(mix, torch.rand(1, generator=generator(config.seed, Stream.PLANS, step)).item())
-
-
 def fit(
     setup: Setup,
     loss_of: Callable[[Part], Tensor],
@@ -294,7 +238,7 @@ def fit(
     )
     averages = {"ema": average[0]} if average else {}
     result = average[1] if average else dit
-    dit.recipe = result.recipe = recipe_of(config).write() if name == "student" else None
+    dit.recipe = result.recipe = trained_as(config).write() if name == "student" else None
     dtype = dtype_of(config.dtype if config.parallel == "ddp" else "float32")  # FSDP2 casts itself
     with computing(dtype, device):
         for step, row in training_steps(config, name, {"dit": (dit, optimiser)}, device, averages):
@@ -309,26 +253,14 @@ def fit(
                     loss = loss_of(Part(step, samples, entry, d))  # (B,)
                     (loss / len(rounds)).mean().backward()
                     losses[plan.name].append(loss.detach())
-            sync_gradients(dit, config.parallel)
             row |= finite_means(losses, rounds, f"step {step}: the loss", device)
-            row["norm"] = clip_gradients(dit, config.clip, f"step {step}")
+            row["norm"] = apply_gradients(dit, optimiser, config, f"step {step}")
             row["latents"] = plans[0].length
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
             if average:
                 average[0].update(dit)
     if average:
         average[0].copy_to(average[1])
     write_network(Path(config.out) / f"{name}.safetensors", result)
-
-
-def with_pairs(mix: Mix, there: list[bool]) -> Mix:
-    """The mix without the entries that have no pairs: the others keep their shares' ratio."""
-    if all(there):
-        return mix
-    say(f"{there.count(False)} of {len(mix)} kinds of plans have no pairs yet: left out")
-    total = sum(share for (share, _), here in zip(mix, there) if here)
-    return tuple((share / total * here, plans) for (share, plans), here in zip(mix, there))
 
 
 def pair_loss(setup: Setup, pairs: list[list[Pair]], part: Part) -> Tensor:
@@ -361,17 +293,16 @@ def main(config: Config, kind: type[Trajectories] = Trajectories) -> None:
     """kind: which pairs are made, and learned from."""
     rank, world, device = start(config.device)
     mix = mix_of(config)
-    recipe_of(config)  # impossible levels are refused before any work
+    trained_as(config)  # impossible levels are refused before any work
     c = load_dit(config.teacher, None).config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
     made = kind(config, mix, c.in_dim, source)
     if config.generate:
         make_pairs(made, rank, world, device)
         return
-    groups = read_pairs(config, source.words, made.shapes, made.made_by)
+    groups = read_pairs(made)
     if config.check:
-        check_shards(Path(config.data), groups, made.wrong)
-        print(f"{sum(map(len, groups.values()))} pairs of {len(groups)} {made.group_is} are good")
+        check_shards(groups, made)
         return
     pairs = [groups.get(made.group(entry), []) for entry in range(len(mix))]
     setup = Setup(config, with_pairs(mix, list(map(bool, pairs))), made.teacher_forcing)

@@ -27,20 +27,10 @@ from torch import Tensor, nn
 
 from lib.common import UserError, check_out, run, start
 from lib.cpu import conv3d, linear
-from lib.media import VideoWriter, read_frames
+from lib.presets import WAN_MEAN, WAN_STD
 from lib.shapes import check_latents, check_video
+from lib.videos import reconstruct
 from lib.weights import check_sizes, config_from, load_strict, read_vae, write_safetensors
-
-# fmt: off
-WAN_MEAN = (  # of Wan's 16 latent channels, and their standard deviation [Wan]
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)
-WAN_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -400,21 +390,10 @@ class Config:
     device: str = "auto"  # cpu, cuda, or auto
 
 
-@torch.no_grad()
 def main(config: Config) -> None:
     device = start(config.device)[2]
     check_out(config.out, inputs=[config.clip])
-    vae = load_vae(config.weights, device=device)
-    video = read_frames(config.clip)  # (1, 3, F, H, W)
-    z = vae.encode(video.to(device))
-    made = vae.decode(z).cpu()
-    with VideoWriter(config.out) as writer:
-        writer.write(made[0])
-    psnr = -10 * ((made - video).square().mean() / 4).log10()  # pixels span 2: 4 is its square
-    print(
-        f"{video.shape[2]} frames -> {z.shape[1]} latents of {tuple(z.shape[2:])}"
-        f" -> {config.out}, PSNR {psnr:.2f} dB"
-    )
+    reconstruct(load_vae(config.weights, device=device), config.clip, config.out, device)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What changes from frame to frame: in a whole video, and at a cut. Pixels in, numbers out."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -53,3 +55,9 @@ def seam(video: Tensor, frame: int) -> dict[str, Tensor]:
         "jump max": change[:, 1:-1].amax(1) / around_four.clamp_min(STATIC),
         "sharpness": gradient[:, 2] / gradient[:, 1].clamp_min(1e-6),
     }
+
+
+def frames_of(latents: Iterable[int], time: int = 4) -> list[int]:
+    """The frames that latents decode to, in time: frames_of([2, 0]) is [0, 5, 6, 7, 8]."""
+    starts = {i: max(time * (i - 1) + 1, 0) for i in sorted(latents)}
+    return [frame for i, start in starts.items() for frame in range(start, time * i + 1)]

@@ -30,6 +30,7 @@ RANGES = {  # what holds for a flag of this name in every script
     "block": (1, 1000),
     "anchors": (0, 1000),
     "head": (0, 1000),
+    "share_noise": ("none", "start", "all"),
 }
 
 

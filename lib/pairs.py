@@ -16,13 +16,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.common import Stream, UserError, atomic, fingerprint, generator, stop_signals
+from lib.common import Stream, UserError, atomic, fingerprint, generator, say, stop_signals
 from lib.training import mean_over_processes
 from lib.weights import listed, read_dit, read_json, read_tensors, write_safetensors
 
@@ -48,61 +49,72 @@ MADE_BY = ("prompts", "guidance", "negative", "shift", "seed", "latent", "denois
 PLANS = ("plans", "block", "anchors", "head", "share_noise")  # what causal pairs depend on, too
 
 
-@dataclass(frozen=True)
-class Where:
-    """A folder of pairs, and what its shards must be."""
-
-    folder: Path
-    pairs: int
-    shard: int
-    settings: dict  # how they are made
-    group_of: Callable[[float], int]  # a number in [0, 1) -> what a shard's pairs have in common
-    words: Callable[[int], str]  # pair -> its prompt
-    clips: Callable[[int], str] | None = None  # pair -> the real clip in it, if there is one
-
-    def ranges(self) -> list[range]:
-        return [range(s, min(s + self.shard, self.pairs)) for s in range(0, self.pairs, self.shard)]
-
-    def path(self, numbers: range) -> Path:
-        return self.folder / f"pairs-{numbers.start:06d}.safetensors"
-
-    def group(self, numbers: range) -> int:
-        return self.group_of((0.5 + GOLDEN * (numbers.start // self.shard)) % 1)
-
-    def record(self, numbers: range) -> dict:
-        """What a shard says about itself."""
-        counted = {"first": numbers.start, "count": len(numbers), "group": self.group(numbers)}
-        clips = {"clips": hashed(self.clips, numbers)} if self.clips else {}
-        return self.settings | counted | {"words": hashed(self.words, numbers)} | clips
-
-
 def hashed(words: Callable[[int], str], numbers: range) -> str:
     """What tells the words of some pairs from others."""
     return hashlib.sha256("\n".join(map(words, numbers)).encode()).hexdigest()[:16]
 
 
-def settings_of(config, names: Sequence[str]) -> dict:
-    """How pairs are made: what a shard records and a later run is compared with."""
-    made = {k: asdict(config)[k] for k in names}
-    made["teacher"] = fingerprint(read_dit(config.teacher)[1])
-    if config.prompts.endswith(".safetensors"):  # embeddings: of which encoder
-        made["encoder"] = (read_tensors(config.prompts)[1] or {}).get("encoder")
-    return made
+class Kind:
+    """A kind of pairs: which go together, what is in one, and where its shards lie.
 
+    Who inherits this has `make`, (teacher, text, group, pairs) -> tensors, and `draw`, (mix, a
+    number in [0, 1)) -> an entry of the mix. A group: what the pairs of a shard have in common.
+    mix: the plans, [(share, plans)] (plans.py);  channels: of a latent;  source: of the prompts"""
 
-def pairs_where(
-    config,
-    words: Callable[[int], str],
-    group_of: Callable[[float], int],
-    names: Sequence[str] = MADE_BY,
-    clips: Callable[[int], str] | None = None,
-) -> Where:
-    """Where a run's pairs lie. config: of train_ode.py;  words, clips: pair -> prompt, clip"""
-    if min(config.pairs, config.shard) < 1:
-        raise UserError(f"--pairs {config.pairs} and --shard {config.shard} must be at least 1")
-    settings = settings_of(config, names)
-    folder = Path(config.data)
-    return Where(folder, config.pairs, config.shard, settings, group_of, words, clips)
+    made_by = MADE_BY  # the flags that decide what is in a pair
+    group_is = "lengths"
+    clip_of = None  # pair -> the real clip in it, of kinds that hold one
+
+    def __init__(self, config, mix, channels: int, source) -> None:
+        self.config, self.mix, self.channels, self.source = config, mix, channels, source
+        self.keep = kept_states(config.denoising)
+        self.teacher_forcing = config.teacher_forcing
+        self.folder = Path(config.data)
+
+    def group(self, entry: int) -> int:
+        """Of the pairs for an entry of the mix."""
+        return self.mix[entry][1][0].length
+
+    def shapes(self, group: int) -> dict[str, tuple[int, ...]]:
+        """What the teacher leaves of each pair: tensor -> its shape."""
+        return {"states": (len(self.keep), group, self.channels, *self.config.latent[1:])}
+
+    def noise(self, numbers: Sequence[int], rows: int) -> Tensor:
+        """What these pairs start from, [B, rows, C, h, w]."""
+        return torch.stack([pair_noise(self.config, self.channels, n, rows) for n in numbers])
+
+    def wrong(self, group: int, pair: "Pair") -> str:
+        """What is wrong with a pair: it starts elsewhere, or does not fall to its end; or ""."""
+        start = self.noise([pair.number], group)[0]
+        return wrong_states(pair.shard["states"][pair.row], start, self.config.seed)
+
+    def ranges(self) -> list[range]:
+        """The pairs of each shard."""
+        pairs, shard = self.config.pairs, self.config.shard
+        return [range(s, min(s + shard, pairs)) for s in range(0, pairs, shard)]
+
+    def group_of(self, numbers: range) -> int:
+        """Of the pairs of a shard."""
+        u = (0.5 + GOLDEN * (numbers.start // self.config.shard)) % 1
+        return self.group(self.draw(self.mix, u))
+
+    def path(self, numbers: range) -> Path:
+        return self.folder / f"pairs-{numbers.start:06d}.safetensors"
+
+    @cached_property
+    def settings(self) -> dict:
+        """How pairs are made: what a shard records and a later run is compared with."""
+        made = {k: asdict(self.config)[k] for k in self.made_by}
+        made["teacher"] = fingerprint(read_dit(self.config.teacher)[1])
+        if self.config.prompts.endswith(".safetensors"):  # embeddings: of which encoder
+            made["encoder"] = (read_tensors(self.config.prompts)[1] or {}).get("encoder")
+        return made
+
+    def record(self, numbers: range) -> dict:
+        """What a shard says of itself."""
+        counted = {"first": numbers.start, "count": len(numbers), "group": self.group_of(numbers)}
+        clips = {"clips": hashed(self.clip_of, numbers)} if self.clip_of else {}
+        return self.settings | counted | {"words": hashed(self.source.words, numbers)} | clips
 
 
 def pair_noise(config, channels: int, number: int, rows: int) -> Tensor:
@@ -127,73 +139,67 @@ def shard_files(folder: Path) -> list[Path]:
 Make = Callable[[int, range], dict[str, Tensor]]  # (group, pairs) -> tensors
 
 
-def missing_shards(where: Where) -> list[range]:
+def missing_shards(kind: Kind) -> list[range]:
     """The shards that are not there, or not whole. raises: UserError for one of another run"""
-    todo = {where.path(numbers): numbers for numbers in where.ranges()}
-    for path in shard_files(where.folder):
+    todo = {kind.path(numbers): numbers for numbers in kind.ranges()}
+    for path in shard_files(kind.folder):
         if path not in todo:
+            pairs, shard = kind.config.pairs, kind.config.shard
             raise UserError(
-                f"{path} is not one of {where.pairs} pairs in shards of {where.shard}: give the "
+                f"{path} is not one of {pairs} pairs in shards of {shard}: give the "
                 "--pairs and --shard it was made with (--pairs may grow), or another --data"
             )
         made = read_tensors(path)[1] or {}
-        if wrong := difference(made, where.settings):
+        if wrong := difference(made, kind.settings):
             raise UserError(f"{path} was made otherwise: {wrong}; delete it, or use another --data")
-        if wrong := difference(made, where.record(todo[path])):
+        if wrong := difference(made, kind.record(todo[path])):
             print(f"{path.name} is made again: {wrong}", flush=True)
         else:
             del todo[path]
     return list(todo.values())
 
 
-def write_missing(
-    where: Where,
-    make: Make,
-    shapes: Callable[[int], dict],
-    micro: int,
-    rank: int,
-    world: int,
-    device: torch.device,
-) -> None:
-    """Make what is missing, every process its share; at the end rank 0 writes the index.
-
-    shapes: group -> tensor -> its shape for one pair;  micro: pairs made at a time, 0: 16"""
-    todo = missing_shards(where)
+def write_missing(kind: Kind, make: Make, rank: int, world: int, device: torch.device) -> None:
+    """Make what is missing, every process its share; at the end rank 0 writes the index."""
+    config, folder = kind.config, kind.folder
+    if min(config.pairs, config.shard) < 1:
+        raise UserError(f"--pairs {config.pairs} and --shard {config.shard} must be at least 1")
+    todo = missing_shards(kind)
     mean_over_processes({"looked": 1.0}, device)  # nobody writes before all have looked
     if rank == 0:
-        of_group = {r: shapes(where.group(r)).values() for r in where.ranges()}
-        numbers = sum(len(r) * sum(map(math.prod, some)) for r, some in of_group.items())
+        shards = {r: kind.shapes(kind.group_of(r)).values() for r in kind.ranges()}
+        numbers = sum(len(r) * sum(map(math.prod, some)) for r, some in shards.items())
         print(
-            f"{where.pairs} pairs in {len(of_group)} shards, {len(todo)} to make; "
+            f"{config.pairs} pairs in {len(shards)} shards, {len(todo)} to make; "
             f"{2 * numbers / 1e9:.2g} GB in all",
             flush=True,
         )
     mine = todo[rank::world]
     bar = tqdm(total=sum(map(len, mine)), desc=f"pairs {rank}", unit="pair")
     with torch.no_grad(), stop_signals() as stop, bar:
-        done = all(write_shard(where, numbers, make, micro or 16, stop, bar) for numbers in mine)
+        done = all(write_shard(kind, numbers, make, stop, bar) for numbers in mine)
     # one process that was stopped is enough to leave the index as it is
     done = mean_over_processes({"done": float(done)}, device)["done"] == 1
     if rank == 0 and done:
-        digests = {p.name: hashlib.sha256(p.read_bytes()) for p in shard_files(where.folder)}
+        digests = {p.name: hashlib.sha256(p.read_bytes()) for p in shard_files(folder)}
         shards = {name: digest.hexdigest() for name, digest in digests.items()}
-        with atomic(where.folder / "index.json") as tmp:
-            tmp.write_text(json.dumps({"pairs": where.pairs, "shards": shards}, indent=1))
-        print(f"wrote {len(shards)} shards and {where.folder / 'index.json'}")
+        with atomic(folder / "index.json") as tmp:
+            tmp.write_text(json.dumps({"pairs": config.pairs, "shards": shards}, indent=1))
+        print(f"wrote {len(shards)} shards and {folder / 'index.json'}")
     elif rank == 0:
-        print(f"stopped; {where.folder} keeps its whole shards, run the same command to go on")
+        print(f"stopped; {folder} keeps its whole shards, run the same command to go on")
 
 
 def write_shard(
-    where: Where, numbers: range, make: Make, micro: int, stop: Callable[[], bool], bar: tqdm
+    kind: Kind, numbers: range, make: Make, stop: Callable[[], bool], bar: tqdm
 ) -> bool:
     """Make and write one shard; False if a signal came before it was whole."""
-    parts = []
+    parts, micro = [], kind.config.micro or 16
     for a in range(numbers.start, numbers.stop, micro):
         if stop():
             return False
         some = range(a, min(a + micro, numbers.stop))
-        made = make(where.group(numbers), some)
+        made = make(kind.group_of(numbers), some)
         parts.append({k: v.half().cpu() for k, v in made.items()})
         bar.update(len(some))
     tensors = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
@@ -202,7 +208,7 @@ def write_shard(
             f"the teacher's {lost[0]} of pairs {numbers.start} to {numbers.stop - 1} are not "
             "finite; nothing was written for them"
         )
-    write_safetensors(where.path(numbers), tensors, where.record(numbers))
+    write_safetensors(kind.path(numbers), tensors, kind.record(numbers))
     return True
 
 
@@ -217,21 +223,15 @@ class Pair:
     file: str
 
 
-def read_pairs(
-    config,
-    words: Callable[[int], str],
-    shapes: Callable[[int], dict],
-    names: Sequence[str] = MADE_BY,
-) -> dict[int, list[Pair]]:
+def read_pairs(kind: Kind) -> dict[int, list[Pair]]:
     """Group -> its pairs in --data.
 
-    words: pair -> its prompt;  shapes: group -> tensor -> its shape for one pair
     raises: UserError where a shard is missing, damaged, or not what is asked for"""
-    index = Path(config.data) / "index.json"
-    settings = settings_of(config, [name for name in names if name != "seed"])  # of training: any
+    index = kind.folder / "index.json"
+    settings = {k: v for k, v in kind.settings.items() if k != "seed"}  # of training: any
     if not index.is_file():
         raise UserError(
-            f"{index} does not exist: make pairs first, with --generate --data {config.data}"
+            f"{index} does not exist: make pairs first, with --generate --data {kind.folder}"
         )
     files = read_json(index).get("shards")
     if not files or not isinstance(files, dict) or not all(Path(n).name == n for n in files):
@@ -248,12 +248,12 @@ def read_pairs(
                 f"{name} was made otherwise: {wrong}; give the same flags, or another --data"
             )
         numbers = range(made["first"], made["first"] + made["count"])
-        if hashed(words, numbers) != made.get("words"):
+        if hashed(kind.source.words, numbers) != made.get("words"):
             raise UserError(
                 f"{name} was made for other prompts than --prompts has at {numbers.start} to "
                 f"{numbers.stop - 1}; give the same ones"
             )
-        want = {k: (len(numbers), *shape) for k, shape in shapes(made["group"]).items()}
+        want = {k: (len(numbers), *shape) for k, shape in kind.shapes(made["group"]).items()}
         if {k: tuple(x.shape) for k, x in tensors.items()} != want:
             raise UserError(f"{name} does not hold what its plans leave behind, {want}; {AGAIN}")
         rows = [Pair(n, tensors, row, name) for row, n in enumerate(numbers)]
@@ -261,8 +261,9 @@ def read_pairs(
     return groups
 
 
-def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[int, Pair], str]):
-    """Hashes, finite numbers, and what `check` finds wrong with a pair. raises: UserError"""
+def check_shards(pairs: dict[int, list[Pair]], kind: Kind) -> None:
+    """Hashes, finite numbers, and what the kind finds wrong with a pair. raises: UserError"""
+    folder = kind.folder
     index = read_json(folder / "index.json")["shards"]
     for name, digest in tqdm(index.items(), desc="check", unit="shard"):
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
@@ -272,9 +273,19 @@ def check_shards(folder: Path, pairs: dict[int, list[Pair]], check: Callable[[in
     for group, some in pairs.items():
         for pair in some:
             lost = [k for k, x in pair.shard.items() if not x[pair.row].isfinite().all()]
-            wrong = f"its {lost[0]} are not finite" if lost else check(group, pair)
+            wrong = f"its {lost[0]} are not finite" if lost else kind.wrong(group, pair)
             if wrong:
                 raise UserError(f"pair {pair.number} in {pair.file}: {wrong}; {AGAIN}")
+    print(f"{sum(map(len, pairs.values()))} pairs of {len(pairs)} {kind.group_is} are good")
+
+
+def with_pairs(mix: tuple, there: list[bool]) -> tuple:
+    """The mix without the entries that have no pairs: the others keep their shares' ratio."""
+    if all(there):
+        return mix
+    say(f"{there.count(False)} of {len(mix)} kinds of plans have no pairs yet: left out")
+    total = sum(share for (share, _), here in zip(mix, there) if here)
+    return tuple((share / total * here, plans) for (share, plans), here in zip(mix, there))
 
 
 def slot_states(pair: Pair, lay: object, d: int) -> Tensor:

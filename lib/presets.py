@@ -1,10 +1,22 @@
 """The published hyperparameters, as data: what --preset of each training script sets.
 
 UniTemp's are from its App. A.1, Causal Forcing's from its code and its ++ paper. `wan` is always
-the paper's two plans of 21 latents; `wan-any` the same with plans of every length [ours].
+the paper's two plans of 21 latents; `wan-any` the same with plans of every length [ours]. Beside
+them the statistics of Wan's latents.
 """
 
 from lib.text import NEGATIVE
+
+# fmt: off
+WAN_MEAN = (  # of Wan's 16 latent channels, and their standard deviation [Wan]
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+WAN_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+# fmt: on
 
 TOY64 = {"latent": (21, 8, 8)}
 WAN = {"latent": (21, 60, 104), "plans": "paper", "parallel": "fsdp", "checkpointing": True}

@@ -73,6 +73,14 @@ def joined(parts: Sequence[Values]) -> Values:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def features(z: Tensor) -> Tensor:
+    """A row a clip for `frechet`: mean and spread of each channel, spread of its change [ours].
+
+    z: [B, T, C, h, w];  returns: [B, 3C]"""
+    rest = (1, 3, 4)
+    return torch.cat([z.mean(rest), z.std(rest), z.diff(dim=1).std(rest)], dim=1)
+
+
 def frechet(a: Tensor, b: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to features a [N, D] and b [M, D].
 

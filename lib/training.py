@@ -34,6 +34,7 @@ from lib.common import (
     atomic,
     check_out,
     clear_temporaries,
+    dtype_of,
     is_first,
     say,
     stop_signals,
@@ -55,7 +56,6 @@ RANGES = {  # of the flags that trainings share; 0 is "off" for those that may b
     "ema": (0, 0.99999),
     "latent": (1, 10000, 3),
     "denoising": (1e-3, 1000),
-    "share_noise": ("none", "start", "all"),
     "save_every": (0, 10**9),
     "keep": (0, 10**9),
     "parallel": ("ddp", "fsdp"),
@@ -90,6 +90,15 @@ class Training:
 
 
 # ---------------------------------------------------------------- processes and precision
+def prepare(model: nn.Module, config, trained: bool) -> nn.Module:
+    """A network as a run asks for it: learning or not, recomputing, compiled, on all processes."""
+    model.requires_grad_(trained).train(trained)
+    model.checkpointing = config.checkpointing
+    if config.compile:
+        model.compile_blocks()
+    return distribute(model, config.parallel, dtype_of(config.dtype))
+
+
 def distribute(model: nn.Module, how: str, dtype: torch.dtype | None = None) -> nn.Module:
     """Prepare a model for training on all processes, before its optimiser is made.
 
@@ -181,6 +190,17 @@ def clip_gradients(model: nn.Module, limit: float, where: str) -> float:
         raise FloatingPointError(
             f"{where}: the gradient has norm {norm}; the last saved state is good"
         )
+    return norm
+
+
+def apply_gradients(
+    model: nn.Module, optimiser: torch.optim.Optimizer, config, where: str
+) -> float:
+    """Average the gradient over the processes, clip it, step; return its norm before clipping."""
+    sync_gradients(model, config.parallel)
+    norm = clip_gradients(model, config.clip, where)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
     return norm
 
 

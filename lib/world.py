@@ -9,11 +9,15 @@ import importlib
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from lib.changes import frames_of
 from lib.common import UserError
+from lib.statistics import Values
 from lib.text import HELD_OUT, KNOWN, TOY_DIM, WORLDS
 
+FIVE_SECONDS = 21  # latents
 OTHER = 1 << 20  # clip n + OTHER is another clip of the caption of clip n
 
 
@@ -61,3 +65,26 @@ def numbers_of(clips: int, seed: int = 0, known: bool = False) -> list[int]:
     """Numbers of clips to measure: others for each seed; known: of captions that training sees."""
     begin = (KNOWN if known else HELD_OUT) + seed * clips
     return list(range(begin, begin + clips))
+
+
+def ends(plan) -> tuple[list[int], list[int]]:
+    """The latents that were there first, given or made, and last: 5 s each, of less a third."""
+    order = plan.order
+    count = FIVE_SECONDS if len(order) >= 2 * FIVE_SECONDS else max(len(order) // 3, 1)
+    return order[:count], order[-count:]
+
+
+def measure_words(world: World, video: Tensor, plan, captions: Sequence[str]) -> Values:
+    """What a world reads in pixels [B, 3, F, H, W]: words in the 5 s made first, and in frame 0.
+
+    identity: [B, 2, D], as it is in what was made first and in what was made last"""
+    order = plan.made
+    found = world.hits(video[:, :, frames_of(order[:FIVE_SECONDS])], captions)
+    if len(order) > FIVE_SECONDS:
+        last = world.hits(video[:, :, frames_of(order[-FIVE_SECONDS:])], captions)
+        found["caption, last made"] = last["caption"]
+    frame = world.hits(video[:, :, :1], captions)
+    found["frame 0: colours"] = frame["colour"] & frame["ground"]
+    found["frame 0: shape"] = frame["shape"]
+    first, last = (world.identity(video[:, :, frames_of(part)]) for part in ends(plan))
+    return found | {f"identity: {k}": torch.stack([first[k], last[k]], 1) for k in first}

@@ -77,7 +77,7 @@ def folder_of_pairs(path: Path) -> object:
     teacher = str(path.parents[1] / "teacher.safetensors")
     config = train_ode.Config(data=str(path.parent), teacher=teacher, latent=(6, 4, 4))
     kind = train_ode.Trajectories(config, (), 2, TOY)
-    lengths = read_pairs(config, TOY.words, kind.shapes)
+    lengths = read_pairs(kind)
     return [x.float().sum() for some in lengths.values() for x in some[0].shard.values()]
 
 

@@ -31,7 +31,7 @@ from anchors import Plan, Step, layout
 from dit import load_dit
 from lib.clips import Clips
 from lib.common import UserError
-from lib.pairs import kept_states, pair_noise, read_pairs, slot_states
+from lib.pairs import MADE_BY, kept_states, pair_noise, read_pairs, slot_states
 from lib.text import Prompts
 from lib.weights import read_tensors, write_safetensors
 from plans import both_directions, paper_mix, rows_of, with_given
@@ -446,8 +446,9 @@ def test_causal_pairs_are_the_teachers(files, causal_pairs):
         data=str(files["folder"] / "pairs"),
     )
     source, clip = Prompts("toy", 64, 12), clips_of(files)[4]
-    shapes = causal_ode.CausalPairs(config, paper_mix(6), 2, source).shapes
-    (pair,) = [p for p in read_pairs(config, source.words, shapes)[0] if p.number == 4]
+    kind = causal_ode.CausalPairs(config, paper_mix(6), 2, source)
+    kind.made_by = MADE_BY
+    (pair,) = [p for p in read_pairs(kind)[0] if p.number == 4]
     assert distance(pair.shard["clean"][pair.row].float(), clip) <= 4e-3
     assert made["block"] == made["anchors"] == 3 and made["share_noise"] == "none"
     teacher, plans = load_dit(files["teacher"]), both_directions(6)

@@ -636,8 +636,8 @@ AN_ACTION_PER_LATENT = {  # a line of dit.py -> with what is added; nothing else
         self.action = nn.Linear(3, c.dim, bias=False)
         nn.init.zeros_(self.action.weight)
 """,
-    """        self._check(z, t, pos)
-""": """        self._check(z, t, pos)
+    """        check_noisy(z, t, pos, self.config)
+""": """        check_noisy(z, t, pos, self.config)
         text, action = text  # action: [B, T, 3]
 """,
     """        time = self.time_projection(e)""": """        e = e + self.action(action[:, pos])

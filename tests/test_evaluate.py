@@ -19,14 +19,11 @@ from dit import save_dit
 from evaluate import (
     change_ratios,
     drift,
-    ends,
     features,
     flickering_ratio,
     frames_of,
-    made,
     measure,
     measure_words,
-    order_of,
     plans_of,
     round_trip,
     summary,
@@ -35,7 +32,7 @@ from lib.changes import frame_changes, seam, temporal_flickering
 from lib.common import UserError
 from lib.media import VideoWriter
 from lib.statistics import Stat, frechet, largest, lost, over_runs, stat
-from lib.world import find_world, numbers_of
+from lib.world import ends, find_world, numbers_of
 from plans import timeline, with_given
 from sampler import Recipe
 from toy import world
@@ -188,7 +185,7 @@ def test_drift_by_hand(way):
     """What was made last is brighter by .2 and of half the contrast and motion, whichever end of
     the video it is."""
     plan = getattr(anchors, way)(6)
-    first, last = frames_of(made(plan)[:3]), frames_of(made(plan)[3:])
+    first, last = frames_of(plan.made[:3]), frames_of(plan.made[3:])
     video = randn(0, 1, 3, 21, 4, 8) * 0.1
     mean = video[:, :, last].mean((2, 3, 4), keepdim=True)
     video[:, :, last] = (
@@ -248,18 +245,18 @@ def test_largest_is_of_means_and_not_of_values():
 def test_order_is_the_plans():
     """Backward order makes the end first; given latents come first of all and are not made; dummies
     are nothing."""
-    assert made(anchors.backward(9)) == [6, 7, 8, 3, 4, 5, 0, 1, 2]
+    assert anchors.backward(9).made == [6, 7, 8, 3, 4, 5, 0, 1, 2]
     plan = with_given(timeline(9, [(6, 9)]), range(6, 9))
-    assert order_of(plan) == [6, 7, 8, 3, 4, 5, 0, 1, 2] and made(plan) == [3, 4, 5, 0, 1, 2]
+    assert plan.order == [6, 7, 8, 3, 4, 5, 0, 1, 2] and plan.made == [3, 4, 5, 0, 1, 2]
     dummy = anchors.backward(9, anchors=0, dummy=True)
-    assert made(dummy) == made(anchors.backward(9)) and min(dummy.steps[0].targets) < 0
+    assert dummy.made == anchors.backward(9).made and min(dummy.steps[0].targets) < 0
     assert frames_of([2, 0]) == [0, 5, 6, 7, 8] and len(frames_of(range(21))) == 81
 
 
 @pytest.mark.parametrize("length,count", [(6, 2), (21, 7), (24, 8), (42, 21), (123, 21)])
 def test_ends_are_a_third_or_five_seconds(length, count):
     first, last = ends(anchors.long(length, "backward"))
-    order = order_of(anchors.long(length, "backward"))
+    order = anchors.long(length, "backward").order
     assert first == order[:count] and last == order[-count:] and max(last) < min(first)
 
 

@@ -10,7 +10,6 @@ import train_ode
 from anchors import HORIZON, Step, View
 from lib.cli import from_cli
 from lib.common import UserError
-from lib.pairs import Where
 from plans import (
     MIXES,
     any_mix,
@@ -21,7 +20,7 @@ from plans import (
     rows_of,
     without_given,
 )
-from zoo import ar_teacher
+from zoo import ar_teacher, causal_ode
 
 SIZES = [(length, block) for length in range(6, 22) for block in range(1, 7)]
 WHOLE = [(length, block) for length, block in SIZES if length % block == 0]
@@ -224,9 +223,10 @@ def test_every_entry_gets_pairs_in_proportion(shards):
     """Multiples of the golden ratio fill [0, 1) evenly: of any number of shards each entry has its
     share to within two, and the first 64 leave none out."""
     mix = any_mix()
-    where = Where(None, shards * 32, 32, {}, lambda u: draw(mix, u), str)
+    config = causal_ode.Config(pairs=shards * 32, shard=32)
+    kind = causal_ode.CausalPairs(config, mix, 2, None)  # an entry is a group
     hits = torch.bincount(
-        torch.tensor([where.group(r) for r in where.ranges()]), minlength=len(mix)
+        torch.tensor([kind.group_of(r) for r in kind.ranges()]), minlength=len(mix)
     )
     assert hits.min() > 0 and hits.sum() == shards
     for (share, _), hit in zip(mix, hits.tolist(), strict=True):

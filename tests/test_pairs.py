@@ -70,8 +70,8 @@ def shards(flags: dict) -> list[Path]:
 def found(flags: dict) -> dict:
     """The pairs that training would read, by their length."""
     config = Config(**flags)
-    words = Prompts(config.prompts, 64, 12).words
-    return read_pairs(config, words, Trajectories(config, mix_of(config), 2, None).shapes)
+    source = Prompts(config.prompts, 64, 12)
+    return read_pairs(Trajectories(config, mix_of(config), 2, source))
 
 
 # ---------------------------------------------------------------- what is kept

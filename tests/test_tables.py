@@ -14,7 +14,6 @@ from tiny import WORDED, command_line, randn, tiny_dit
 import anchors
 import train_ode
 from dit import save_dit
-from evaluate import made, order_of
 from lib.common import UserError, from_cli
 from lib.states import contents
 from lib.world import numbers_of
@@ -212,10 +211,10 @@ def test_plans_of_every_length(latents, direction, given):
     """So many latents are made beside those given, which are the head or the tail; windows within
     the horizon."""
     plan = lengths.plan_of(latents, direction, given, Recipe())
-    assert plan.length == latents + given and len(made(plan)) == latents
+    assert plan.length == latents + given and len(plan.made) == latents
     forward = direction == "forward"
     first = (0 if forward else latents) if given else (0 if forward else latents - 3)
-    assert order_of(plan)[0] == first
+    assert plan.order[0] == first
     assert all(len(step.reads) <= 12 for step in plan.steps) or plan.length <= 21
     z = randn(0, 2, 21, 2, 4, 4)
     found = lengths.given_latents(plan, z)

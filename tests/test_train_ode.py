@@ -513,7 +513,7 @@ def test_sigterm_saves_and_the_run_goes_on(files, tmp_path, monkeypatch, capsys)
 def test_a_killed_run_logs_each_step_once(files, tmp_path, monkeypatch):
     """Killed in step 3 with a state of 2 steps, the run does step 2 again; its row stands in the
     log once."""
-    at_call(monkeypatch, train_ode, "clip_gradients", 4, crash)
+    at_call(monkeypatch, train_ode, "apply_gradients", 4, crash)
     with pytest.raises(MemoryError):
         train(files, tmp_path, steps=4, save_every=2)
     assert saved(tmp_path)["step"] == 2
@@ -563,10 +563,10 @@ def test_ablations_run_and_change_the_result(changes, files, tmp_path):
 def test_rate_rises_and_falls(files, tmp_path, monkeypatch):
     """Warm-up over 2 of 8 steps, decay over the last half: lr * (1/2, 1, 1, 1, 1, 3/4, 2/4,
     1/4)."""
-    rates, real = [], train_ode.clip_gradients
+    rates, real = [], train_ode.apply_gradients
     monkeypatch.setattr(
         train_ode,
-        "clip_gradients",
+        "apply_gradients",
         lambda *args: rates.append(optimisers[0].param_groups[0]["lr"]) or real(*args),
     )
     optimisers, made = [], torch.optim.AdamW

@@ -145,11 +145,11 @@ from lib import common
 for name, changes in json.load(open(sys.argv[2])):
     script = importlib.import_module(name)
     if changes.pop("sigterm_in_step_0", False):
-        def clip(*args, real=script.clip_gradients):
-            if os.environ["RANK"] == "1" and args[2].startswith("step 0"):
+        def step(*args, real=script.apply_gradients):
+            if os.environ["RANK"] == "1" and args[3].startswith("step 0"):
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*args)
-        script.clip_gradients = clip
+        script.apply_gradients = step
     try:
         script.main(script.Config(**changes | {"latent": tuple(changes["latent"])}))
     except SystemExit:  # stopped by the signal

@@ -26,7 +26,7 @@ from plans import both_directions, rows_of
 from sampler import generate, noise_from, student_sigmas
 from tools.count import BFLOAT, put, size_of, table
 from tools.meta import Fused, Meter
-from train_ode import ode_loss, recipe_of
+from train_ode import ode_loss, trained_as
 
 GIB = 2**30
 TRAINED = 16  # bytes a parameter: float32 master, gradient, Adam's two moments
@@ -88,7 +88,7 @@ def updates(
 
     def generated() -> Tensor:
         start = noise_from(noise[0], noise[1:], T)
-        recipe = recipe_of(config)
+        recipe = trained_as(config)
         return generate(g, plan, [text], start, recipe=recipe, exit_at=lambda n: levels - 1)
 
     @torch.no_grad()

@@ -27,7 +27,6 @@ from evaluate import (
     Maker,
     decoded,
     encoded,
-    made,
     measure,
     measure_words,
     recipe_of,
@@ -93,7 +92,7 @@ def plan_of(latents: int, direction: str, given: int, recipe: Recipe) -> Plan:
 
 def given_latents(plan: Plan, z: Tensor) -> dict[int, Tensor]:
     """What the plan says is given, latent -> [B, C, h, w]: the head or tail of true latents z."""
-    latents = sorted(set(range(plan.length)) - set(made(plan)))
+    latents = sorted(set(range(plan.length)) - set(plan.made))
     part = z[:, : len(latents)] if 0 in latents else z[:, z.shape[1] - len(latents) :]
     return dict(zip(latents, part.unbind(1)))
 
@@ -118,7 +117,7 @@ def row_of(values: Values, true: Values, plan: Plan) -> dict[str, Stat | str]:
     """The columns of a row; a frame 0 that was given is not the student's."""
     found = summary(values, true)
     row: dict[str, Stat | str] = {name: found[name] for name in COLUMNS if name in found}
-    if 0 not in made(plan):
+    if 0 not in plan.made:
         row |= {"frame 0: colours": "given", "frame 0: shape": "given"}
     return row
 

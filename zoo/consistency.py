@@ -35,8 +35,8 @@ from train_ode import (
     mix_of,
     network,
     per_slot,
-    recipe_of,
     scored_slots,
+    trained_as,
 )
 from zoo import causal_ode
 from zoo.on_clips import Drawn, OnClips
@@ -99,7 +99,7 @@ def main(config: Config) -> None:
     if config.generate or config.check:
         raise UserError("consistency distillation has no pairs: leave out --generate and --check")
     mix = mix_of(config)
-    recipe_of(config)  # impossible levels are refused before any work
+    trained_as(config)  # impossible levels are refused before any work
     setup = OnClips(config, mix, teacher_forcing=True)
     average = network(config, config.weights, setup.device, trained=False)
     dtype = dtype_of(config.dtype)

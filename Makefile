@@ -69,7 +69,7 @@ $(TOY)/begun/teacher.safetensors: $(TOY)/vae.safetensors
 	$(TWO) -m toy.train_teacher --out $(TOY) --clips 6144 --steps 10000
 	mkdir -p $(TOY)/begun && mv $(TOY)/teacher.* $(TOY)/begun/
 $(TOY)/teacher.safetensors: $(TOY)/begun/teacher.safetensors
-	$(TWO) -m toy.train_teacher --out $(TOY) --init $< --clips 16384 --steps 16000 --first 5
+	$(RUN) -m toy.train_teacher --out $(TOY) --init $< --clips 16384 --steps 8000 --first 5
 $(TOY)/pairs/index.json: $(TOY)/teacher.safetensors
 	$(TWO) train_ode.py --generate $(TEACHER) --pairs 1024 --shard 16 --micro 16 --data $(TOY)/pairs
 $(TOY)/ode/student.safetensors: $(TOY)/pairs/index.json

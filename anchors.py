@@ -125,6 +125,15 @@ class Plan:
         """`order` without those that are given."""
         return [i for i in self.order if i not in self.given]
 
+    @property
+    def comes_back_to(self) -> tuple[int, ...]:
+        """Latents that a loop goes on with after its end: the last step reads them as its future,
+        though they are its past."""
+        last = self.steps[-1]
+        after = {i: p for i, p in last.reads if i < last.targets[0] and p > last.pos[-1]}
+        at_once = last.pos[-1] + 1 in after.values()  # a sink keeps a distance
+        return tuple(after) if at_once else ()
+
     def boundaries(self) -> list[bool]:
         """For latents i, i+1: True where two different steps made them (inter-block)."""
         return [self.made_at[i] != self.made_at[i + 1] for i in range(self.length - 1)]
@@ -298,20 +307,23 @@ def inbetween(length: int = 21, block: int = 3, anchors: int = 3, given: bool = 
 def loop(length: int = 21, block: int = 3, gap: int = 0) -> Plan:
     """Forward up to a last gap, which reads its past and, in its future, the head once more.
 
-    gap: latents in it; 0: 15, as far as they fit. loop(18): the gap, one block, sees the head at
-    positions 0-2 and at 18-20."""
-    gap = gap or min(HORIZON - 2 * block, length - block)
+    gap: latents in it; 0: 15, as far as they fit. loop(21): the gap sees latents 3-5 at positions
+    0-2 and 1-3 at 18-20. Latent 0 is an image, which nothing goes on to: the last frame of the gap
+    is frame 0 again, and whoever shows the loop goes on with latent 1."""
+    least = max(block, 2)  # an image latent and one to come back to
+    gap = gap or min(HORIZON - 2 * block, length - least)
     rest = length - gap
-    if gap < 1 or rest < block:
-        parts = f"a first block of {block} and a gap of at least 1, got {gap}"
+    if gap < 1 or rest < least:
+        parts = f"a first block of {least} and a gap of at least 1, got {gap}"
         raise UserError(f"a loop of {length} latents needs room for {parts}")
     view = EVERYTHING if rest <= HORIZON else View(window=2 * block, past_sink=True)
     near = range(rest)[-max(HORIZON - gap - block, 1) :]
     at = len(near)
+    head = range(1, min(block, rest - 1) + 1)
     close = Step(
         targets=tuple(range(rest, length)),
         pos=tuple(range(at, at + gap)),
-        reads=place(near, 0) + place(range(block), at + gap),
+        reads=place(near, 0) + place(head, at + gap),
     )
     return Plan("loop", length, (*forward(rest, block, view).steps, close))
 

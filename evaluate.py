@@ -188,7 +188,7 @@ class Config:
     known: bool = False  # also new clips of captions that training has seen
     orders: tuple[str, ...] = ()  # also these orders of anchors.py, as they are by default
     teacher: str = ""  # also this teacher; an autoregressive one: ar:FILE
-    guidance: float = 2.0  # of the teacher
+    guidance: float = 3.0  # of the teacher
     share_noise: str = ""  # of anchors and targets: none, start or all; default: as trained
     size: tuple[int, ...] = ()  # height width; default 480 832 for Wan's VAE, 32 32 for the toy's
     video: str = ""  # measure this file, or every video in this folder, instead

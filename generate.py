@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import anchors
 import clips
-from anchors import HORIZON, ORDERS, Plan
+from anchors import HORIZON, ORDERS, Plan, Step
 from clips import TIME, Given, seconds_to_latents
 from dit import PRESETS, DiT, load_dit
 from lib import outputs, streams, text
@@ -421,6 +421,16 @@ def plan_clip(config: Config, job: Job, given: Given) -> tuple[Plan, Sequence[st
     return clips.prompted(plan, config.prompt, config.switch), config.prompt
 
 
+def as_shown(plan: Plan) -> Plan:
+    """What is decoded: a loop goes on after its end with what it comes back to. So the file may
+    begin after that, and its end leads to its beginning as frames of one clip do."""
+    if not plan.comes_back_to:
+        return plan
+    count = len(plan.comes_back_to)
+    again = Step(tuple(range(plan.length, plan.length + count)), tuple(range(count)))
+    return replace(plan, length=plan.length + count, steps=(*plan.steps, again))
+
+
 def watched_blocks(
     config: Config, job: Job, plan: Plan, prompts: Sequence[str], given: Given
 ) -> Iterator[tuple[int, Tensor]]:
@@ -441,7 +451,12 @@ def make_clip(config: Config, job: Job) -> None:
     vae, out = job.vae, Path(config.out).expanduser()
     given = Given(vae, job.dit.patch_embedding.weight.device)
     plan, prompts = plan_clip(config, job, given)
-    frames = vae.config.frames(plan.length)
+    decoded, length = as_shown(plan), vae.config.frames(plan.length)
+    back = decoded.length - plan.length  # latents that a loop shows at its end instead
+    first = vae.config.frames(back + 1) if back else 0  # frame that the file begins with
+    frames = vae.config.frames(decoded.length) - first
+    for f in sorted(given.frames.keys() & range(1, first)):
+        given.frames[length - 1 + f] = given.frames[f]
     if out.suffix.lower() == ".png" and frames > 1:
         raise UserError(f"--out {config.out} is one picture, not {frames} frames; add --frames 1")
     recipe = None if config.guidance is not None else asdict(job.recipe)
@@ -455,20 +470,23 @@ def make_clip(config: Config, job: Job) -> None:
         f" = {frames / FPS:.2f} s, {job.size[0]}x{job.size[1]}"
     )
 
-    sheet = torch.linspace(0, frames - 1, min(16, frames)).round().int().tolist()
-    seams = streams.Seams(given.frames, frames, config.exact, bool(config.loop), keep=sheet)
+    if first:
+        print(f"a loop: the file begins with frame {first}; those before it come at its end")
+    sheet = (first + torch.linspace(0, frames - 1, min(16, frames)).round().int()).tolist()
+    seams = streams.Seams(given.frames, first + frames, config.exact, keep=sheet)
     waiting = {}
     brief = {name: about[name] for name in ("prompt", "seed", "sources")} | {"plan": plan.name}
     blocks = watched_blocks(config, job, plan, prompts, given)
     with tqdm(blocks, desc="blocks", total=len(plan.steps), unit="block") as blocks:
-        pieces = decode_in_order(vae, plan, blocks, waiting=waiting)
-        pieces = seams.through(pieces)
+        again = streams.come_back(blocks, plan)
+        pieces = seams.through(decode_in_order(vae, decoded, again, waiting=waiting))
+        pieces = streams.without_first(pieces, first)
         pieces = streams.or_the_end(pieces, plan, vae, job.recipe.block, waiting)
         write_video(out, pieces, json.dumps(brief, ensure_ascii=False))
 
     outputs.write_sidecar(out, about)
     print(f"wrote {out} and {outputs.sidecar(out).name}, which says how it was made")
-    seams.say(FPS)
+    seams.say(FPS, first)
     if config.sheet:
         shown = torch.stack([seams.written[f] for f in sheet], dim=1)  # (3, 16, H, W)
         write_sheet(Path(config.sheet).expanduser(), shown[None], columns=16)

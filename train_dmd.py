@@ -85,7 +85,7 @@ class Config(Training):
     betas: tuple[float, ...] = (0.0, 0.999)  # [paper]
     ema: float = 0.95  # of the student [paper: 0.99]
     ema_start: int = 100  # iteration from which it averages [paper: 200]
-    guidance: float = 2.0  # of the real score, conventional w [paper's code: 4]
+    guidance: float = 3.0  # of the real score, conventional w [paper's code: 4]
     negative: str = ""  # prompt of the real score's unconditional pass
     denoising: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # noise levels, unshifted [paper]
     first_denoising: tuple[float, ...] = ()  # of the block made first, if others [Causal Forcing++]

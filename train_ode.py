@@ -67,7 +67,7 @@ class Config(Training):
     check: bool = False  # check the pairs instead of training
     pairs: int = 1024  # how many pairs [paper: 16000]
     shard: int = 32  # pairs a file, all of one entry of the mix
-    guidance: float = 2.0  # conventional: uncond + w (cond - uncond) [paper: 3]
+    guidance: float = 3.0  # conventional: uncond + w (cond - uncond) [paper: 3]
     negative: str = ""  # prompt of the unconditional pass
     denoising: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # noise levels, unshifted [paper]
     steps: int = 1000  # training iterations [paper: 6000]

@@ -49,6 +49,25 @@ def previewed(blocks: Blocks, plan, vae, folder: Path) -> Blocks:
         yield n, x0
 
 
+def come_back(blocks: Blocks, plan) -> Blocks:
+    """A loop goes on after its end: the latents it comes back to are one block more."""
+    known: dict[int, Tensor] = {}
+    for n, x0 in blocks:
+        known.update((i, z) for i, z in zip(plan.steps[n].targets, x0.unbind(1)))
+        known = {i: z for i, z in known.items() if i in plan.comes_back_to}
+        yield n, x0
+    if known:
+        yield len(plan.steps), torch.stack([known[i] for i in plan.comes_back_to], dim=1)
+
+
+def without_first(pieces: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """The same video without its first frames."""
+    for video in pieces:
+        if count < video.shape[2]:
+            yield video[:, :, count:]
+        count = max(count - video.shape[2], 0)
+
+
 def or_the_end(
     pieces: Iterable[Tensor], plan, vae, block: int, waiting: dict[int, Tensor]
 ) -> Iterator[Tensor]:
@@ -80,13 +99,12 @@ def sigterm_is_ctrl_c() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- the user's frames, and seams
-def seams(given: Container[int], frames: int, is_loop: bool = False) -> list[int]:
-    """Frames before which what is given meets what was made; frame 0 where a loop closes."""
-    cuts = [f for f in range(2, frames - 1) if (f in given) != (f - 1 in given)]
-    return cuts + [0] * is_loop
+def seams(given: Container[int], frames: int) -> list[int]:
+    """Frames before which what is given meets what was made."""
+    return [f for f in range(2, frames - 1) if (f in given) != (f - 1 in given)]
 
 
-def shares(given: Iterable[int], frames: int, fade: int, is_loop: bool = False) -> dict[int, float]:
+def shares(given: Iterable[int], frames: int, fade: int) -> dict[int, float]:
     """How much of each of the user's frames is shown, the rest being decoded: 1, but towards a seam
     less and less, over `fade` frames or half of the clip. A lone picture is shown whole.
 
@@ -98,9 +116,9 @@ def shares(given: Iterable[int], frames: int, fade: int, is_loop: bool = False) 
             stop += 1
         n = min(fade, (stop - start) // 2)
         for i in range(n):  # at the seam itself a frame is decoded like its neighbour
-            if start > 0 or is_loop:
+            if start > 0:
                 share[start + i] = i / n
-            if stop < frames or is_loop:
+            if stop < frames:
                 share[stop - 1 - i] = i / n
     return share
 
@@ -123,14 +141,13 @@ class Seams:
         given: dict[int, Tensor],
         frames: int,
         exact: bool | None = None,
-        is_loop: bool = False,
         keep: Iterable[int] = (),
     ) -> None:
         self.given = {} if exact is False else given
-        self.share = shares(self.given, frames, FADE if exact is None else 0, is_loop)
+        self.share = shares(self.given, frames, FADE if exact is None else 0)
         self.views = {
-            cut: [(cut + i) % frames for i in range(-2, 2)]  # the four frames around a seam
-            for cut in seams(given, frames, is_loop)
+            cut: range(cut - 2, cut + 2)  # the four frames around a seam
+            for cut in seams(given, frames)
         }
         around = [f for view in self.views.values() for f in view]
         self.decoded: dict[int, Tensor] = dict.fromkeys(around)
@@ -150,13 +167,16 @@ class Seams:
             at += video.shape[2]
             yield video
 
-    def say(self, fps: int) -> None:
-        """Print how each seam came out: as written, and as it would be with exact frames alone."""
+    def say(self, fps: int, first: int = 0) -> None:
+        """Print how each seam came out: as written, and as it would be with exact frames alone.
+
+        first: the frame that the file begins with"""
         for cut, view in self.views.items():
             exact = jump([self.given.get(f, self.decoded[f]) for f in view])
             shown = jump([self.written[f] for f in view])
             other = "" if abs(shown - exact) < 0.005 else f" ({exact:.2f} with your frames exact)"
-            print(f"seam before frame {cut} ({cut / fps:.2f} s): jump {shown:.2f}{other}")
+            at = cut - first
+            print(f"seam before frame {at} ({at / fps:.2f} s): jump {shown:.2f}{other}")
         faded = sum(share < 1 for share in self.share.values())
         if faded:
             frames = f"{faded} of your frames beside seams"

@@ -180,18 +180,21 @@ def test_inbetween_by_hand():
 
 
 def test_loop_by_hand():
-    """The head is read twice: as the past at 0-2 and as the future at 18-20."""
+    """The head is read twice: as the past at 0-2 and, without the image, as the future from 18 on;
+    that is what the loop comes back to. An image alone cannot be come back to."""
     plan = anchors.loop(18)
-    close = Step(
-        tuple(range(3, 18)), tuple(range(3, 18)), reads=(*same(0, 1, 2), (0, 18), (1, 19), (2, 20))
-    )
+    close = Step(tuple(range(3, 18)), tuple(range(3, 18)), reads=(*same(0, 1, 2), (1, 18), (2, 19)))
     assert plan.steps == (Step((0, 1, 2), (0, 1, 2)), close)
     visible = layout(plan).visible
-    assert visible.spans == ((0, 3, ((0, 3),)), (3, 18, ((0, 21),)))
-    assert visible.key_slot.tolist() == [*range(18), 0, 1, 2] and visible.key_pos.tolist() == list(
-        range(21)
-    )
-    assert anchors.loop(21).steps[-1].reads == ((3, 0), (4, 1), (5, 2), (0, 18), (1, 19), (2, 20))
+    assert visible.spans == ((0, 3, ((0, 3),)), (3, 18, ((0, 20),)))
+    assert visible.key_slot.tolist() == [*range(18), 1, 2]
+    assert visible.key_pos.tolist() == list(range(20))
+    assert plan.comes_back_to == (1, 2) and anchors.inbetween(21).comes_back_to == ()
+    plan = anchors.loop(21)
+    assert plan.steps[-1].reads == ((3, 0), (4, 1), (5, 2), (1, 18), (2, 19), (3, 20))
+    assert plan.comes_back_to == (1, 2, 3) and anchors.loop(4, block=1).comes_back_to == (1,)
+    with pytest.raises(UserError, match="a first block of 2 and a gap"):
+        anchors.loop(3, block=1, gap=2)
 
 
 def test_long_backward_by_hand():
@@ -480,7 +483,7 @@ PICTURES = {
         anchors.loop(6, gap=3),
         "latent     0  1  2  3  4  5\n"
         "step 0     T  T  T  .  .  .\n"
-        "step 1     r  r  r  T  T  T   moved: 0@6 1@7 2@8",
+        "step 1     r  r  r  T  T  T   moved: 1@6 2@7",
     ),
     "given": (
         anchors.inbetween(4, block=1, anchors=0, given=True),

@@ -82,7 +82,7 @@ COMMANDS = {  # flags -> frames of the result, and where whose frames are
         69,
         [(0, "a", HEAD, True, 0), (45, "b", TAIL, False, 1)],
     ),
-    "loop": ({"loop": "a.mkv"}, 45, [(0, "a", HEAD, False, 0)]),
+    "loop": ({"loop": "a.mkv"}, 44, [(0, "a", HEAD, False, 13), (32, "a", 13, False, 1)]),
     "switched": (
         {"extend_after": "a.mkv", "prompt": (A, B), "switch": (2.0,)},
         45,
@@ -123,9 +123,7 @@ def test_given_frames_come_out_to_the_bit(
         for f in set(range(frames)) - theirs
         for x in original[0].unbind(1)
     )
-    cuts = {f for f in range(1, frames) if (f in theirs) != (f - 1 in theirs)} | (
-        {0} if "loop" in flags else set()
-    )
+    cuts = {f for f in range(1, frames) if (f in theirs) != (f - 1 in theirs)}
     assert {
         int(line.split()[3])
         for line in printed.splitlines()
@@ -341,7 +339,7 @@ def from_shell(tmp_path, name: str, *flags: str):
         ("forward", 33),
         ("backward", 33),
         ("inbetween", 33),
-        ("loop", 33),
+        ("loop", 32),
         ("transition", 45),
         ("story", 81),
         ("forward", 93),
@@ -351,7 +349,8 @@ def from_shell(tmp_path, name: str, *flags: str):
 def test_every_order_writes_its_clip(order, frames, tmp_path):
     """Each order, beyond the horizon too, writes a clip with exactly the asked and printed number
     of frames, 32 x 32."""
-    printed, out = from_shell(tmp_path, "clip.mp4", "--order", order, "--frames", str(frames))
+    asked = frames + (order == "loop")  # whose first frame is its last
+    printed, out = from_shell(tmp_path, "clip.mp4", "--order", order, "--frames", str(asked))
     assert (
         f"= {frames} frames = " in printed
         and printed.startswith("latent ")
@@ -661,13 +660,11 @@ def test_your_frames_fade_into_decoded_ones_at_seams():
 
 
 def test_shares_by_hand():
-    """As in the docstring; short clips fade over half of them, lone pictures not at all, a loop at
-    both ends."""
+    """As in the docstring; short clips fade over half of them, lone pictures not at all."""
     assert list(streams.shares(range(8), 12, 2).values()) == [1, 1, 1, 1, 1, 1, 0.5, 0]
     assert streams.shares([4, 5, 6], 12, 8) == {4: 0, 5: 1, 6: 0}
     assert streams.shares([0, 7], 12, 8) == {0: 1, 7: 1}
-    assert streams.shares(range(4), 9, 8, True) == {0: 0, 1: 0.5, 2: 0.5, 3: 0}
-    assert streams.seams(range(4), 9) == [4] and streams.seams(range(4), 9, True) == [4, 0]
+    assert streams.seams(range(4), 9) == [4]
 
 
 def test_seams_are_faded_and_said(folder, tmp_path, capsys):

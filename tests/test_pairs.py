@@ -143,7 +143,7 @@ def test_pairs_are_the_teachers_trajectories(files):
         teacher,
         [text],
         noise_from(noise[None, :6]),
-        2.0,
+        3.0,
         record=lambda n, k, x: states.append(x[0]),
     )
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_pairs_are_the_teachers_trajectories(files):
     assert tensors["states"].shape == (2, 5, 6, 2, 4, 4)
     assert tensors["states"].dtype == torch.float16
     assert distance(tensors["states"][1].float(), want) <= 4e-3
-    assert made["guidance"] == 2.0 and (made["first"], made["count"], made["group"]) == (4, 2, 6)
+    assert made["guidance"] == 3.0 and (made["first"], made["count"], made["group"]) == (4, 2, 6)
 
 
 # ---------------------------------------------------------------- each with its caption and noise
@@ -287,7 +287,7 @@ def test_a_teacher_that_is_not_finite_leaves_no_pairs(files, tmp_path):
 
 # ---------------------------------------------------------------- another run's
 OTHER = {
-    "guidance": ({"guidance": 3.0}, "guidance is 2.0, not 3.0"),
+    "guidance": ({"guidance": 2.0}, "guidance is 3.0, not 2.0"),
     "negative": ({"negative": "a red disc"}, "negative is '', not 'a red disc'"),
     "shift": ({"shift": 8.0}, "shift is 5.0, not 8.0"),
     "levels": ({"denoising": (1000.0, 500.0)}, "denoising is [1000.0, 750.0, 500.0, 250.0], not"),

@@ -244,11 +244,11 @@ def test_pairs_are_the_teachers_trajectories(files):
     tensors, made = read_tensors(f"{files['data']}/pairs-000004.safetensors")
     noise = pair_noise(Config(**files), 2, 5, 6)[None]
     with torch.no_grad():
-        states = trajectory(teacher, source([5]), source.embed([""]), noise, 2.0)
+        states = trajectory(teacher, source([5]), source.embed([""]), noise, 3.0)
     assert tensors["states"].shape == (2, 5, 6, 2, 4, 4)
     assert tensors["states"].dtype == torch.float16
     assert distance(tensors["states"][1].float(), states[0]) <= 4e-3
-    assert made["guidance"] == 2.0 and made["denoising"] == [1000, 750, 500, 250]
+    assert made["guidance"] == 3.0 and made["denoising"] == [1000, 750, 500, 250]
     assert (made["first"], made["count"], made["group"]) == (4, 2, 6)
 
 
@@ -369,8 +369,8 @@ def test_shards_of_two_makings_are_refused(files, tmp_path):
     data = shutil.copytree(files["data"], tmp_path / "pairs")
     (data / "pairs-000002.safetensors").unlink()
     for what in ("generate", "check"):
-        with pytest.raises(UserError, match="guidance is 2.0, not 3.0"):
-            main(Config(**files | {"data": str(data), what: True}, guidance=3.0))
+        with pytest.raises(UserError, match="guidance is 3.0, not 2.0"):
+            main(Config(**files | {"data": str(data), what: True}, guidance=2.0))
 
 
 def test_pairs_of_another_teacher_are_refused(files, tmp_path):

@@ -37,7 +37,7 @@ class Config:
     RANGES = {"clips": (2, 10**6)}  # a standard error needs two
     weights: str = "toy/weights"  # a folder with student, VAE and teacher
     teacher: str = ""  # default: teacher.safetensors in the folder
-    guidance: float = 2.0  # of the teacher
+    guidance: float = 3.0  # of the teacher
     clips: int = 32  # held-out captions
     seed: int = 0  # of captions, clips and noise
     out: str = ""  # also write the table as .json

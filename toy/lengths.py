@@ -68,7 +68,7 @@ class Config:
     known: bool = False  # also new clips of captions that training has seen
     lengths: tuple[int, ...] = (6, 9, 12, 15, 18, 21, 24, 42, 123)  # latents to make
     teacher: str = ""  # default: teacher.safetensors in the folder, if it is there
-    guidance: float = 2.0  # of the teacher
+    guidance: float = 3.0  # of the teacher
     share_noise: str = ""  # of anchors and targets: none, start or all; default: as trained
     seed: int = 0  # of captions, clips and noise
     out: str = ""  # also write the table as .json

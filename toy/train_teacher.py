@@ -63,7 +63,7 @@ class Config:
     shift: float = 3.0  # of the training noise levels [ours]
     dropout: float = 0.1  # share of prompts replaced by the empty one
     ema: float = 0.999
-    guidance: float = 2.0  # of the samples at the end
+    guidance: float = 3.0  # of the samples at the end
     seed: int = 0
     save_every: int = 500
     dtype: str = "bfloat16"  # of computation; weights, sums and norms stay float32

@@ -47,7 +47,7 @@ class Config(Training):
     clips: str = "out/latents"  # folder of real clips' latents, made by tools/encode.py
     prompts: str = "toy"  # toy; or the prompts.txt beside the latents (or its embeddings)
     vae: str = "toy/weights/vae.safetensors"  # for the sheet of samples at the end; empty: none
-    guidance: float = 2.0  # of these samples
+    guidance: float = 3.0  # of these samples
     out: str = "out/ar"  # folder of teacher.safetensors, its sheet, log.jsonl and the resume state
     shift: float = 3.0  # of the training times [ours; Causal Forcing: 5]
     dropout: float = 0.1  # share of prompts replaced by the empty one [Causal Forcing: 0]

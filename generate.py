@@ -431,6 +431,13 @@ def as_shown(plan: Plan) -> Plan:
     return replace(plan, length=plan.length + count, steps=(*plan.steps, again))
 
 
+def looped(vae: VAE, plan: Plan, z: Tensor) -> Tensor:
+    """Video [B, 3, F, H, W] of latents z [B, T, C, h, w], as a file of this plan has it."""
+    back = list(plan.comes_back_to)
+    video = decoded(vae, torch.cat([z, z[:, back]], dim=1))
+    return video[:, :, vae.config.frames(len(back) + 1) :] if back else video
+
+
 def watched_blocks(
     config: Config, job: Job, plan: Plan, prompts: Sequence[str], given: Given
 ) -> Iterator[tuple[int, Tensor]]:
@@ -451,10 +458,10 @@ def make_clip(config: Config, job: Job) -> None:
     vae, out = job.vae, Path(config.out).expanduser()
     given = Given(vae, job.dit.patch_embedding.weight.device)
     plan, prompts = plan_clip(config, job, given)
-    decoded, length = as_shown(plan), vae.config.frames(plan.length)
-    back = decoded.length - plan.length  # latents that a loop shows at its end instead
+    shown, length = as_shown(plan), vae.config.frames(plan.length)
+    back = shown.length - plan.length  # latents that a loop shows at its end instead
     first = vae.config.frames(back + 1) if back else 0  # frame that the file begins with
-    frames = vae.config.frames(decoded.length) - first
+    frames = vae.config.frames(shown.length) - first
     for f in sorted(given.frames.keys() & range(1, first)):
         given.frames[length - 1 + f] = given.frames[f]
     if out.suffix.lower() == ".png" and frames > 1:
@@ -479,7 +486,7 @@ def make_clip(config: Config, job: Job) -> None:
     blocks = watched_blocks(config, job, plan, prompts, given)
     with tqdm(blocks, desc="blocks", total=len(plan.steps), unit="block") as blocks:
         again = streams.come_back(blocks, plan)
-        pieces = seams.through(decode_in_order(vae, decoded, again, waiting=waiting))
+        pieces = seams.through(decode_in_order(vae, shown, again, waiting=waiting))
         pieces = streams.without_first(pieces, first)
         pieces = streams.or_the_end(pieces, plan, vae, job.recipe.block, waiting)
         write_video(out, pieces, json.dumps(brief, ensure_ascii=False))
@@ -488,8 +495,8 @@ def make_clip(config: Config, job: Job) -> None:
     print(f"wrote {out} and {outputs.sidecar(out).name}, which says how it was made")
     seams.say(FPS, first)
     if config.sheet:
-        shown = torch.stack([seams.written[f] for f in sheet], dim=1)  # (3, 16, H, W)
-        write_sheet(Path(config.sheet).expanduser(), shown[None], columns=16)
+        stills = torch.stack([seams.written[f] for f in sheet], dim=1)  # (3, 16, H, W)
+        write_sheet(Path(config.sheet).expanduser(), stills[None], columns=16)
         print(f"wrote {config.sheet}")
 
 

@@ -680,6 +680,25 @@ def test_seams_are_faded_and_said(folder, tmp_path, capsys):
     assert re.search(r"seam before frame 21 \(1.31 s\): jump [\d.]+ \([\d.]+ with your", printed)
 
 
+@torch.no_grad()
+def test_a_loop_is_shown_from_after_what_it_comes_back_to():
+    """Streamed block by block or decoded at once: frames 9 to 32, then the four frames of latents 1
+    and 2 each, decoded with the gap as their past."""
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(dim=8, z_dim=2, num_res_blocks=1)).eval()
+    plan, z = anchors.loop(9, gap=6), randn(1, 1, 9, 2, 2, 2)
+    blocks = ((n, z[:, list(step.targets)]) for n, step in enumerate(plan.steps))
+    again = streams.come_back(blocks, plan)
+    pieces = decode_in_order(vae, generate.as_shown(plan), again)
+    video = torch.cat(list(streams.without_first(pieces, 9)), dim=2)
+    whole = vae.decode(torch.cat([z, z[:, 1:3]], dim=1))
+    assert video.shape[2] == 32 and distance(video, whole[:, :, 9:]) <= 1e-5
+    assert torch.equal(generate.looped(vae, plan, z), whole[:, :, 9:])
+    straight = anchors.forward(9)
+    assert generate.as_shown(straight) is straight
+    assert torch.equal(generate.looped(vae, straight, z), vae.decode(z))
+
+
 # ---------------------------------------------------------------- what comes out
 def test_one_frame_is_a_picture(tmp_path):
     """--frames 1 needs no other flag, and may be a .png; more frames in a .png are refused before

@@ -26,7 +26,7 @@ from evaluate import (
     recipe_of,
     summary,
 )
-from generate import frame_size, load_models
+from generate import frame_size, load_models, looped
 from lib import report
 from lib.common import check_out, run, start
 from lib.media import VideoWriter, write_sheet
@@ -44,7 +44,7 @@ WORDS = {
     KEPT: "The imagined latents are kept: blocks twice as long.",
     WITHOUT: "Another student, which has no anchors.",
     "inbetween": "Both ends first, then all between them.",
-    "loop": "The last block reads the first one as its future.",
+    "loop": "The last block reads the first one as its future; the clip begins after that.",
     "transition": "Two scenes, then the gap.",
     "story": "Scenes, then the gaps.",
 }
@@ -115,7 +115,8 @@ def measured(config: Config, student: Maker, captions: Sequence[str]) -> Shown:
         shown.rows[name] = summary(values, true)
     for name in [name for name in anchors.ORDERS if name not in plans]:
         shown.plans[name] = anchors.ORDERS[name]()
-        shown.videos[name] = student.make(shown.plans[name], captions[:1])[1]
+        z = student.make(shown.plans[name], captions[:1])[0]
+        shown.videos[name] = looped(vae, shown.plans[name], z)
     return shown
 
 

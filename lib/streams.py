@@ -61,7 +61,7 @@ def come_back(blocks: Blocks, plan) -> Blocks:
 
 
 def without_first(pieces: Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """The same video without its first frames."""
+    """The same video, pieces of [1, 3, F, H, W], without its first frames."""
     for video in pieces:
         if count < video.shape[2]:
             yield video[:, :, count:]

@@ -156,7 +156,7 @@ def test_rows_without_students_are_left_out(runs, weights, monkeypatch, capsys):
     [
         ({"table": 7}, "--table 7"),
         ({"table": 1, "clips": 1}, "--clips 1"),
-        ({"table": 1, "share_noise": "some"}, "--share_noise some"),
+        ({"table": 1, "share_noise": "some"}, "--share_noise 'some' must be none or start or all"),
     ],
 )
 def test_bad_tables_are_one_sentence(flags, says, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 Four ways to fill the 60 frames: the true clip through the VAE, linear blending, the bidirectional
 teacher with its ends held, and the student by `anchors.inbetween`. Head and tail say how much of
-the given frames is kept, the jumps how the two seams show (lib/media.py:seam); caption and motion
+the given frames is kept, the jumps how the two seams show (lib/changes.py:seam); caption and motion
 are of what lies between.
 
     python -m toy.inbetween --clips 32

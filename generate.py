@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import anchors
 import clips
-from anchors import HORIZON, ORDERS, Plan, Step
+from anchors import HORIZON, ORDERS, Plan
 from clips import TIME, Given, seconds_to_latents
 from dit import PRESETS, DiT, load_dit
 from lib import outputs, streams, text
@@ -39,6 +39,7 @@ from lib.media import FORMATS, VideoWriter, write_sheet
 from lib.shapes import frame_size
 from lib.story import LONGEST
 from lib.weights import find
+from plans import as_shown
 from sampler import (
     FPS,
     Recipe,
@@ -419,16 +420,6 @@ def plan_clip(config: Config, job: Job, given: Given) -> tuple[Plan, Sequence[st
         return clips.Around(config, job.recipe, job.size, given).plan()
     plan = make_plan(config, job.recipe)
     return clips.prompted(plan, config.prompt, config.switch), config.prompt
-
-
-def as_shown(plan: Plan) -> Plan:
-    """What is decoded: a loop goes on after its end with what it comes back to. So the file may
-    begin after that, and its end leads to its beginning as frames of one clip do."""
-    if not plan.comes_back_to:
-        return plan
-    count = len(plan.comes_back_to)
-    again = Step(tuple(range(plan.length, plan.length + count)), tuple(range(count)))
-    return replace(plan, length=plan.length + count, steps=(*plan.steps, again))
 
 
 def looped(vae: VAE, plan: Plan, z: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ and backward, with anchors, before the first. Your own clip is a plan with one s
 *Mixes.* Which plans a training run draws from is data: a list of (share, plans). An iteration draws
 one entry and trains on each of its plans. The paper's mix has one entry, forward and backward over
 the whole clip. A new order joins the training by a line in `any_mix`; a mix of your own, by
-`MIXES["mine"] = f` before `main`, is a name for --plans (zoo/lookahead.py has one).
+`MIXES["mine"] = f` before `main`, is a name for --plans (zoo/ahead.py has one).
 
     python -c "import anchors, plans; print(anchors.text_picture(plans.story()))"
 """
@@ -62,6 +62,16 @@ def switch(plan: Plan, starts: Sequence[int]) -> Plan:
         begins = max(step.targets[0], 0)
         steps.append(replace(step, prompt=sum(start <= begins for start in starts)))
     return replace(plan, steps=tuple(steps))
+
+
+def as_shown(plan: Plan) -> Plan:
+    """What is decoded: a loop goes on after its end with what it comes back to. So the file may
+    begin after that, and its end leads to its beginning as frames of one clip do."""
+    if not plan.comes_back_to:
+        return plan
+    count = len(plan.comes_back_to)
+    again = Step(tuple(range(plan.length, plan.length + count)), tuple(range(count)))
+    return replace(plan, length=plan.length + count, steps=(*plan.steps, again))
 
 
 # ---------------------------------------------------------------- scenes

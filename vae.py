@@ -29,8 +29,9 @@ from lib.common import UserError, check_out, run, start
 from lib.cpu import conv3d, linear
 from lib.presets import WAN_MEAN, WAN_STD
 from lib.shapes import check_latents, check_video
+from lib.tensors import write_safetensors
 from lib.videos import reconstruct
-from lib.weights import check_sizes, config_from, load_strict, read_vae, write_safetensors
+from lib.weights import check_sizes, config_from, load_strict, read_vae
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lib.common import UserError
+from lib.tensors import read_tensors
 from lib.text import Prompts
-from lib.weights import read_tensors
 
 
 # ---------------------------------------------------------------- videos

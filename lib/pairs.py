@@ -24,8 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.common import Stream, UserError, atomic, fingerprint, generator, say, stop_signals
+from lib.tensors import listed, read_json, read_tensors, write_safetensors
 from lib.training import mean_over_processes
-from lib.weights import listed, read_dit, read_json, read_tensors, write_safetensors
+from lib.weights import read_dit
 
 AGAIN = "delete it and run --generate again"
 GOLDEN = 0.6180339887498949  # multiples of it mod 1 fill [0, 1) evenly, however many there are

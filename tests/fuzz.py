@@ -42,8 +42,9 @@ from lib.common import UserError, from_cli, run
 from lib.media import load_clip, read_frames
 from lib.pairs import read_pairs
 from lib.states import load_state, save_state
+from lib.tensors import read_tensors
 from lib.text import Prompts, read_embeddings
-from lib.weights import read_tensors, read_umt5
+from lib.weights import read_umt5
 from sampler import Recipe
 from tests.tiny import WORDED, tiny_checkpoints, tiny_dit
 from tools import encode

@@ -32,8 +32,8 @@ from dit import load_dit
 from lib.clips import Clips
 from lib.common import UserError
 from lib.pairs import MADE_BY, kept_states, pair_noise, read_pairs, slot_states
+from lib.tensors import read_tensors, write_safetensors
 from lib.text import Prompts
-from lib.weights import read_tensors, write_safetensors
 from plans import both_directions, paper_mix, rows_of, with_given
 from sampler import noise_from, ode_sigmas, teacher_blocks
 from tools import encode as latents

@@ -10,8 +10,8 @@ from tiny import tiny_checkpoints
 
 from lib.clips import Clips
 from lib.common import UserError
+from lib.tensors import read_tensors
 from lib.text import Prompts
-from lib.weights import read_tensors
 from tools import encode
 from toy import world
 from vae import VAE, VAEConfig, save_vae

@@ -689,13 +689,13 @@ def test_a_loop_is_shown_from_after_what_it_comes_back_to():
     plan, z = anchors.loop(9, gap=6), randn(1, 1, 9, 2, 2, 2)
     blocks = ((n, z[:, list(step.targets)]) for n, step in enumerate(plan.steps))
     again = streams.come_back(blocks, plan)
-    pieces = decode_in_order(vae, generate.as_shown(plan), again)
+    pieces = decode_in_order(vae, plans.as_shown(plan), again)
     video = torch.cat(list(streams.without_first(pieces, 9)), dim=2)
     whole = vae.decode(torch.cat([z, z[:, 1:3]], dim=1))
     assert video.shape[2] == 32 and distance(video, whole[:, :, 9:]) <= 1e-5
     assert torch.equal(generate.looped(vae, plan, z), whole[:, :, 9:])
     straight = anchors.forward(9)
-    assert generate.as_shown(straight) is straight
+    assert plans.as_shown(straight) is straight
     assert torch.equal(generate.looped(vae, straight, z), vae.decode(z))
 
 

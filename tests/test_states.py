@@ -16,8 +16,8 @@ from tiny import ROOT, WORDED, command_line, rows, same, saved, tiny_dit
 from dit import save_dit
 from lib import common, states
 from lib.common import UserError
+from lib.tensors import read_tensors, write_safetensors
 from lib.training import EMA, locked, training_steps, trapezoid
-from lib.weights import read_tensors, write_safetensors
 
 
 @dataclass

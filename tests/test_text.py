@@ -22,8 +22,8 @@ from generate import Config as ClipConfig
 from generate import main as generate
 from lib import text
 from lib.common import UserError, from_cli
+from lib.tensors import read_tensors
 from lib.text import HELD_OUT, NEGATIVE, Config, Prompts, clean, embed, lines_of, umt5
-from lib.weights import read_tensors
 from toy import world
 from vae import VAE, VAEConfig, save_vae
 

@@ -11,8 +11,8 @@ from tiny import WORDED, at_call, command_line, crash, distance, randn, rows, sa
 
 from dit import DiTConfig, load_dit
 from lib.common import UserError, generator
+from lib.tensors import read_tensors
 from lib.text import HELD_OUT
-from lib.weights import read_tensors
 from toy import pack, train_teacher, train_vae, world
 from toy.train_teacher import teacher_loss
 from toy.train_vae import clips, init_weights, vae_loss

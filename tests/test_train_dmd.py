@@ -33,9 +33,9 @@ import sampler
 import train_dmd
 from dit import DiT, load_dit, save_dit
 from lib.common import Stream, UserError
+from lib.tensors import read_tensors
 from lib.text import Prompts
 from lib.training import split_batch
-from lib.weights import read_tensors
 from plans import any_mix, paper_mix, without_given
 from sampler import Recipe, generate, noise_from
 from train_dmd import (

@@ -34,8 +34,8 @@ from dit import DiT, load_dit, save_dit
 from lib import pairs, states
 from lib.common import UserError
 from lib.pairs import kept_states, pair_noise
+from lib.tensors import read_tensors, write_safetensors
 from lib.text import Prompts
-from lib.weights import read_tensors, write_safetensors
 from plans import with_given
 from sampler import Recipe, many_steps, noise_from, ode_sigmas, student_sigmas
 from train_ode import Config, main, ode_loss

@@ -18,7 +18,7 @@ import anchors
 from generate import decode_in_order
 from lib.common import UserError, generator
 from lib.media import VideoWriter, read_frames
-from lib.weights import write_safetensors
+from lib.tensors import write_safetensors
 from vae import PRESETS, VAE, WAN_MEAN, WAN_STD, VAEConfig, load_vae, save_vae
 
 REPO = pathlib.Path(__file__).parent.parent

@@ -17,7 +17,7 @@ import plans
 from anchors import Step, View
 from dit import DiT, DiTConfig, Visible, save_dit
 from lib.common import run
-from lib.weights import read_tensors
+from lib.tensors import read_tensors
 from plans import any_mix
 from vae import VAE, VAEConfig, save_vae
 

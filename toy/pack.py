@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lib.common import UserError, atomic, check_out, run
-from lib.weights import read_tensors, write_safetensors
+from lib.tensors import read_tensors, write_safetensors
 
 
 @dataclass

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from dataclasses import asdict
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from dit import (
 )
 from kvcache import KVCache
 from lib.common import UserError
+from lib.flex import tiles
 from sampler import generate, noise_seeded
 
 CONFIGS = {
@@ -511,35 +512,37 @@ def test_one_latent_may_be_several_keys():
     assert distance(*(torch.autograd.grad(y, wrt, weight) for y in (out, dense))) <= 1e-5
 
 
+@pytest.mark.parametrize("tokens", [37, 60, 128, 200])
+@pytest.mark.parametrize("visible", [RAGGED, REPEATED], ids=["ragged", "repeated"])
+def test_the_tiles_are_those_of_every_pair(visible, tokens):
+    """Which tiles flex skips, masks or takes whole, from the latents alone: as torch finds when it
+    asks for every pair of tokens."""
+    ours, table = tiles(visible.dense(), tokens), visible.dense()
+    L, K = (n * tokens for n in table.shape)
+    mask_mod = lambda b, h, q, k: table[q // tokens, k // tokens]  # noqa: E731
+    torchs = flex.create_block_mask(mask_mod, None, None, L, K, device="cpu")
+    assert ours.seq_lengths == torchs.seq_lengths == (L, K)
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        (count, which), (expected, theirs) = (
+            (getattr(mask, f"{kind}_num_blocks")[0, 0], getattr(mask, f"{kind}_indices")[0, 0])
+            for mask in (ours, torchs)
+        )
+        assert torch.equal(count, expected)
+        for row, n in enumerate(count.tolist()):
+            assert torch.equal(which[row, :n], theirs[row, :n])
+    pairs = visible.dense(tokens)
+    assert torch.equal(flex.create_mask(ours.mask_mod, 1, 1, L, K, device="cpu")[0, 0], pairs)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("visible", [RAGGED, REPEATED], ids=["ragged", "repeated"])
-def test_the_block_mask_is_the_dense_mask(visible, monkeypatch):
-    """What `prepare` hands to FlexAttention, built here on the CPU, is the dense mask, and flex
-    with it equals the spans."""
-    tokens, table, create = 37, visible.dense(), flex.create_block_mask
-    monkeypatch.setattr(Visible, "dense", lambda self: SimpleNamespace(to=lambda device: table))
-    monkeypatch.setattr(
-        flex, "create_block_mask", lambda *args, device: create(*args, device="cpu")
-    )
-    mask = Visible(visible.spans).prepare(tokens, "cuda").block_mask
-    L, K = (n * tokens for n in table.shape)
-    expected = table.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-    assert torch.equal(flex.create_mask(mask.mask_mod, 1, 1, L, K, device="cpu")[0, 0], expected)
-    blocks = (
-        F.pad(expected, (0, -K % 128, 0, -L % 128))
-        .unflatten(0, (-1, 128))
-        .unflatten(2, (-1, 128))
-        .any(3)
-        .any(1)
-    )
-    assert torch.equal(
-        mask.to_dense()[0, 0].bool(), blocks
-    )  # no tile that holds a visible pair is skipped
+def test_flex_equals_the_spans(visible):
+    """Uncompiled, on a CPU, without gradients."""
+    tokens, (L, K) = 37, (37 * n for n in visible.dense().shape)
     q, k, v = randn(0, 1, L, 2, 16), randn(1, 1, K, 2, 16), randn(2, 1, K, 2, 16)
-    got = flex.flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(
-        1, 2
-    )
-    assert distance(got, attend(q, k, v, visible)) <= 1e-5
+    mask = tiles(visible.dense(), tokens)
+    got = flex.flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask)
+    assert distance(got.transpose(1, 2), attend(q, k, v, visible)) <= 1e-5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention with gradients needs CUDA")

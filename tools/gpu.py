@@ -56,6 +56,7 @@ PARTS: dict[str, tuple[Callable[[Room], Found], int]] = {  # in order; seconds t
     "diffusers": (speed.peers, 150),
     "training": (speed.training, 180),
     "training-14b": (partial(speed.training, large=True), 180),
+    "script": (speed.script, 240),
     "profile": (speed.profile, 90),
     "toy64": (speed.toy64, 360),
 }
@@ -87,10 +88,11 @@ SIZES = {
 class Config:
     """Check and measure everything on this machine."""
 
-    RANGES = {"size": ("auto", *SIZES), "only": tuple(PARTS)}
+    RANGES = {"size": ("auto", *SIZES), "only": tuple(PARTS), "runs": (0, 1000)}
     size: str = "auto"  # full (Wan2.1 1.3B, 480 x 832), toy, or auto: full on CUDA
     only: tuple[str, ...] = ()  # these parts alone, done or not
     out: str = "out/gpu"  # report.md, report.json, trace.json.gz, and a log of every part
+    runs: int = 0  # timed repetitions; 0: as many as suit the size; 1 takes half the time
     minutes: float = 25.0  # for all parts; what is left over waits for the next call
     device: str = "auto"  # cpu, cuda or auto
     here: bool = False  # run parts in this process instead of one process each
@@ -103,7 +105,8 @@ def room_of(config: Config) -> Room:
     """Device and sizes. raises: UserError for a device that is not here"""
     device = start(config.device)[2]
     auto = "full" if device.type == "cuda" else "toy"
-    return SIZES[auto if config.size == "auto" else config.size](device, Path(config.out))
+    room = SIZES[auto if config.size == "auto" else config.size](device, Path(config.out))
+    return replace(room, runs=config.runs or room.runs)
 
 
 def code() -> str:
@@ -152,7 +155,7 @@ def in_its_own_process(name: str, config: Config, room: Room, limit: float) -> d
     log, began = room.out / f"{name}.log", time.perf_counter()
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as here
     command = [sys.executable, "-m", "tools.gpu", "--here", "--only", name, "--out", config.out]
-    command += ["--size", config.size, "--device", config.device]
+    command += ["--size", config.size, "--device", config.device, "--runs", str(config.runs)]
     with open(log, "w") as file:
         where = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": ROOT, "env": env}
         # in a session of its own, so that it can be ended with all that it starts

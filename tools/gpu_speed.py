@@ -9,6 +9,7 @@ are neither run nor marked. The parts that check are `tests/gpu_checks.py`.
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 import signal
@@ -19,17 +20,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
+from tqdm import tqdm
 
 import anchors
 import train_dmd
 from anchors import Plan
 from dit import DiT, DiTConfig
+from lib.states import write_network
+from lib.text import NEGATIVE, write_rows
 from plans import both_directions
 from tools import bench
 from tools.count import ORDERS, size_of
@@ -263,6 +268,65 @@ def update_cost(room: Room, update: Callable[[], object]) -> dict[str, float]:
     with Meter() as meter:
         update()
     return {"measured GiB": meter.peak / GIB, "s": bench.median_of(room.clock(), 1, update)}
+
+
+def script(room: Room) -> Found:
+    """Stage 2's script as one types it, on short clips, beside a teacher of the student's size:
+    loading, sharding, a few iterations with and without the student's update, the log."""
+    folder, latents = room.out / "script", 9  # more is more memory than 80 GB [computed]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    weights, prompts = folder / "wan.safetensors", folder / "prompts.safetensors"
+    write_network(weights, network(room.c, room.dtype, room.device))
+    random_prompts(room, prompts)
+    command = [sys.executable, "train_dmd.py", "--preset", "wan-small-teacher", "--batch", "1"]
+    command += ["--latent", *map(str, (latents, *room.cells)), "--prompts", prompts.resolve()]
+    for name in ("student", "teacher", "critic"):
+        command += [f"--{name}", weights.resolve()]
+    command += ["--device", room.device.type, "--out", (folder / "dmd").resolve()]
+    command += ["--ratio", "2", "--sheet_every", "0", "--save_every", "0"]
+    rows, peak = logged(room, command, folder / "dmd" / "log.jsonl", 4)
+    shutil.rmtree(folder)  # gigabytes
+    sizes = [row[k] for row in rows for k in row if k.startswith(("dmd_", "critic_", "norm_"))]
+    demand(all(map(math.isfinite, sizes)), f"a loss or a gradient is not finite: {sizes}")
+    values = {"both updates s": rows[2]["seconds"], "critic alone s": rows[3]["seconds"]}
+    line = f"{latents} latents: " + ", ".join(f"{k[:-2]} {s:.3g} s" for k, s in values.items())
+    if room.cuda:  # GPU: a CPU does not tell
+        values["GiB"] = peak
+        line += f", {peak:.1f} GiB of the GPU in all"
+    return Found(line, {f"train_dmd.py, {k}": x for k, x in values.items()})
+
+
+def random_prompts(room: Room, path: Path) -> None:
+    """A file of embeddings as lib/text.py writes it: one prompt, the negative one and none."""
+    shard, said = path.with_name("prompts-0.safetensors"), [NEGATIVE, ""]
+    with tqdm(disable=True) as bar:
+        rows = partial(embedding, room)
+        write_rows(shard, rows, ["a prompt"], {"prompts": ["a prompt"]}, bar)
+        write_rows(path, rows, said, {"prompts": said, "shards": [shard.name]}, bar)
+
+
+def embedding(room: Room, prompt: str) -> Tensor:
+    """What stands for a prompt's embedding [L, text_dim]."""
+    return room.randn(min(30, room.c.text_len), room.c.text_dim, seed=len(prompt))
+
+
+def logged(room: Room, command: list, log: Path, count: int) -> tuple[list[dict], float]:
+    """Run a script until it has logged so many rows; these, and the GiB in use on the GPU."""
+    rows, used = [], 0.0
+    with subprocess.Popen([*map(str, command)], cwd=ROOT) as process:
+        try:
+            while len(rows) < count:
+                code = process.poll()
+                demand(code is None, f"{command[1]} ended with {code} after {len(rows)} iterations")
+                time.sleep(0.05)
+                rows = log.read_text().splitlines()[:count] if log.exists() else []
+                if room.cuda:  # GPU: a CPU does not tell
+                    free, total = torch.cuda.mem_get_info(room.device)
+                    used = max(used, (total - free) / GIB)
+        finally:
+            process.kill()
+    return [json.loads(row) for row in rows], used
 
 
 # ---------------------------------------------------------------- where the time goes

@@ -20,7 +20,7 @@ which is never shown (the paper's baseline without anchors). No videos here, no 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from typing import NamedTuple
 
@@ -376,6 +376,7 @@ class Layout:
     visible: Visible
 
 
+@cache
 def layout(plan: Plan, teacher_forcing: bool = False) -> Layout:
     """Targets of all steps in order of generation, then the anchors of all steps. A slot sees its
     own step, and the *target* slots of the latents its step reads.

@@ -20,7 +20,7 @@ float32, as in Wan's own code [Wan]. Parameter names are Wan's. No sampling and 
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +30,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.common import UserError
 from lib.cpu import Linear
-from lib.flex import block_mask, flex_attention
 from lib.shapes import check_noisy, check_text
 from lib.weights import check_sizes, config_from, load_strict, read_dit, write_dit
 
@@ -131,12 +130,12 @@ class Visible:
         Two blocks of 3, causal: ((0, 3, ((0, 3),)), (3, 6, ((0, 6),))).
     key_slot, key_pos: key j is that of the latent in slot key_slot[j], rotated to key_pos[j], so
         that a latent may be read at two positions. None: each slot's key, at its own position.
-    Attention goes span by span, exact and unpadded, or on CUDA by a block mask after `prepare`."""
+    Attention goes span by span, exact and unpadded, each by torch's fused kernel. On one H100 that
+    was faster than FlexAttention with a block mask for every plan measured (docs/speed.md)."""
 
     spans: Spans
     key_slot: Tensor | None = None
     key_pos: Tensor | None = None
-    block_mask: object = field(default=None, repr=False)
 
     @property
     def slots(self) -> int:
@@ -159,11 +158,9 @@ class Visible:
                 mask[q0:q1, k0:k1] = True
         return mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
-    def prepare(self, tokens: int, device: torch.device | str) -> "Visible":
-        """Move to a device, once per plan; for CUDA with the block mask of `tokens` per latent."""
-        slot = None if self.key_slot is None else self.key_slot.to(device)
-        pos = None if self.key_pos is None else self.key_pos.to(device)
-        return Visible(self.spans, slot, pos, block_mask(self.dense(), tokens, device))
+    def to(self, device: torch.device) -> "Visible":
+        """The same, with the places of repeated keys on a device."""
+        return Visible(self.spans, self.key_slot.to(device), self.key_pos.to(device))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
@@ -173,8 +170,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> T
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, A, L or K, D)
     if visible is None:
         out = F.scaled_dot_product_attention(q, k, v)
-    elif visible.block_mask is not None:
-        out = flex_attention(q, k, v, visible.block_mask)
     else:
         n = q.shape[2] // visible.slots  # tokens per latent
         runs = []
@@ -382,7 +377,8 @@ class DiT(nn.Module):
         time = self.time_projection(e).unflatten(2, (6, -1)).float()  # (B, T, 6, E)
         words = text if isinstance(text, list) else [self.embed_text(text)] * c.num_layers
         angles = key_angles = rope(pos, *c.grid(h, w), c.head_dim)
-        if visible is not None and visible.key_pos is not None:
+        if visible is not None and visible.key_slot is not None:
+            visible = visible.to(z.device)
             key_angles = rope(visible.key_pos, *c.grid(h, w), c.head_dim)
 
         kept = []

@@ -21,8 +21,8 @@ zoo/consistency.py.
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -187,13 +187,6 @@ def network(
     return prepare(load_dit(path, dtype, device), config, trained)
 
 
-@cache
-def masked(plan: Plan, teacher_forcing: bool, tokens: int, device: torch.device) -> Layout:
-    """A plan as one sequence, its mask on the device, kept."""
-    lay = layout(plan, teacher_forcing)
-    return replace(lay, visible=lay.visible.prepare(tokens, device))
-
-
 class Part(NamedTuple):
     """What one backward pass is for: samples of an iteration, in plan d of an entry of the mix."""
 
@@ -212,13 +205,12 @@ class Setup:
         self.dit = network(config, config.weights, self.device, trained=True)
         c = self.dit.config
         self.source = Prompts(config.prompts, c.text_dim, c.text_len)
-        self.tokens = c.tokens(*config.latent[1:])
 
     def plan(self, part: Part) -> Plan:
         return self.mix[part.entry][1][part.d]
 
     def layout(self, part: Part) -> Layout:
-        return masked(self.plan(part), self.teacher_forcing, self.tokens, self.device)
+        return layout(self.plan(part), self.teacher_forcing)
 
 
 def fit(

@@ -1,7 +1,7 @@
 """The first hour on a GPU: is everything right there? `python -m tools.gpu` runs these parts.
 
-The CUDA tests of this folder; attention, bfloat16 and compiled blocks against the plain way; and
-whether a second stream for the VAE is worth its lines. What a part is: `tools/gpu_speed.py:Room`.
+The CUDA tests of this folder; attention, bfloat16 and compiled blocks against the plain way. What
+a part is: `tools/gpu_speed.py:Room`.
 """
 
 import importlib.util
@@ -9,9 +9,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,6 @@ from sampler import generate, noise_seeded
 from tools import bench
 from tools.gpu_speed import ROOT, Found, Room, Skipped, demand
 from tools.memory import network
-from vae import VAE
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -66,8 +63,7 @@ def last_line(done: subprocess.CompletedProcess) -> str:
 
 # ---------------------------------------------------------------- equal must be equal
 def attention(room: Room) -> Found:
-    """The realisations of attention agree on the plans that train a student: spans, dense, and flex
-    on CUDA."""
+    """Attention span by span is that by a dense mask, on the plans that train a student."""
     forward, backward = both_directions(room.latents)
     cases = {
         "forward": layout(forward).visible,
@@ -77,15 +73,13 @@ def attention(room: Room) -> Found:
     }
     rows, worst = {}, 0.0
     for name, visible in cases.items():
-        rows[name] = agreement(room, visible)
+        rows[name] = {"worst difference": agreement(room, visible)}
         worst = max(worst, rows[name]["worst difference"])
-        rows[name] |= speeds(room, visible) if room.cuda else {}
     demand(worst <= 1e-4, f"they differ by {worst:.2g} in float32, more than 1e-4")
-    ways = "flex == spans == dense" if room.cuda else "spans == dense (flex is CUDA's)"
-    return Found(f"{ways} to {worst:.1g}", {"attention difference": worst}, rows)
+    return Found(f"spans == dense to {worst:.1g}", {"attention difference": worst}, rows)
 
 
-def agreement(room: Room, visible: Visible, tokens: int = 60) -> dict[str, float]:
+def agreement(room: Room, visible: Visible, tokens: int = 60) -> float:
     """The largest difference of outputs and gradients in float32, at few tokens a latent (dense
     would not fit at all)."""
     mask = visible.dense(tokens).to(room.device)  # [L, K]
@@ -93,41 +87,13 @@ def agreement(room: Room, visible: Visible, tokens: int = 60) -> dict[str, float
         room.randn(1, n, 2, 64, seed=i).requires_grad_()
         for i, n in enumerate((mask.shape[0], mask.shape[1], mask.shape[1]))
     )
-    weight = room.randn(*q.shape, seed=3)
-    ways: dict[str, Callable[[], Tensor]] = {
-        "dense": lambda: F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask
-        ).transpose(1, 2),
-        "spans": lambda: attend(q, k, v, visible),
-    }
-    if room.cuda:  # GPU: flex has no gradients on a CPU
-        prepared = visible.prepare(tokens, room.device)
-        ways["flex"] = lambda: attend(q, k, v, prepared)
-    found = {}
+    weight, found = room.randn(*q.shape, seed=3), []
     with torch.enable_grad():
-        for name, way in ways.items():
-            out = way()  # (1, L, 2, 64)
-            found[name] = out, *torch.autograd.grad(out, (q, k, v), weight)
-    pairs = [(a, b) for name in found for a, b in zip(found[name], found["dense"])]
-    return {"worst difference": max(apart(a, b) for a, b in pairs)}
-
-
-def speeds(room: Room, visible: Visible) -> dict[str, float]:  # GPU: a CPU has one way alone
-    """Milliseconds, forward and backward, at full size: which realisation should train?"""
-    n, heads = room.c.tokens(*room.cells), room.c.num_heads
-    slots, keys = visible.dense().shape
-    shape = (heads, room.c.dim // heads)
-    sizes = (slots, keys, keys)
-    q, k, v = (room.randn(1, i * n, *shape, dtype=room.dtype).requires_grad_() for i in sizes)
-    weight = room.randn(*q.shape, dtype=room.dtype)
-
-    def update(how: Visible) -> None:
-        with torch.enable_grad():
-            torch.autograd.grad(attend(q, k, v, how), (q, k, v), weight)
-
-    ways = partial(update, visible.prepare(n, room.device)), partial(update, visible)
-    found = bench.medians(room.clock(), room.runs, *ways)
-    return {"flex ms": 1e3 * found[0], "spans ms": 1e3 * found[1]}
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        dense = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+        for out in (attend(q, k, v, visible), dense):  # (1, L, 2, 64)
+            found.append([out, *torch.autograd.grad(out, (q, k, v), weight)])
+    return max(apart(a, b) for a, b in zip(*found))
 
 
 def precision(room: Room) -> Found:
@@ -191,43 +157,3 @@ def gain(room: Room) -> float:  # GPU: see above
     steps = [timed.last_block()[bench.LAST] for timed in both]
     slow, quick = bench.medians(room.clock(), room.runs, *steps)
     return slow / quick
-
-
-# ---------------------------------------------------------------- two streams
-def streams(room: Room) -> Found:
-    """Decode a block while the next is denoised: the loop on one stream, and with the VAE on a
-    second one.
-
-    (The product decodes on one stream; this says whether the other is worth its lines.)"""
-    timed = room.timed(room.dtype)
-    clock, loop = timed.clock, partial(interleaved, timed.vae, timed.last_block()[bench.LAST])
-    began = clock.now()
-    alone = loop(None)
-    seconds = clock.now() - began
-    if room.cuda:  # GPU: a CPU has no second stream
-        aside = torch.cuda.Stream(room.device)
-        both = loop(aside)
-        clock.now()  # waits for both streams
-        demand(torch.equal(alone, both), "the video of two streams is not that of one")
-        loops = partial(loop, None), partial(loop, aside)
-        first, second = bench.medians(clock, room.runs, *loops)
-        values = {"one stream s": first, "two streams s": second}
-        return Found(f"two streams are {first / second:.3f} x as fast as one", values)
-    raise Skipped(f"a CPU has no second stream; on one, four blocks took {seconds:.2g} s")
-
-
-def interleaved(
-    vae: VAE, one_step: Callable[[], Tensor], aside: "torch.cuda.Stream | None"
-) -> Tensor:
-    """Denoise and decode four blocks; with a second stream, decode there. The last frames [B, 3, F,
-    H, W]."""
-    state = None
-    for _ in range(4):
-        for _ in range(4):
-            x0 = one_step()
-        if aside:  # GPU: streams are CUDA's
-            aside.wait_stream(torch.cuda.current_stream())
-            x0.record_stream(aside)  # its memory is not free before it is read
-        with torch.cuda.stream(aside):  # None: this line does nothing
-            video, state = vae.decode_chunk(x0, state)
-    return video

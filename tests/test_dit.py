@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny import ROOT, distance, randn, randomise, tiny_dit
-from torch.nn.attention import flex_attention as flex
 
 import anchors
 from dit import (
@@ -31,7 +30,6 @@ from dit import (
 )
 from kvcache import KVCache
 from lib.common import UserError
-from lib.flex import tiles
 from sampler import generate, noise_seeded
 
 CONFIGS = {
@@ -512,50 +510,17 @@ def test_one_latent_may_be_several_keys():
     assert distance(*(torch.autograd.grad(y, wrt, weight) for y in (out, dense))) <= 1e-5
 
 
-@pytest.mark.parametrize("tokens", [37, 60, 128, 200])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("visible", [RAGGED, REPEATED], ids=["ragged", "repeated"])
-def test_the_tiles_are_those_of_every_pair(visible, tokens):
-    """Which tiles flex skips, masks or takes whole, from the latents alone: as torch finds when it
-    asks for every pair of tokens."""
-    ours, table = tiles(visible.dense(), tokens), visible.dense()
-    L, K = (n * tokens for n in table.shape)
-    mask_mod = lambda b, h, q, k: table[q // tokens, k // tokens]  # noqa: E731
-    torchs = flex.create_block_mask(mask_mod, None, None, L, K, device="cpu")
-    assert ours.seq_lengths == torchs.seq_lengths == (L, K)
-    for kind in ("kv", "full_kv", "q", "full_q"):
-        (count, which), (expected, theirs) = (
-            (getattr(mask, f"{kind}_num_blocks")[0, 0], getattr(mask, f"{kind}_indices")[0, 0])
-            for mask in (ours, torchs)
-        )
-        assert torch.equal(count, expected)
-        for row, n in enumerate(count.tolist()):
-            assert torch.equal(which[row, :n], theirs[row, :n])
-    pairs = visible.dense(tokens)
-    assert torch.equal(flex.create_mask(ours.mask_mod, 1, 1, L, K, device="cpu")[0, 0], pairs)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("visible", [RAGGED, REPEATED], ids=["ragged", "repeated"])
-def test_flex_equals_the_spans(visible):
-    """Uncompiled, on a CPU, without gradients."""
-    tokens, (L, K) = 37, (37 * n for n in visible.dense().shape)
-    q, k, v = randn(0, 1, L, 2, 16), randn(1, 1, K, 2, 16), randn(2, 1, K, 2, 16)
-    mask = tiles(visible.dense(), tokens)
-    got = flex.flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask)
-    assert distance(got.transpose(1, 2), attend(q, k, v, visible)) <= 1e-5
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention with gradients needs CUDA")
-@pytest.mark.parametrize("visible", [RAGGED, REPEATED], ids=["ragged", "repeated"])
-def test_flex_equals_dense_on_cuda(visible):
-    """On CUDA the compiled realisation gives the spans' values and gradients (float32, tf32 off:
-    1e-4)."""
-    keys = 6 if visible.key_slot is None else 8
+def test_spans_equal_dense_on_cuda(visible):
+    """CUDA's kernels, chosen a span, give the values and gradients of a dense mask (float32, tf32
+    off)."""
+    keys = visible.dense().shape[1]
     q = randn(0, 2, visible.slots * 100, 4, 64).cuda().requires_grad_()
     k, v = (randn(s, 2, keys * 100, 4, 64).cuda().requires_grad_() for s in (1, 2))
-    prepared = visible.prepare(100, "cuda")
-    assert prepared.block_mask is not None
-    weight, outs = randn(9, *q.shape).cuda(), [attend(q, k, v, x) for x in (visible, prepared)]
+    heads_first, mask = (x.transpose(1, 2) for x in (q, k, v)), visible.dense(100).cuda()
+    dense = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+    outs, weight = (attend(q, k, v, visible), dense), randn(9, *q.shape).cuda()
     assert distance(*outs) <= 1e-4
     assert distance(*(torch.autograd.grad(y, (q, k, v), weight) for y in outs)) <= 1e-4
 

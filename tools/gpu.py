@@ -48,7 +48,6 @@ PARTS: dict[str, tuple[Callable[[Room], Found], int]] = {  # in order; seconds t
     "attention": (checks.attention, 240),
     "precision": (checks.precision, 90),
     "compile": (checks.compiled, 300),
-    "streams": (checks.streams, 90),
     "step": (speed.step, 60),
     "vae": (speed.decoding, 90),
     "orders": (speed.orders, 420),

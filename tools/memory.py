@@ -60,7 +60,6 @@ def stage_1(
     """Stage 1's update of B samples, forward and backward, in one direction: call it to run it."""
     c, (_, h, w) = g.config, latent
     lay = layout(plan)
-    lay = replace(lay, visible=lay.visible.prepare(c.tokens(h, w), device))
     sigmas = torch.tensor([*student_sigmas(), 0.0], device=device)
     states = torch.randn(B, len(sigmas), len(lay.latent), c.in_dim, h, w, device=device)
     levels = torch.zeros(B, len(plan.steps), dtype=torch.long, device=device)

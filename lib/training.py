@@ -18,6 +18,7 @@ import os
 import pathlib
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
@@ -110,6 +111,8 @@ def distribute(model: nn.Module, how: str, dtype: torch.dtype | None = None) -> 
     if not dist.is_initialized():  # one process without torchrun
         backend = "nccl" if next(model.parameters()).is_cuda else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # a block hands out keys and values for a cache, views, and nobody writes into them
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mp_policy=policy)

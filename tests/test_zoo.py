@@ -41,16 +41,18 @@ from zoo import (
     stitching,
     switch,
     table,
+    teachers,
     tree,
     vector_time,
 )
 from zoo.on_clips import Drawn, timestep_weight
-from zoo.run import METHODS
+from zoo.run import METHODS, find_method
 
 SEEDS, SHAPE = [(0, 0, 0), (0, 1, 0)], (4, 4, 2)  # two clips of 2 tokens a latent
 ONE_LEVEL = Recipe(levels=(1000.0,))
 DIRECTIONS = {"forward": forward(9), "backward": backward(9)}
-SHARED = ("clip_pairs.py", "common.py", "on_clips.py", "run.py", "table.py")  # no methods
+# no methods of their own
+SHARED = ("clip_pairs.py", "common.py", "on_clips.py", "run.py", "table.py", "teachers.py")
 
 
 def inputs(plan: Plan) -> tuple:
@@ -103,7 +105,7 @@ def test_the_readme_has_every_file_and_every_method():
     words = (ROOT / "zoo" / "README.md").read_text(encoding="utf-8")
     for path in sorted((ROOT / "zoo").glob("*.py")):
         assert path.name in words, path.name
-    for name in METHODS:
+    for name in METHODS | teachers.METHODS:
         assert f"`{name}`" in words, name
 
 
@@ -419,14 +421,14 @@ def test_routing_keeps_the_sink_the_newest_and_the_best():
 
 
 def test_every_row_has_one_to_compare_with():
-    for name, method in METHODS.items():
+    for name, method in (METHODS | teachers.METHODS).items():
         if method.against:
-            other = METHODS[method.against]
+            other = find_method(method.against)
             assert not other.against and other.length == method.length, name
 
 
 def test_pictures_of_every_plan():
-    for name, method in METHODS.items():
+    for name, method in (METHODS | teachers.METHODS).items():
         assert "T" in text_picture(method.plan(method.length, 3, 3)), name
     assert common.read_later(forward(6), 0) == (0, 1, 2)
     assert common.read_later(backward(6), 1) == (None, None, None)
@@ -490,6 +492,26 @@ def at_once():
 def test_no_lag_and_one_part_are_the_teachers_ode(at_once):
     assert distance(staggered.generate(*teacher_of(7), lag=0), at_once) <= 1e-4
     assert distance(stitching.generate(*teacher_of(7)), at_once) <= 1e-5
+
+
+def test_a_teachers_rows_are_of_its_functions():
+    """Called as the table calls a student's methods: the ODE at once or a block at a time, a lag is
+    another video, and what is completed keeps its ends and has another middle."""
+    dit, plan = tiny_dit(), forward(9, 9)
+    texts, noise, negative = (
+        [randn(50, 2, 8, 32)],
+        noise_seeded(SEEDS, SHAPE),
+        torch.zeros(1, 8, 32),
+    )
+    whole = gather(plan, teacher_blocks(dit, plan, texts, negative, noise, teachers.GUIDANCE))
+
+    def row(name: str) -> torch.Tensor:
+        return teachers.METHODS[name].generate(dit, plan, texts, noise, recipe=Recipe())
+
+    assert distance(row("at_once"), whole) <= 1e-4 and torch.equal(row("ar-forward"), whole)
+    assert distance(row("staggered-2"), whole) > 1e-2
+    apart = (row("completed") - whole).abs().amax((0, 2, 3, 4))  # (T,)
+    assert apart[:3].max() <= 1e-4 and apart[6:].max() <= 1e-4 and apart[3:6].min() > 1e-2
 
 
 def test_the_schedule_by_hand():

@@ -26,6 +26,7 @@ from zoo import (
     same_level,
     speculative,
     switch,
+    teachers,
     tree,
 )
 from zoo.common import Method, forward_plan, long_backward, long_forward
@@ -69,15 +70,16 @@ class Config:
 
 def find_method(name: str) -> Method:
     """raises: UserError naming those that there are"""
-    if name not in METHODS:
-        raise UserError(f"unknown method {name!r}; use {', '.join(METHODS)}")
-    return METHODS[name]
+    known = METHODS | teachers.METHODS
+    if name not in known:
+        raise UserError(f"unknown method {name!r}; use {', '.join(known)}")
+    return known[name]
 
 
 @torch.no_grad()
 def main(config: Config) -> None:
     if config.method == "list":
-        print("\n".join(METHODS))
+        print("\n".join([*METHODS, "", "with --weights of a teacher:", *teachers.METHODS]))
         return
     method = find_method(config.method)
     VideoWriter(config.out)  # refuses a name it cannot write
@@ -89,7 +91,7 @@ def main(config: Config) -> None:
         raise UserError(f"{config.method} takes {plan.prompts()} prompts, not {len(config.prompt)}")
     print(text_picture(plan))
     words = text.embed(config.prompt, c.text_dim, c.text_len, weights=config.weights)
-    texts = [dit.text_kv(row[None].to(device)) for row in words]
+    texts = [row[None].to(device) for row in words]
     texts = texts if len(texts) > 1 else texts * plan.prompts()
     h, w = (side // vae.config.space for side in frame_size(config.size, dit, vae))
     noise = noise_seeded([(config.seed, 0, 0)], (c.in_dim, h, w), device)

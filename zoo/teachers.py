@@ -38,7 +38,7 @@ def alone(make: Make) -> Callable[..., Tensor]:
 
 
 def in_blocks(dit: DiT, plan: Plan, texts: list[Tensor], noise: Noise, recipe=None) -> Tensor:
-    """An autoregressive teacher, 48 steps a block."""
+    """An autoregressive teacher, 48 steps a block; texts: [B, L, text_dim] a prompt of the plan."""
     negative = torch.zeros_like(texts[0][:1])
     return gather(plan, list(teacher_blocks(dit, plan, texts, negative, noise, GUIDANCE)))
 
@@ -46,7 +46,8 @@ def in_blocks(dit: DiT, plan: Plan, texts: list[Tensor], noise: Noise, recipe=No
 def completed(
     dit: DiT, length: int, prompt: Tensor, negative: Tensor, noise: Noise, guidance: float
 ) -> Tensor:
-    """A clip of which all but three latents at each end are made anew, from other noise."""
+    """A clip [B, length, C, h, w] of which all but three latents at each end are made anew, from
+    other noise."""
     whole = staggered.generate(dit, length, prompt, negative, noise, guidance, lag=0)
     known = {i: whole[:, i] for i in (*range(3), *range(length - 3, length))}
     other: Noise = lambda level, numbers: noise(level + 1, numbers)  # noqa: E731

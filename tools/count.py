@@ -1,14 +1,12 @@
 """What full size costs, by counting: no GPU is needed to know what a GPU will have to do.
 
-Three kinds of cost, each with its own ceiling:
+Two kinds of cost, each with its own ceiling:
 
     FLOPs       linear layers and attention, two a multiplication; formulas, tested against torch
-    bytes       what kernels read from the GPU's memory and write to it, each tensor once a kernel
-    launches    kernels started from Python: all operations of a pass that are no views
+    bytes       weights, and what is read of the cache
 
-Bytes and launches come from real passes on the meta device (`tools/meta.py`).
-"Least" times divide by a datasheet, so nothing can be faster, and much will be slower;
-`tools/gpu.py` measures. Ideas for more speed come last, each with the most that it could save.
+"Least" times divide by a datasheet, so nothing can be faster, and all is slower: `tools/gpu.py`
+measures.
 
     python -m tools.count                          # the tables of docs/counting.md
     python -m tools.count --write docs/counting.md    # and put them there
@@ -16,19 +14,21 @@ Bytes and launches come from real passes on the meta device (`tools/meta.py`).
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import anchors
 from anchors import Plan, layout
 from dit import PRESETS, DiT, DiTConfig
 from lib.common import UserError, atomic, run
 from plans import both_directions
-from tools.meta import BUSY, JOINED, H, Ledger, W, ledger, vae_flops, vae_ledger
+from vae import VAE
 
+H, W = 60, 104  # cells of a latent at 480 x 832
 PEAK, BANDWIDTH = 989e12, 3.35e12  # FLOP/s in dense bfloat16, bytes/s: an H100's datasheet
-LAUNCH = 5e-6  # seconds to start a kernel from Python [guess]
 LEVELS = 4  # denoising steps a block [paper]
 MEAN_EXIT = 2.5  # of stage 2's rollouts: 1 to 4 denoising steps
 CHECKPOINTED = 4  # forward, forward again, backward: 1 + 1 + 2
@@ -49,6 +49,12 @@ def size_of(c: DiTConfig) -> int:
     """How many parameters a transformer of this config has."""
     with torch.device("meta"):
         return sum(p.numel() for p in DiT(c).parameters())
+
+
+def vae_size() -> int:
+    """How many parameters the VAE has that decode."""
+    with torch.device("meta"):
+        return sum(p.numel() for k, p in VAE().named_parameters() if "encoder" not in k)
 
 
 def latent_bytes(c: DiTConfig, tokens: int) -> int:
@@ -112,24 +118,18 @@ def text_kv_flops(c: DiTConfig) -> float:
     return 2 * c.text_len * (c.text_dim * c.dim + c.dim**2 + c.num_layers * 2 * c.dim**2)
 
 
-# ---------------------------------------------------------------- least seconds
-def moved(book: Ledger) -> dict[str, float]:
-    """Least seconds by family of what memory bounds."""
-    return {k: size / BANDWIDTH for k, size in book.bytes.items() if k not in BUSY}
-
-
-def pass_seconds(c: DiTConfig, n: int, own: int, seen: int) -> float:
-    """Least time of a denoising pass: its arithmetic, then the kernels that memory bounds.
-
-    These grow with the latents of the pass, but for the joining of past and own keys."""
-    rest = sum(moved(ledger(3, 12)).values()) - moved(ledger(3, 12))[JOINED]
-    joined = 2 * seen * latent_bytes(c, n) / BANDWIDTH if seen > own else 0.0
-    return pass_flops(c, own * n, seen * n) / PEAK + rest * own / 3 + joined
-
-
-def decoder_moving() -> float:
-    """Least seconds of the decoder's kernels that memory bounds, for three latents."""
-    return sum(moved(vae_ledger()).values())
+@cache
+def vae_flops(latents: int, first: bool = False) -> float:
+    """Of decoding so many latents of a stream (first: its image latent), counted by torch from the
+    real network."""
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), torch.no_grad():
+        model = VAE()
+        z = torch.empty(1, latents, model.config.z_dim, H, W)
+        state = None if first else model.decode_chunk(z[:, :1])[1]
+        with counter:
+            model.decode_chunk(z, state)
+    return counter.get_total_flops()
 
 
 def clip_vae_flops(latents: int) -> float:
@@ -138,15 +138,8 @@ def clip_vae_flops(latents: int) -> float:
 
 
 def clip_seconds(c: DiTConfig, n: int, plan: Plan) -> float:
-    """Least time of a clip, decoded in bfloat16."""
-    block = vae_flops(3) / PEAK + decoder_moving()
-    total = block * clip_vae_flops(plan.length) / vae_flops(3)
-    for times, own, seen, clean in passes(plan):
-        total += times * pass_seconds(c, n, own, seen)
-        if clean:
-            spared = pass_flops(c, own * n, seen * n) - clean_flops(c, own * n, seen * n)
-            total -= spared / PEAK
-    return total
+    """Least time of a clip: its arithmetic."""
+    return (plan_flops(c, plan, n) + clip_vae_flops(plan.length)) / PEAK
 
 
 # ---------------------------------------------------------------- the tables
@@ -183,7 +176,7 @@ def part_table(c: DiTConfig, n: int) -> str:
     found += [
         ("clean pass, 3 see 21", clean_flops(c, 3 * n, 21 * n), weights + 21 * latent),
         ("cache: read 18 latents, turn their keys", 0.0, 2 * 18 * latent),
-        ("VAE, 3 latents: all kernels' bytes", vae_flops(3), sum(vae_ledger().bytes.values())),
+        ("VAE, 3 latents", vae_flops(3), BFLOAT * vae_size()),
         ("AdamW, 28 bytes a parameter", 0.0, ADAMW * size_of(c)),
     ]
     rows: list[Row] = []
@@ -204,58 +197,6 @@ def clip_table(c: DiTConfig, n: int) -> str:
         rows.append([name, frames, *work, seconds, frames / seconds])
     columns = {"clip": "", "frames": "d", "TFLOP, transformer": ".0f", "TFLOP, VAE": ".0f"}
     return table(columns | {"least s": ".2f", "most FPS": ".1f"}, rows)
-
-
-def kernel_table() -> str:
-    """Launches and bytes of a denoising step in the middle of a forward clip, and of decoding."""
-    books = {"step": ledger(3, 12), "VAE": vae_ledger()}
-    step, decoder = books.values()
-    families = sorted({*step.bytes, *decoder.bytes}, key=lambda family: -step.bytes[family])
-    rows = [[family] for family in families] + [["**all**"]]
-    columns = {"kernels": ""}
-    for name, book in books.items():
-        columns |= {f"{name}: launches": "d", f"{name}: ms to launch": ".1f"}
-        columns |= {f"{name}: GB": ".1f", f"{name}: ms to move them": ".1f"}
-        counts = [(book.launches[k], book.bytes[k]) for k in families]
-        counts.append((sum(book.launches.values()), sum(book.bytes.values())))
-        for row, (launches, size) in zip(rows, counts):
-            row += [launches, 1e3 * launches * LAUNCH, size / 1e9, 1e3 * size / BANDWIDTH]
-    return table(columns, rows)
-
-
-def fusable(c: DiTConfig, n: int) -> float:
-    """Least seconds of a step's norms, modulations and rotations, if each read and wrote once."""
-    turned = 2 * (BFLOAT + BFLOAT)  # q and k: norm and RoPE at once
-    modulated = 2 * (4 + BFLOAT) + (4 + BFLOAT)  # float32 in, bfloat16 out: three norms a layer
-    return (turned + modulated) * 3 * n * c.dim * c.num_layers / BANDWIDTH
-
-
-def savings(c: DiTConfig, n: int) -> list[tuple[str, str, float]]:
-    """Ideas: what each saves, and the most that it could, as a share of the least time of a block
-    with its VAE, in the middle of a forward clip: five passes of three latents that see twelve."""
-    book, other, runs = ledger(3, 12), moved(ledger(3, 12)), LEVELS + 1
-    step, decoding = pass_seconds(c, n, 3, 12), vae_flops(3) / PEAK
-    launches = runs * sum(book.launches.values()) + sum(vae_ledger().launches.values())
-    started, block = launches * LAUNCH, runs * step + decoding + decoder_moving()
-    norms = other["RoPE"] + other["norms, modulation"] - fusable(c, n)
-    distant = attention_flops(c, 3 * n, 9 * n) / PEAK
-    hidden = min(runs * sum(other.values()), decoding)
-    hidden += min(runs * (step - sum(other.values())), decoder_moving())
-    # of 1 + 2 frames joined and 2 kept for the next, 6 and 2 for every four: 2 a frame, not 5
-    pieced = 3 / 5 * (moved(vae_ledger())[JOINED] + moved(vae_ledger())["copies"])
-    linear = linear_flops(c, 3 * n) / PEAK
-    seconds = [
-        ("CUDA graphs, if no launch were hidden", "launches x 5 us", started),
-        ("CUDA graphs, as the host runs ahead", "launches x 5 us - block", max(started - block, 0)),
-        ("fp8 linear layers", "half of their time", runs * linear / 2),
-        ("norm, modulation, RoPE fused", "their bytes - one read, one write", runs * norms),
-        ("sparse attention", "attention to the 9 earlier latents, all", runs * distant),
-        ("room for own keys behind the past's", "rows joined", runs * other[JOINED]),
-        ("VAE: four large frames at a time", "3/5 of its rows joined and copies", pieced),
-        ("VAE: all fused", "all its bytes but the convolutions'", decoder_moving()),
-        ("VAE on a stream of its own", "one's memory beside the other's arithmetic", hidden),
-    ]
-    return [(name, why, x / block) for name, why, x in seconds]
 
 
 def training_table(c: DiTConfig, n: int) -> str:
@@ -281,11 +222,7 @@ def counted() -> str:
     """All tables, in Markdown."""
     c = PRESETS["wan1.3b"]
     n = c.tokens(H, W)
-    ideas = [(name, why, f"{100 * share:.1f} %") for name, why, share in savings(c, n)]
-    ideas = table({"idea": "", "saves": "", "at most": ""}, ideas)
-    return "\n\n".join(
-        [part_table(c, n), clip_table(c, n), kernel_table(), ideas, training_table(c, n)]
-    )
+    return "\n\n".join([part_table(c, n), clip_table(c, n), training_table(c, n)])
 
 
 def put(path: str, name: str, text: str) -> None:
@@ -300,7 +237,7 @@ def put(path: str, name: str, text: str) -> None:
 
 @dataclass
 class Config:
-    """Count FLOPs, bytes and kernel launches of Wan2.1 1.3B at 480 x 832."""
+    """Count FLOPs and bytes of Wan2.1 1.3B at 480 x 832."""
 
     write: str = ""  # also put the tables into this page, between its marks
 

@@ -37,9 +37,6 @@ from tools.bench import name_of
 from tools.gpu_speed import ROOT, Found, Room, Skipped, Wrong
 from vae import PRESETS as VAES
 
-TOY_VAE = ("--steps", "2", "--frames", "1", "5", "--batch", "1", "1", "--share", "0.5", "0.5")
-FULL_VAE = ("--steps", "300", "--frames", "1", "5", "17", "--batch", "32", "8", "4")
-FULL_VAE += ("--share", "0.2", "0.4", "0.4")
 CELL = re.compile(r"\| *([^|]*?) *<!-- gpu: ([^>]*?) -->")  # a cell that a report fills
 
 PARTS: dict[str, tuple[Callable[[Room], Found], int]] = {  # in order; seconds that each may take
@@ -57,7 +54,6 @@ PARTS: dict[str, tuple[Callable[[Room], Found], int]] = {  # in order; seconds t
     "training-14b": (partial(speed.training, large=True), 180),
     "script": (speed.script, 240),
     "profile": (speed.profile, 90),
-    "toy64": (speed.toy64, 360),
 }
 SIZES = {
     "full": partial(
@@ -68,7 +64,6 @@ SIZES = {
         size=(480, 832),
         runs=3,
         latents=21,
-        toy64=(300.0, 64, FULL_VAE),
     ),
     "toy": partial(
         Room,
@@ -78,7 +73,6 @@ SIZES = {
         size=(32, 32),
         runs=1,
         latents=9,
-        toy64=(1.0, 16, TOY_VAE),
     ),
 }
 

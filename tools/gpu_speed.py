@@ -12,8 +12,6 @@ import json
 import math
 import re
 import shutil
-import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -74,7 +72,6 @@ class Room:
     size: tuple[int, int]  # of a frame, (height, width)
     runs: int
     latents: int  # latents of a clip in training
-    toy64: tuple[float, int, tuple[str, ...]]  # seconds, pixels, and how the toy's VAE is trained
 
     @property
     def cuda(self) -> bool:
@@ -387,40 +384,3 @@ def kernels(profiler: torch.profiler.profile, cuda: bool) -> Iterator[tuple[str,
                 yield row.key, row.self_device_time_total, row.count
         elif row.self_cpu_time_total:
             yield row.key, row.self_cpu_time_total, row.count
-
-
-# ---------------------------------------------------------------- and it learns
-def toy64(room: Room) -> Found:
-    """The toy at 64 pixels: its VAE for a few steps, then its teacher. Does the loss fall?"""
-    (seconds, pixels, flags), began = room.toy64, time.perf_counter()
-    out = room.out / "toy64"
-    shutil.rmtree(out, ignore_errors=True)  # what an earlier call left there would go on
-    common = ["--out", str(out), "--size", str(pixels), "--device", room.device.type]
-    run_toy("toy.train_vae", [*common, *flags], seconds)
-    few = ["--preset", "toy64", "--clips", "64", "--batch", "4", "--pictures", "4"]
-    left, log = seconds - (time.perf_counter() - began), out / "teacher.log.jsonl"
-    run_toy("toy.train_teacher", [*common, *few], left, log)
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    losses = [row["clip"] for row in rows]
-    demand(max(losses) < 100, f"the teacher's loss reached {max(losses):.3g}")
-    values = {"teacher steps": rows[-1]["step"] + 1, "teacher s a step": rows[-1]["seconds"]}
-    tail = statistics.mean(losses[-5:])
-    line = f"{values['teacher steps']} steps of the teacher, loss {losses[0]:.3g} -> {tail:.3g}"
-    return Found(line, values)
-
-
-def run_toy(script: str, flags: list[str], seconds: float, log: Path | None = None) -> None:
-    """Run a toy script to its end; with a log, until the time is up and it has logged."""
-    began = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-m", script, *flags], cwd=ROOT) as process:
-        try:
-            while process.poll() is None:
-                spent = time.perf_counter() - began
-                if log and log.exists() and spent > seconds:
-                    process.send_signal(signal.SIGINT)
-                    log = None
-                demand(spent < 2 * seconds + 120, f"{script} is not done after {spent:.0f} s")
-                time.sleep(0.2)
-        finally:
-            process.kill()  # nothing, if it has ended
-    demand(process.returncode == 0, f"{script} ended with {process.returncode}")

@@ -13,7 +13,7 @@ import dit
 import train_dmd
 from dit import PRESETS
 from lib.common import UserError, from_cli
-from tools import memory, meta
+from tools import memory
 
 WAN = train_dmd.Config(**train_dmd.Config.PRESETS["wan"])
 
@@ -21,7 +21,7 @@ WAN = train_dmd.Config(**train_dmd.Config.PRESETS["wan"])
 def test_meter_counts_live_bytes():
     """Births and deaths are counted once, views and weights not at all; the peak stays."""
     weight = torch.empty(1000, device="meta")
-    with meta.Meter() as meter:
+    with memory.Meter() as meter:
         # a dead temporary and a live sum: 2 KiB at most at once
         a = torch.empty(256, device="meta") + weight[:256]
         b = a.view(2, 128).t()

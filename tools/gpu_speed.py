@@ -36,8 +36,7 @@ from lib.text import NEGATIVE, write_rows
 from plans import both_directions
 from tools import bench
 from tools.count import ORDERS, size_of
-from tools.memory import GIB, estimate, network, trainable, updates
-from tools.meta import Meter
+from tools.memory import GIB, Meter, estimate, network, trainable, updates
 from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,12 +11,15 @@ updates on a GPU and puts what they took beside what is said here.
     python -m tools.memory --write docs/many-gpus.md          # and put the tables there
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import train_dmd
 from anchors import Plan, layout
@@ -25,11 +28,61 @@ from lib.common import UserError, dtype_of, run
 from plans import both_directions, rows_of
 from sampler import generate, noise_from, student_sigmas
 from tools.count import BFLOAT, put, size_of, table
-from tools.meta import Fused, Meter
 from train_ode import ode_loss, trained_as
 
 GIB = 2**30
 TRAINED = 16  # bytes a parameter: float32 master, gradient, Adam's two moments
+
+
+# ---------------------------------------------------------------- bytes that are alive
+def tensors_of(tree: object) -> list[Tensor]:
+    """All tensors in lists, tuples and dicts of such."""
+    return [x for x in tree_iter(tree) if isinstance(x, Tensor)]
+
+
+class Meter(TorchDispatchMode):
+    """Count the bytes of all tensors made inside the block that are alive; remember the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
+        # what works in place returns an input, a weight for instance
+        given = {x.untyped_storage()._cdata for x in tensors_of((args, kwargs))}
+        for x in tensors_of(out):
+            storage = x.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.known | given:
+                self.known.add(key)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, key, size)
+        return out
+
+
+class Fused(torch.autograd.Function):
+    """The memory of fused attention: it keeps q, k, v, its output and one float a query.
+
+    On the meta device torch would take the unfused path and count scores that no GPU ever holds."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
 # ---------------------------------------------------------------- networks and their updates

@@ -10,7 +10,7 @@ Inside a clip there is no image latent, but what the teacher scores begins with 
 first latent becomes the picture it shows, encoded alone [Self Forcing beyond 21 latents; the paper
 does not say]. Exit at the last level, as published; lengths up to 100 s there, 15 s here.
 Left open here: the paper's reward stage on optical flow is not here.
-Here: not measured with these weights; nothing drifts in 63 latents that it could repair.
+Here: no difference; nothing drifts in 63 latents that it could repair (zoo/README.md).
 
     python -m zoo.self_forcing_pp --rolled 63        to measure: python -m zoo.table --weights ...
 """

@@ -11,7 +11,8 @@ guidance pushes away from what would be said to strangers: v + g (v - v with bot
 noise) [our reading], which needs a teacher that knows such inputs (zoo/vector_time.py); 0 does not.
 Left open by the abstract: g, and how much noise is added again at each level (none here). Without
 a loop the ends have one neighbour.
-Here: not measured; one part alone is the teacher's plain ODE (tests/test_zoo.py).
+Here: 42 latents in windows of 21, round trip .90 at once, 1.01 stitched; omni guidance of 1 does
+harm (zoo/README.md). One part alone is the plain ODE.
 
     python -c "from zoo.stitching import neighbours; print(neighbours(4, loop=True))"
 """

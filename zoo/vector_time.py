@@ -10,9 +10,9 @@ them differ: the bidirectional one, trained on. FVDM mixes: one time for all in 
 for each in the fifth; Pusa's latents always differ (--together 0). Given latents are then held at
 time 0 by `sampler.many_steps` in every step of the ODE.
 Left open: FVDM says nothing of a video VAE whose first latent is a picture; here it is one of 21.
-Here: not measured; what is known comes back to the bit (tests/test_zoo.py).
+Here: beside held ends FR max 1.30 to 1.08, round trip 1.52 to 1.27 (one training seed).
 
-    python -m tools.encode && python -m zoo.vector_time         compare evaluate.py's inbetween
+    python -m tools.encode && python -m zoo.vector_time        then zoo.table --methods completed
 """
 
 from dataclasses import dataclass

@@ -713,8 +713,13 @@ def test_the_table_counts_and_goes_on(tmp_path, capsys):
     made = json.loads((tmp_path / "t.json").read_text())
     assert made["rows"]["rolling_forcing, seed 0"]["passes"] == 16
     assert "7.000 ± 0.500" in capsys.readouterr().out
-    with pytest.raises(UserError, match="use another --out"):
-        table.main(table.Config(methods=("forward",), **{**flags, "clips": 3}))
+    for other in ({"clips": 3}, {"latents": 9}):
+        with pytest.raises(UserError, match="use another --out"):
+            table.main(table.Config(methods=("forward",), **flags | other))
+    short = flags | {"latents": 9, "out": str(tmp_path / "short.json")}
+    table.main(table.Config(methods=("forward",), **short))
+    row = json.loads((tmp_path / "short.json").read_text())["rows"]["forward, seed 0"]
+    assert (row["passes"], row["latents"]) == (14, 42)  # 3 blocks of 4 levels, 2 remembered
 
 
 def test_a_star_needs_every_seed():

@@ -52,10 +52,11 @@ TRUE = "true clips, decoded"
 class Config:
     """Measure every method of the zoo on held-out captions."""
 
-    RANGES = {"clips": (2, None)}  # two, for a standard error
+    RANGES = {"clips": (2, None), "latents": (0, None)}  # two, for a standard error
     clips: int = 48  # clips a row
     seeds: tuple[int, ...] = (0,)  # of captions, clips and noise: a row for each
     methods: tuple[str, ...] = ()  # which rows; default: all (python -m zoo.run list)
+    latents: int = 0  # length of all rows; 0: each method's own
     weights: str = "toy/weights"  # a folder with student and VAE
     world: str = ""  # a module of captions and their reader; default: toy.world
     out: str = "out/zoo.json"  # the rows, as they are made
@@ -143,12 +144,13 @@ def measured(bench: Bench, z: Tensor, plan: Plan, captions: list[str]) -> Values
 def row_of(bench: Bench, name: str, seed: int, bar: tqdm) -> dict:
     """A row as JSON has it: numbers, and [mean, standard error]."""
     if name == TRUE:
-        true, found = bench.true(seed, 21)
+        true, found = bench.true(seed, bench.config.latents or 21)
         cost = {}
     else:
         method, recipe = find_method(name), recipe_of(bench.dit)
-        plan = method.plan(method.length, recipe.block, recipe.anchors)
-        true = bench.true(seed, method.length)[0]
+        length = bench.config.latents or method.length
+        plan = method.plan(length, recipe.block, recipe.anchors)
+        true = bench.true(seed, length)[0]
         z, cost = make(bench, method, plan, seed, bar)
         found = measured(bench, z, plan, bench.captions(seed, plan.prompts()))
     return cost | {column: [s.mean, s.se] for column, s in summary(found, true).items()}
@@ -164,7 +166,7 @@ def read_rows(path: Path, settings: dict) -> dict[str, dict]:
         there, rows = found["settings"], found["rows"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a table of this script; use another --out") from None
-    if settings | there != settings:  # older rows do not say which VAE
+    if settings | {"latents": 0} | there != settings:  # older rows do not say these, or which VAE
         raise UserError(f"{path} has rows of {there}, not of {settings}; use another --out")
     return rows
 
@@ -207,7 +209,11 @@ def main(config: Config) -> None:
         find_method(name)
     dit, vae = load_models(config.weights, device=start(config.device)[2])
     bench = Bench(config, dit, vae, find_world(config.world, dit.config.text_dim))
-    settings = {"clips": config.clips, "size": list(frame_size(config.size, dit, vae))}
+    settings = {
+        "clips": config.clips,
+        "latents": config.latents,
+        "size": list(frame_size(config.size, dit, vae)),
+    }
     settings |= {"weights": fingerprint(dit.state_dict()), "world": bench.world.__name__}
     settings["vae"] = fingerprint(vae.state_dict())
     settings["recipe"] = json.loads(json.dumps(recipe_of(dit).write()))

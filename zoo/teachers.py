@@ -7,8 +7,8 @@ beside it:
     python -m zoo.table --weights toy/weights/teacher.safetensors --methods at_once staggered-2
 
 at_once is the plain ODE; staggered and stitched are of those files. completed holds three latents
-at each end of what at_once made, and makes the rest again (zoo/vector_time.py). ar-forward and its
-like go a block at a time, for what zoo/ar_teacher.py and zoo/resampling.py train.
+at each end of what at_once made, and makes the rest again (zoo/vector_time.py). ar-forward and
+ar-backward go a block at a time, for what zoo/ar_teacher.py and zoo/resampling.py train.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from anchors import Plan, backward, inbetween, long
 from dit import DiT
 from sampler import Noise, gather, teacher_blocks
 from zoo import staggered, stitching, vector_time
-from zoo.common import Method, forward_plan, long_backward, long_forward
+from zoo.common import Method, forward_plan
 
 GUIDANCE = 3.0  # [paper, for pairs]
 Make = Callable[..., Tensor]  # (teacher, length, prompt, negative, noise, guidance) -> latents
@@ -73,6 +73,4 @@ METHODS = {
     ),
     "ar-forward": Method(forward_plan, in_blocks, against=""),
     "ar-backward": Method(backward, in_blocks, against=""),
-    "ar-long-forward": Method(long_forward, in_blocks, against="", length=63),
-    "ar-long-backward": Method(long_backward, in_blocks, against="", length=63),
 }

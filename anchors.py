@@ -27,14 +27,13 @@ from typing import NamedTuple
 import torch
 
 from dit import Visible
+from lib import shapes
 from lib.common import UserError
-from lib.letters import marks as marks
 from lib.letters import text_picture as text_picture
-from lib.shapes import check_anchors, check_blocks, check_long, check_step
+from lib.noise import IMAGINED
 
 HORIZON = 21  # positions and latents the model has seen at once in training [paper Sec. 4.3]
 SINK_GAP = 3  # empty positions between a block and a sink moved to its far side [paper A.2]
-IMAGINED = 1 << 20  # the noise of latent i's anchor has the number i + IMAGINED, if it is its own
 
 Reads = tuple[tuple[int, int], ...]  # (latent, position) pairs
 
@@ -81,7 +80,7 @@ class Plan:
     def __post_init__(self) -> None:
         finished: set[int] = set()
         for n, step in enumerate(self.steps):
-            check_step(step, finished, self.horizon, f"step {n} of the plan {self.name!r}")
+            shapes.check_step(step, finished, self.horizon, f"step {n} of the plan {self.name!r}")
             finished.update(step.targets)
         missing = sorted(set(range(self.length)) - finished)
         if missing:
@@ -239,7 +238,7 @@ def _beginning(block: range, finished: Sequence[int]) -> Step:
 def _blocks(length: int, block: int, head: int = 0) -> list[range]:
     """Cut 0 .. length-1 into a head (0: of a block) and blocks. raises: UserError"""
     head = head or block
-    check_blocks(length, block, head)
+    shapes.check_blocks(length, block, head)
     return [range(head), *(range(s, s + block) for s in range(head, length, block))]
 
 
@@ -269,7 +268,7 @@ def backward(
         Fig. 8c is block=6, anchors=0, head=3.
     dummy: the paper's baseline without anchors (Fig. 8b): a dummy at the start of the clip is made
         first, and read by the first real block alone, to tell it that it is not the beginning."""
-    check_anchors(anchors, block)
+    shapes.check_anchors(anchors, block)
     order = _blocks(length, block, head)[::-1]
     first, second = order[0][::-1], order[min(1, len(order) - 1)]
     steps = []
@@ -289,9 +288,7 @@ def inbetween(length: int = 21, block: int = 3, anchors: int = 3, given: bool = 
 
     given: head and tail are the user's; else they are made, the tail with anchors."""
     gap = range(block, length - block)
-    if block < 1 or len(gap) < 1 or not 0 <= anchors <= len(gap):
-        parts = f"two ends of {block}, a gap between them and {anchors} anchors in it"
-        raise UserError(f"{length} latents have no room for {parts}")
+    shapes.check_inbetween(length, block, anchors, len(gap))
     head, tail = range(block), range(gap.stop, length)
     imagined = () if given else tuple(range(tail.start - anchors, tail.start))
     ends = place(head, 0) + place(tail, tail.start)
@@ -313,9 +310,7 @@ def loop(length: int = 21, block: int = 3, gap: int = 0) -> Plan:
     least = max(block, 2)  # an image latent and one to come back to
     gap = gap or min(HORIZON - 2 * block, length - least)
     rest = length - gap
-    if gap < 1 or rest < least:
-        parts = f"a first block of {least} and a gap of at least 1, got {gap}"
-        raise UserError(f"a loop of {length} latents needs room for {parts}")
+    shapes.check_loop(length, least, gap)
     view = EVERYTHING if rest <= HORIZON else View(window=2 * block, past_sink=True)
     near = range(rest)[-max(HORIZON - gap - block, 1) :]
     at = len(near)
@@ -338,7 +333,7 @@ def long(
     as_trained: bool = False,
 ) -> Plan:
     """Forward or backward past the horizon, at constant memory: a window, and sinks on a side."""
-    check_long(direction, window, sink)
+    shapes.check_long(direction, window, sink)
     view = View(window, sink in ("past", "both"), sink in ("future", "both"), as_trained)
     if direction == "forward":
         return forward(length, block, view)

@@ -35,10 +35,10 @@ from torch import Tensor
 import anchors
 from anchors import HORIZON, Plan, View
 from lib.common import UserError
-from lib.media import load_clip
+from lib.media import FPS, load_clip
+from lib.recipe import Recipe
 from lib.story import LONGEST, Story, read_keyframes, read_story
 from plans import switch, timeline, with_given
-from sampler import FPS, Recipe
 from vae import VAE
 
 TIME = 4  # frames of a latent [Wan]

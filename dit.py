@@ -28,9 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.common import UserError
 from lib.cpu import Linear
-from lib.shapes import check_noisy, check_text
+from lib.shapes import check_noisy, check_text, check_transformer
 from lib.weights import check_sizes, config_from, load_strict, read_dit, write_dit
 
 
@@ -52,11 +51,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "transformer")
-        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
-            raise UserError(f"patch_size {self.patch_size} must be (1, height, width)")
-        if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
-            sizes = f"dim {self.dim} / num_heads {self.num_heads}"
-            raise UserError(f"{sizes} must be an even whole number of at least 6")
+        check_transformer(self)
 
     @property
     def head_dim(self) -> int:
@@ -130,8 +125,7 @@ class Visible:
         Two blocks of 3, causal: ((0, 3, ((0, 3),)), (3, 6, ((0, 6),))).
     key_slot, key_pos: key j is that of the latent in slot key_slot[j], rotated to key_pos[j], so
         that a latent may be read at two positions. None: each slot's key, at its own position.
-    Attention goes span by span, exact and unpadded, each by torch's fused kernel. On one H100 that
-    was faster than FlexAttention with a block mask for every plan measured (docs/speed.md)."""
+    Attention goes span by span, unpadded, each by torch's fused kernel (why: docs/speed.md)."""
 
     spans: Spans
     key_slot: Tensor | None = None

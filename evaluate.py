@@ -36,12 +36,12 @@ from generate import Maker, decoded, frame_size, load_models
 from lib import report, text
 from lib.changes import STATIC, frame_changes, frames_of, temporal_flickering
 from lib.common import UserError, check_out, dtype_of, run, start
+from lib.recipe import recipe_of
 from lib.shapes import check_ratio_frames
 from lib.statistics import Stat, Values, features, joined, stat, summary
 from lib.videos import rows_of_videos
 from lib.world import OTHER, World, find_world, measure_words, numbers_of
-from plans import both_directions
-from sampler import Recipe, recipe_of
+from plans import plans_of
 from vae import VAE
 
 BATCH = 16  # clips at a time
@@ -117,16 +117,6 @@ def drift(video: Tensor, plan: Plan, piece: int = HORIZON) -> Values:
 
 
 # ---------------------------------------------------------------- whose clips
-def plans_of(recipe: Recipe) -> dict[str, Plan]:
-    """The two plans a student was trained for; and its anchors kept as output (paper Fig. 9c)."""
-    block, head = recipe.block, recipe.head or recipe.block
-    pair = both_directions(HORIZON, block, recipe.anchors, recipe.head)
-    plans = {"forward": pair[0], "backward": pair[1]}
-    if recipe.anchors and (HORIZON - head) % (2 * block) == 0:
-        plans["backward, anchors as output"] = anchors.backward(HORIZON, 2 * block, 0, head=head)
-    return plans
-
-
 def encoded(vae: VAE, video: Tensor, chunk: int = 0) -> Tensor:
     """Latents [B, T, C, h, w] of pixels [B, 3, F, H, W], a clip at a time."""
     device = vae.conv2.weight.device
@@ -176,11 +166,7 @@ def measure_true(
 class Config:
     """Measure videos, or the clips that a student makes."""
 
-    RANGES = {
-        "clips": (2, 10**6),
-        "block": (1, 10**4),
-        "orders": tuple(anchors.ORDERS),
-    }
+    RANGES = {"clips": (2, 10**6), "block": (1, 10**4), "orders": tuple(anchors.ORDERS)}
     weights: str = "toy/weights"  # a folder with student and VAE
     world: str = ""  # a module of captions and their reader; default: toy.world for a toy student
     prompts: str = ""  # instead of a world: a file of prompts, or what text.py made of it

@@ -35,20 +35,14 @@ from clips import TIME, Given, seconds_to_latents
 from dit import PRESETS, DiT, load_dit
 from lib import outputs, streams, text
 from lib.common import UserError, dtype_of, run, start
-from lib.media import FORMATS, VideoWriter, write_sheet
+from lib.media import FORMATS, FPS, VideoWriter, write_sheet
+from lib.noise import noise_seeded
+from lib.recipe import Recipe, recipe_of
 from lib.shapes import frame_size
 from lib.story import LONGEST
 from lib.weights import find
 from plans import as_shown
-from sampler import (
-    FPS,
-    Recipe,
-    gather,
-    noise_seeded,
-    recipe_of,
-    student_blocks,
-    teacher_blocks,
-)
+from sampler import gather, student_blocks, teacher_blocks
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, load_vae
 

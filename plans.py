@@ -30,13 +30,14 @@ from anchors import (
     View,
     backward,
     backward_step,
-    check_anchors,
     forward,
     forward_step,
     place,
 )
 from lib.cli import check_range
 from lib.common import Stream, UserError, generator, say
+from lib.recipe import Recipe
+from lib.shapes import check_anchors
 
 
 # ---------------------------------------------------------------- changes to any plan
@@ -231,6 +232,16 @@ def both_directions(
     head = head or block
     dummy = not anchors and head == block < length
     return forward(length, head), backward(length, block, anchors, head=head, dummy=dummy)
+
+
+def plans_of(recipe: Recipe) -> dict[str, Plan]:
+    """The two plans a student was trained for; and its anchors kept as output (paper Fig. 9c)."""
+    block, head = recipe.block, recipe.head or recipe.block
+    pair = both_directions(HORIZON, block, recipe.anchors, recipe.head)
+    plans = {"forward": pair[0], "backward": pair[1]}
+    if recipe.anchors and (HORIZON - head) % (2 * block) == 0:
+        plans["backward, anchors as output"] = backward(HORIZON, 2 * block, 0, head=head)
+    return plans
 
 
 def paper_mix(length: int = 21, block: int = 3, anchors: int = 3, head: int = 0) -> Mix:

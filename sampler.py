@@ -10,28 +10,23 @@ For each step of the plan, with x_t = (1 - sigma) x0 + sigma noise and v = noise
 
 Walking (`rollout`) and denoising a block are two functions. There are two ways to denoise: a
 student's few steps (above), and a teacher's ODE, many steps with guidance. A method of your own is
-a third: a function (n, step, past, clean, held) -> x0.
-
-The noise of a latent depends on (seed, prompt, sample, latent, level) and on nothing else: not on
-the batch, the device, the number of processes, or the order of generation.
+a third: a function (n, step, past, clean, held) -> x0. Noise is a function, too (lib/noise.py).
 
     z = generate(dit, anchors.backward(21), [text], noise_seeded([(0, 0, 0)], (16, 4, 4)))
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from anchors import IMAGINED, Plan, Step
+from anchors import Plan, Step
 from dit import KV, DiT, Past
 from kvcache import KVCache
-from lib.common import Stream, generator
+from lib.noise import Noise
+from lib.recipe import Recipe, recipe_of
 from lib.shapes import check_levels
-from lib.weights import config_from
 
-FPS = 16  # [Wan]
 ODE_STEPS = 48  # of a teacher; every 12th level is a student's, for any shift [Self-Forcing]
 Text = Tensor | list[KV]  # embeddings [B, L, text_dim], or `DiT.text_kv` of them
 
@@ -50,88 +45,14 @@ def student_sigmas(
     return [shift_sigma(level / 1000, shift) for level in levels]
 
 
+def sigmas_of(recipe: Recipe) -> Callable[[int], list[float]]:
+    """Block n, in order of generation and no dummy -> the noise levels it was trained with."""
+    return lambda n: student_sigmas(recipe.levels_of(n), recipe.shift)
+
+
 def ode_sigmas(steps: int = ODE_STEPS, shift: float = 5.0) -> list[float]:
     """Noise levels of a many-step ODE solver, from 1 to 0, both included."""
     return [shift_sigma(1 - i / steps, shift) for i in range(steps)] + [0.0]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a student was trained, and so how it is run. It lies in the checkpoint's metadata."""
-
-    levels: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # before the shift [paper]
-    first_levels: tuple[float, ...] = ()  # of the block that is made first, if others
-    shift: float = 5.0  # [paper]
-    block: int = 3  # [paper]
-    anchors: int = 3  # [paper]
-    head: int = 0  # size of the block of latent 0 if not `block`
-    share_noise: str = "none"
-    plans: str = "paper"  # the mix it was trained on (plans.py)
-
-    def __post_init__(self) -> None:
-        for levels in filter(None, (self.levels, self.first_levels)):
-            check_levels(levels)
-
-    @classmethod
-    def read(cls, values: dict | None) -> "Recipe | None":
-        """From a checkpoint's metadata; None if it says nothing. raises: UserError"""
-        if values is None:
-            return None
-        return config_from(cls, values, "a student's recipe is not one of this version")
-
-    def write(self) -> dict:
-        return asdict(self)
-
-    def sigmas(self, n: int) -> list[float]:
-        """The noise levels of block n, in order of generation; a dummy is none."""
-        levels = self.first_levels if n == 0 and self.first_levels else self.levels
-        return student_sigmas(levels, self.shift)
-
-
-def recipe_of(dit: DiT) -> Recipe:
-    """How a student was trained, and so how it is run; if its file is silent, the paper's way."""
-    return Recipe.read(dit.recipe) or Recipe()
-
-
-# ---------------------------------------------------------------- noise
-Noise = Callable[[int, tuple[int, ...]], Tensor]  # (level, numbers) -> [B, len(numbers), C, h, w]
-
-
-def noise_from(noise: Tensor, renoise: Tensor | None = None, length: int | None = None) -> Noise:
-    """Noise given as tensors: [B, R, C, h, w] to start from, [K-1, B, R, C, h, w] for later.
-
-    Row i belongs to latent i; behind the video's come rows for dummies (~i: length + i), and, if
-    anchors have noise of their own, as many rows again, the anchors' (`anchors.Step.noise`)."""
-    rows = noise.shape[1]
-    length = rows if length is None else length
-
-    def row(number: int) -> int:
-        if number < 0:
-            return length + ~number
-        return number if number < IMAGINED else rows // 2 + number - IMAGINED
-
-    def pick(level: int, numbers: tuple[int, ...]) -> Tensor:
-        if level and renoise is None:
-            raise ValueError("this rollout needs renoise: it takes more than one denoising step")
-        index = torch.tensor([row(i) for i in numbers], device=noise.device)
-        return (renoise[level - 1] if level else noise)[:, index]
-
-    return pick
-
-
-def noise_seeded(
-    seeds: Sequence[tuple[int, ...]], shape: tuple[int, ...], device: torch.device | str = "cpu"
-) -> Noise:
-    """Noise as a function of numbers: a tuple (seed, prompt, sample) a clip; shape [C, h, w]."""
-
-    def draw(level: int, numbers: tuple[int, ...]) -> Tensor:
-        clips = []
-        for seed, *which in seeds:
-            gs = [generator(seed, Stream.SAMPLE, *which, i, level) for i in numbers]
-            clips.append(torch.stack([torch.randn(shape, generator=g) for g in gs]))
-        return torch.stack(clips).to(device, non_blocking=True)  # (B, T, C, h, w)
-
-    return draw
 
 
 # ---------------------------------------------------------------- the walk
@@ -310,13 +231,14 @@ def student_blocks(
     recipe: how it is run; None: as its checkpoint remembers, or else as in the paper
     dtype: of the cache, where it is not that of the weights (mixed precision under FSDP)"""
     recipe = recipe or recipe_of(dit)
+    sigmas = sigmas_of(recipe)
     cache = cache_for(dit, plan, noise, dtype=dtype)
     dummies = sum(step.targets[0] < 0 for step in plan.steps)  # before the blocks that are shown
     denoise = few_steps(
         dit,
         texts,
         noise,
-        sigmas=lambda n: recipe.sigmas(n - dummies),
+        sigmas=lambda n: sigmas(n - dummies),
         exit_at=lambda n: exit_at(n - dummies),
         share_noise=recipe.share_noise,
     )
@@ -325,8 +247,7 @@ def student_blocks(
 
 
 def generate(dit: DiT, plan: Plan, texts: Sequence[Text], noise: Noise, **options) -> Tensor:
-    """Run a student's rollout: latents [B, plan.length, C, h, w] in time; options as for
-    `student_blocks`."""
+    """A student's video: latents [B, plan.length, C, h, w]; options as for `student_blocks`."""
     made = list(student_blocks(dit, plan, texts, noise, **options))
     return gather(plan, made)
 

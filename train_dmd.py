@@ -34,11 +34,13 @@ from torch import Tensor
 
 import sampler
 from anchors import Plan
-from dit import DiT
+from dit import DiT, load_dit
 from lib import presets
 from lib.clips import Clips
 from lib.common import Stream, dtype_of, generator, is_first, run, start
 from lib.media import write_sheet
+from lib.noise import noise_from
+from lib.recipe import trained_as
 from lib.states import EMA, write_network
 from lib.text import Prompts
 from lib.training import (
@@ -47,12 +49,12 @@ from lib.training import (
     computing,
     finite_means,
     inference,
+    prepare,
     split_batch,
     training_steps,
 )
 from plans import Mix, draw_entry, mix_of, possible, rows_of, without_given
-from sampler import cfg_velocity, noise_from, shift_sigma
-from train_ode import network, trained_as
+from sampler import cfg_velocity, shift_sigma
 from vae import load_vae
 
 
@@ -170,8 +172,8 @@ class World(NamedTuple):
 
     def levels(self) -> tuple[int, int]:
         """How many levels the first block has, and the others."""
-        config = self.config
-        return len(config.first_denoising or config.denoising), len(config.denoising)
+        others = self.config.denoising
+        return len(self.config.first_denoising or others), len(others)
 
 
 class Draw(NamedTuple):
@@ -220,23 +222,21 @@ def real_latents(world: World, plan: Plan, numbers: list[int]) -> dict[int, Tens
     return {i: clips[:, i] for i in plan.given}
 
 
-def roll(world: World, student: DiT, plan: Plan, drawn: Draw) -> Tensor:
-    """The student's video x [B, T, C, h, w], each block stopped at its exit level (Fig. 9)."""
+def rollout_inputs(world: World, student: DiT, plan: Plan, drawn: Draw) -> dict[str, object]:
+    """What `sampler.generate` takes, so that each block stops at its exit level (Fig. 9)."""
     config = world.config
     fsdp = config.parallel == "fsdp"
     prompt = drawn.score.prompt
     text = prompt if fsdp else student.text_kv(prompt)  # FSDP gathers weights in forward alone
-    return world.generate(
-        student,
-        plan,
-        [text] * plan.prompts(),
-        noise_from(drawn.noise[0], drawn.noise[1:], plan.length),
-        recipe=trained_as(config),
-        given=drawn.given,
-        exit_at=lambda n: drawn.exits[min(n, 1)],
-        commit_anchors=config.commit_anchors,
-        dtype=dtype_of(config.dtype) if fsdp else None,
-    )
+    return {
+        "texts": [text] * plan.prompts(),
+        "noise": noise_from(drawn.noise[0], drawn.noise[1:], plan.length),
+        "recipe": trained_as(config),
+        "given": drawn.given,
+        "exit_at": lambda n: drawn.exits[min(n, 1)],
+        "commit_anchors": config.commit_anchors,
+        "dtype": dtype_of(config.dtype) if fsdp else None,
+    }
 
 
 # ---------------------------------------------------------------- an iteration
@@ -259,9 +259,10 @@ def student_step(
     """Accumulate the DMD gradient of every plan and update the student; rows for the log."""
     sizes, motion = defaultdict(list), defaultdict(float)
     for d, plan in enumerate(world.mix[entry][1]):
+        student = students.of(d)
         for samples in world.rounds:
             drawn = draw_round(world, Stream.STUDENT, step, samples, plan, d)
-            x = roll(world, students.of(d), plan, drawn)
+            x = world.generate(student, plan, **rollout_inputs(world, student, plan, drawn))
             with inference():
                 x_real, x_fake = scores(teacher, critics.of(d), x.detach(), drawn.score)
                 gradient = world.gradient_of(x.detach(), x_real, x_fake)
@@ -280,10 +281,11 @@ def critic_step(
     """Accumulate the critic's loss on fresh rollouts of every plan and update it."""
     losses = defaultdict(list)
     for d, plan in enumerate(world.mix[entry][1]):
+        student = students.of(d)
         for samples in world.rounds:
             drawn = draw_round(world, Stream.CRITIC, step, samples, plan, d)
             with inference():
-                x = roll(world, students.of(d), plan, drawn)
+                x = world.generate(student, plan, **rollout_inputs(world, student, plan, drawn))
             loss = critic_loss(critics.of(d), x, drawn.score)  # (B,)
             (loss.mean() / len(world.rounds)).backward()
             losses[f"critic_{plan.name}"].append(loss.detach())
@@ -313,7 +315,9 @@ def sheet(world: World, students: Trained, step: int) -> None:
         noise = torch.stack([torch.randn(shape, generator=g) for g in gs], dim=1)
         given = real_latents(world, plan, [0, 1])
         whole = Draw(noise.to(world.device), (None, None), given, score)
-        drawn.append(roll(world, students.of(d), plan, whole))
+        student = students.of(d)
+        inputs = rollout_inputs(world, student, plan, whole)
+        drawn.append(world.generate(student, plan, **inputs))
     if is_first():
         vae = load_vae(config.vae, device=world.device)
         videos = torch.cat([vae.decode(z[None]) for z in torch.cat(drawn)])
@@ -323,7 +327,7 @@ def sheet(world: World, students: Trained, step: int) -> None:
 # ---------------------------------------------------------------- a run
 def trained(config: Config, path: str, shared: bool, lr: float, device: torch.device) -> Trained:
     """One network for both directions, or one for each, with optimisers."""
-    models = [network(config, path, device, trained=True) for _ in range(2 - shared)]
+    models = [prepare(load_dit(path, device=device), config, True) for _ in range(2 - shared)]
     how = {"lr": lr, "betas": config.betas, "weight_decay": config.weight_decay}
     return Trained(models, [torch.optim.AdamW(m.parameters(), **how) for m in models])
 
@@ -349,7 +353,7 @@ def main(
     rounds = split_batch(config.batch, config.micro, rank, processes)
     if config.sheet_every:
         load_vae(config.vae)  # a file that cannot be read is named now, not after a step
-    teacher = network(config, config.teacher, device, trained=False, dtype=dtype)
+    teacher = prepare(load_dit(config.teacher, dtype, device), config, trained=False)
     students = trained(config, config.student, config.shared_student, config.lr, device)
     critics = trained(config, config.critic, config.shared_critic, config.lr_critic, device)
     averages = {f"ema{i}": EMA(m, config.ema) for i, m in enumerate(students.networks)}

@@ -11,9 +11,8 @@
             loss = |G(x, t_k) - x0|^2 on targets      anchors get no loss, they see and are seen
 
 Every random number is a function of (seed, iteration, sample), so the result does not depend on the
-number of processes, and an interrupted run goes on exactly: run the same command again. No rollout
-and no cache in training here: see train_dmd.py. Other ways to begin: zoo/causal_ode.py,
-zoo/consistency.py.
+number of processes, and an interrupted run goes on exactly: run the same command again. No rollout,
+no cache: see train_dmd.py. Other ways to begin: zoo/causal_ode.py, zoo/consistency.py.
 
     python train_ode.py --generate --pairs 512 && python train_ode.py
     torchrun --nproc_per_node=8 train_ode.py --preset wan
@@ -33,7 +32,9 @@ from anchors import Layout, Plan, forward, layout
 from dit import DiT, load_dit
 from lib import presets
 from lib.common import Stream, dtype_of, generator, run, start
+from lib.noise import noise_from
 from lib.pairs import Kind, Pair, check_shards, read_pairs, slot_states, with_pairs, write_missing
+from lib.recipe import trained_as
 from lib.states import EMA, write_network
 from lib.text import Prompts
 from lib.training import (
@@ -47,7 +48,7 @@ from lib.training import (
     trapezoid,
 )
 from plans import Mix, draw, draw_entry, mix_of
-from sampler import Recipe, Text, many_steps, noise_from, student_sigmas
+from sampler import Text, many_steps, student_sigmas
 
 
 @dataclass
@@ -81,20 +82,12 @@ class Config(Training):
     teacher_forcing: bool = False  # all context clean: [clean | noisy]
 
 
-def trained_as(config) -> Recipe:
-    """What a student must remember of its training."""
-    values = {k: getattr(config, k) for k in ("shift", "block", "anchors", "head", "share_noise")}
-    first = getattr(config, "first_denoising", ())
-    return Recipe(tuple(config.denoising), tuple(first), plans=config.plans, **values)
-
-
 # ---------------------------------------------------------------- the loss
 def per_slot(lay: Layout, by_step: Tensor, clean: float) -> Tensor:
     """Values [B, steps of the plan] -> [B, slots]; `clean` for clean context and what is given."""
-    device = by_step.device
-    value = by_step[:, torch.tensor(lay.step, device=device)]
+    value = by_step[:, torch.tensor(lay.step, device=by_step.device)]
     known = torch.tensor(lay.is_clean) | torch.tensor(lay.is_given)
-    return value.masked_fill(known.to(device), clean)
+    return value.masked_fill(known.to(value.device), clean)
 
 
 def scored_slots(lay: Layout, anchors: bool = False, dummies: bool = False) -> Tensor:
@@ -180,13 +173,6 @@ def make_pairs(kind: Trajectories, rank: int, world: int, device: torch.device) 
 
 
 # ---------------------------------------------------------------- training
-def network(
-    config, path: str, device: torch.device, trained: bool, dtype: torch.dtype = torch.float32
-) -> DiT:
-    """Load a network for training, or one that is only asked."""
-    return prepare(load_dit(path, dtype, device), config, trained)
-
-
 class Part(NamedTuple):
     """What one backward pass is for: samples of an iteration, in plan d of an entry of the mix."""
 
@@ -202,7 +188,7 @@ class Setup:
     def __init__(self, config, mix: Mix, teacher_forcing: bool) -> None:
         self.config, self.mix, self.teacher_forcing = config, mix, teacher_forcing
         self.rank, self.world, self.device = start(config.device)
-        self.dit = network(config, config.weights, self.device, trained=True)
+        self.dit = prepare(load_dit(config.weights, device=self.device), config, trained=True)
         c = self.dit.config
         self.source = Prompts(config.prompts, c.text_dim, c.text_len)
 

@@ -14,7 +14,7 @@ and one state can be continued from twice. A whole video is a stream of one chun
 Module and parameter names are Wan's own, so `Wan2.1_VAE.pth` loads as it is [Wan]. It does not
 sample: `encode` returns the posterior mean.
 
-    python vae.py --clip in.mp4 --out reconstruction.mp4 --weights Wan2.1-T2V-1.3B
+    python -m tools.reconstruct --clip in.mp4 --out out/again.mp4 --weights Wan2.1-T2V-1.3B
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,12 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.common import UserError, check_out, run, start
 from lib.cpu import conv3d, linear
 from lib.presets import WAN_MEAN, WAN_STD
-from lib.shapes import check_latents, check_video
+from lib.shapes import check_latents, check_vae, check_video
 from lib.tensors import write_safetensors
-from lib.videos import reconstruct
 from lib.weights import check_sizes, config_from, load_strict, read_vae
 
 
@@ -48,16 +46,12 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "VAE")
-        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
-            short = f"temporal_downsample {self.temporal_downsample}"
-            raise UserError(f"{short} needs one entry less than dim_mult {self.dim_mult}")
         is_wan = self.z_dim == len(WAN_MEAN)
         mean = self.mean or (WAN_MEAN if is_wan else (0.0,) * self.z_dim)
         std = self.std or (WAN_STD if is_wan else (1.0,) * self.z_dim)
-        if not len(mean) == len(std) == self.z_dim:
-            raise UserError(f"mean {mean} and std {std} must have z_dim {self.z_dim} numbers each")
         object.__setattr__(self, "mean", mean)  # the dataclass is frozen
         object.__setattr__(self, "std", std)
+        check_vae(self)
 
     @property
     def space(self) -> int:
@@ -378,24 +372,3 @@ def load_vae(
 def save_vae(vae: VAE, path: str | Path) -> None:
     """Write native names, and the config in the metadata."""
     write_safetensors(path, vae.state_dict(), asdict(vae.config))
-
-
-# ---------------------------------------------------------------- try it
-@dataclass
-class Config:
-    """Encode and decode a clip; print the PSNR."""
-
-    clip: str  # a video of 1 + 4k frames whose sides are divisible by 8
-    out: str = "out/vae.mp4"  # where the reconstruction goes (.mp4 or .gif)
-    weights: str = "toy/weights"  # a VAE file or a folder with one
-    device: str = "auto"  # cpu, cuda, or auto
-
-
-def main(config: Config) -> None:
-    device = start(config.device)[2]
-    check_out(config.out, inputs=[config.clip])
-    reconstruct(load_vae(config.weights, device=device), config.clip, config.out, device)
-
-
-if __name__ == "__main__":
-    run(main, Config)

@@ -23,6 +23,8 @@ from lib.common import UserError, atomic
 from lib.decode import VIDEOS, open_frames
 from lib.outputs import part
 
+FPS = 16  # [Wan]
+
 
 # ---------------------------------------------------------------- clips for a model
 def videos_in(folder: str | os.PathLike) -> list[pathlib.Path]:

@@ -51,6 +51,25 @@ def frame_size(size: tuple[int, ...], dit, vae) -> tuple[int, int]:
     return size
 
 
+def check_transformer(config) -> None:
+    """raises: UserError for patches or heads that a transformer cannot have"""
+    if len(config.patch_size) != 3 or config.patch_size[0] != 1:
+        raise UserError(f"patch_size {config.patch_size} must be (1, height, width)")
+    if config.dim % config.num_heads or config.head_dim % 2 or config.head_dim < 6:
+        sizes = f"dim {config.dim} / num_heads {config.num_heads}"
+        raise UserError(f"{sizes} must be an even whole number of at least 6")
+
+
+def check_vae(config) -> None:
+    """raises: UserError for numbers of stages or of channels that contradict each other"""
+    if len(config.temporal_downsample) != len(config.dim_mult) - 1:
+        short = f"temporal_downsample {config.temporal_downsample}"
+        raise UserError(f"{short} needs one entry less than dim_mult {config.dim_mult}")
+    mean, std = config.mean, config.std
+    if not len(mean) == len(std) == config.z_dim:
+        raise UserError(f"mean {mean} and std {std} must have z_dim {config.z_dim} numbers each")
+
+
 def check_text(text: Tensor, most: int, width: int) -> None:
     """Embeddings are [B, L, width], of at most so many words. raises: UserError"""
     if text.ndim != 3 or text.shape[1] > most or text.shape[2] != width:
@@ -134,6 +153,20 @@ def check_blocks(length: int, block: int, head: int) -> None:
         behind = f" behind a head of {head}" if head != block else ""
         use = f"use {below} or {below + block}"
         raise UserError(f"{length} latents are not whole blocks of {block}{behind}; {use}")
+
+
+def check_inbetween(length: int, block: int, anchors: int, gap: int) -> None:
+    """raises: UserError for latents without a gap between two ends"""
+    if block < 1 or gap < 1 or not 0 <= anchors <= gap:
+        parts = f"two ends of {block}, a gap between them and {anchors} anchors in it"
+        raise UserError(f"{length} latents have no room for {parts}")
+
+
+def check_loop(length: int, head: int, gap: int) -> None:
+    """raises: UserError for latents without a head and a gap"""
+    if gap < 1 or length - gap < head:
+        parts = f"a first block of {head} and a gap of at least 1, got {gap}"
+        raise UserError(f"a loop of {length} latents needs room for {parts}")
 
 
 def check_long(direction: str, window: int, sink: str) -> None:

@@ -1,14 +1,13 @@
-"""Videos on disk, as scripts take them: measured one by one, or sent through a VAE and back."""
+"""Videos on disk, as scripts take them: measured one by one."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lib.common import UserError
-from lib.media import VideoWriter, read_frames, videos_in
+from lib.media import read_frames, videos_in
 from lib.statistics import Stat, over_files
 
 
@@ -39,18 +38,3 @@ def rows_of_videos(
     if path.is_dir():
         rows[f"all {len(rows)}"] = over_files(list(rows.values()))
     return rows
-
-
-@torch.no_grad()
-def reconstruct(vae, clip: str, out: str, device: torch.device) -> None:
-    """Encode and decode a clip, write what came back, and print its PSNR."""
-    video = read_frames(clip)  # (1, 3, F, H, W)
-    z = vae.encode(video.to(device))
-    made = vae.decode(z).cpu()
-    with VideoWriter(out) as writer:
-        writer.write(made[0])
-    psnr = -10 * ((made - video).square().mean() / 4).log10()  # pixels span 2: 4 is its square
-    print(
-        f"{video.shape[2]} frames -> {z.shape[1]} latents of {tuple(z.shape[2:])}"
-        f" -> {out}, PSNR {psnr:.2f} dB"
-    )

@@ -41,11 +41,11 @@ from lib.clips import Clips
 from lib.common import UserError, from_cli, run
 from lib.media import load_clip, read_frames
 from lib.pairs import read_pairs
+from lib.recipe import Recipe
 from lib.states import load_state, save_state
 from lib.tensors import read_tensors
 from lib.text import Prompts, read_embeddings
 from lib.weights import read_umt5
-from sampler import Recipe
 from tests.tiny import WORDED, tiny_checkpoints, tiny_dit
 from tools import encode
 from toy import train_vae

@@ -18,8 +18,9 @@ from torch import Tensor
 import anchors
 from anchors import Plan, layout
 from dit import DiT, Visible, attend
+from lib.noise import noise_seeded
 from plans import both_directions
-from sampler import generate, noise_seeded
+from sampler import generate
 from tools import bench
 from tools.gpu_speed import ROOT, Found, Room, Skipped, demand
 from tools.memory import network

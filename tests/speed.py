@@ -26,8 +26,9 @@ from anchors import Plan, layout
 from dit import DiTConfig
 from generate import decode_in_order, load_models, make_blocks, write_video
 from lib import cpu
+from lib.noise import noise_from
 from plans import rows_of
-from sampler import generate, noise_from, student_sigmas
+from sampler import generate, student_sigmas
 from tools.bench import Clock, autoencoder, matmul_rate, medians, of_diffusers, processor
 from tools.memory import network
 from vae import VAEConfig

@@ -31,11 +31,12 @@ from anchors import Plan, Step, layout
 from dit import load_dit
 from lib.clips import Clips
 from lib.common import UserError
+from lib.noise import noise_from
 from lib.pairs import MADE_BY, kept_states, pair_noise, read_pairs, slot_states
 from lib.tensors import read_tensors, write_safetensors
 from lib.text import Prompts
 from plans import both_directions, paper_mix, rows_of, with_given
-from sampler import noise_from, ode_sigmas, teacher_blocks
+from sampler import ode_sigmas, teacher_blocks
 from tools import encode as latents
 from zoo import ar_teacher, causal_ode, consistency
 from zoo.ar_teacher import ar_loss

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vae
 from lib import common
 from lib.common import UserError, atomic, check_out, fingerprint, from_cli, generator
 from lib.training import EMA, clip_gradients, computing, cosine, inference, log_row, trapezoid
+from tools import reconstruct
 
 
 # ---------------------------------------------------------------- command line
@@ -170,7 +170,7 @@ def test_any_command_line_is_a_config_or_a_user_error(words):
         assert {"-h", "--help"} & set(words)
 
 
-@pytest.mark.parametrize("cls", [Config, vae.Config])
+@pytest.mark.parametrize("cls", [Config, reconstruct.Config])
 def test_help_lists_every_field_with_its_comment(cls, capsys):
     """--help is whole: purpose, and for each flag its comment and its default."""
     with pytest.raises(SystemExit) as stop:

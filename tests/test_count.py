@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import anchors
 from dit import PRESETS, DiT, DiTConfig
 from lib.common import UserError
-from sampler import generate, noise_from
+from lib.noise import noise_from
+from sampler import generate
 from tools import count
 from train_ode import ode_loss
 

@@ -30,7 +30,8 @@ from dit import (
 )
 from kvcache import KVCache
 from lib.common import UserError
-from sampler import generate, noise_seeded
+from lib.noise import noise_seeded
+from sampler import generate
 
 CONFIGS = {
     "head_dim 12": {},

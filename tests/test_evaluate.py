@@ -24,17 +24,16 @@ from evaluate import (
     frames_of,
     measure,
     measure_words,
-    plans_of,
     round_trip,
     summary,
 )
 from lib.changes import frame_changes, seam, temporal_flickering
 from lib.common import UserError
 from lib.media import VideoWriter
+from lib.recipe import Recipe
 from lib.statistics import Stat, frechet, largest, lost, over_runs, stat
 from lib.world import ends, find_world, numbers_of
-from plans import timeline, with_given
-from sampler import Recipe
+from plans import plans_of, timeline, with_given
 from toy import world
 from vae import VAE, VAEConfig, save_vae
 

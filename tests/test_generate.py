@@ -24,8 +24,8 @@ from kvcache import KVCache
 from lib import common, outputs, streams
 from lib.common import UserError
 from lib.media import VideoWriter, load_clip, read_frames, to_uint8
+from lib.recipe import Recipe
 from lib.story import read_keyframes
-from sampler import Recipe
 from toy import world
 from vae import VAE, VAEConfig
 

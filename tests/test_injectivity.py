@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import anchors
-from sampler import many_steps, noise_from
+from lib.noise import noise_from
+from sampler import many_steps
 
 RHO, LENGTH = 0.8, 4
 S = RHO ** (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs().double()

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import anchors
 import sampler
 from anchors import Plan
+from lib.recipe import Recipe
 from plans import any_mix, timeline
-from sampler import Recipe, few_steps, gather, many_steps, ode_sigmas, rollout
+from sampler import few_steps, gather, many_steps, ode_sigmas, rollout, sigmas_of
 
 RHO, LENGTH = 0.8, 21
 TO_THE_END = dict.fromkeys(sampler.student_sigmas(), 0.0)
@@ -110,7 +111,7 @@ def sampled(plan: Plan, share_noise: str, way: str = "few") -> Tensor:
     texts = [None] * plan.prompts()
     if way == "few":
         flow = ExactFlow(TO_THE_END)
-        denoise = few_steps(flow, texts, noise, Recipe().sigmas, share_noise=share_noise)
+        denoise = few_steps(flow, texts, noise, sigmas_of(Recipe()), share_noise=share_noise)
     else:
         denoise = many_steps(ExactFlow(TO_THE_NEXT), texts, noise, 1.0, share_noise=share_noise)
     with torch.no_grad():

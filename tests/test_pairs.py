@@ -23,10 +23,11 @@ from anchors import forward
 from dit import load_dit, save_dit
 from lib import text
 from lib.common import UserError
+from lib.noise import noise_from
 from lib.pairs import kept_states, pair_noise, read_pairs
 from lib.tensors import read_tensors, write_safetensors
 from lib.text import Prompts
-from sampler import many_steps, noise_from, ode_sigmas, student_sigmas
+from sampler import many_steps, ode_sigmas, student_sigmas
 from train_ode import Config, Trajectories, main, mix_of
 
 LATENT = (6, 4, 4)

@@ -12,15 +12,14 @@ from tiny import MIXED, PLANS, distance, randn, side_by_side, tiny_dit
 import anchors
 import plans
 import sampler
-from anchors import HORIZON, IMAGINED, Plan, Step, layout
+from anchors import HORIZON, Plan, Step, layout
 from kvcache import KVCache
 from lib.common import Stream, UserError, generator
+from lib.noise import IMAGINED, noise_from, noise_seeded
+from lib.recipe import Recipe
 from sampler import (
-    Recipe,
     gather,
     generate,
-    noise_from,
-    noise_seeded,
     ode_sigmas,
     shift_sigma,
     student_blocks,
@@ -134,9 +133,9 @@ def test_a_recipe_survives_a_checkpoint():
 
 def test_a_recipe_gives_each_step_its_levels():
     """The block that is made first may have others."""
-    assert Recipe().sigmas(0) == Recipe().sigmas(5) == SIGMAS
-    recipe = Recipe((1000, 500), (1000, 750, 250), shift=1.0)
-    assert recipe.sigmas(0) == [1, 0.75, 0.25] and recipe.sigmas(1) == [1, 0.5]
+    assert Recipe().levels_of(0) == Recipe().levels_of(5) == (1000, 750, 500, 250)
+    recipe = Recipe((1000, 500), (1000, 750, 250))
+    assert recipe.levels_of(0) == (1000, 750, 250) and recipe.levels_of(1) == (1000, 500)
 
 
 # ---------------------------------------------------------------- cached == full

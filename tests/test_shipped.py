@@ -11,11 +11,12 @@ import torch
 from tiny import ROOT, rows
 
 import train_ode
-from evaluate import Maker, flickering_ratio, measure, measure_words, plans_of, round_trip, summary
+from evaluate import Maker, flickering_ratio, measure, measure_words, round_trip, summary
 from generate import load_models
 from lib.common import from_cli
+from lib.recipe import Recipe
 from lib.text import HELD_OUT
-from sampler import Recipe
+from plans import plans_of
 from toy import world
 from toy.train_vae import clips
 

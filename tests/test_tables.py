@@ -15,9 +15,9 @@ import anchors
 import train_ode
 from dit import save_dit
 from lib.common import UserError, from_cli
+from lib.recipe import Recipe
 from lib.states import contents
 from lib.world import numbers_of
-from sampler import Recipe
 from toy import causality, inbetween, lengths, students, tables, world
 from toy.causality import with_wrong_past
 from vae import VAE, VAEConfig, save_vae

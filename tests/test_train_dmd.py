@@ -33,11 +33,13 @@ import sampler
 import train_dmd
 from dit import DiT, load_dit, save_dit
 from lib.common import Stream, UserError
+from lib.noise import noise_from
+from lib.recipe import Recipe
 from lib.tensors import read_tensors
 from lib.text import Prompts
 from lib.training import split_batch
 from plans import any_mix, paper_mix, without_given
-from sampler import Recipe, generate, noise_from
+from sampler import generate
 from train_dmd import (
     Config,
     Score,

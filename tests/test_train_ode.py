@@ -33,11 +33,13 @@ from anchors import layout
 from dit import DiT, load_dit, save_dit
 from lib import pairs, states
 from lib.common import UserError
+from lib.noise import noise_from
 from lib.pairs import kept_states, pair_noise
+from lib.recipe import Recipe
 from lib.tensors import read_tensors, write_safetensors
 from lib.text import Prompts
 from plans import with_given
-from sampler import Recipe, many_steps, noise_from, ode_sigmas, student_sigmas
+from sampler import many_steps, ode_sigmas, student_sigmas
 from train_ode import Config, main, ode_loss
 
 LATENT = (6, 4, 4)

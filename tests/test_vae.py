@@ -614,7 +614,8 @@ def cli(folder, *flags):
     return subprocess.run(
         [
             sys.executable,
-            REPO / "vae.py",
+            "-m",
+            "tools.reconstruct",
             "--weights",
             folder / "vae.safetensors",
             "--device",
@@ -624,13 +625,13 @@ def cli(folder, *flags):
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
         timeout=60,
     )
 
 
 def test_cli_reconstructs_a_clip(folder):
-    """`python vae.py` writes a clip of the same length and size and prints the PSNR it has."""
+    """The command writes a clip of the same length and size, and prints the PSNR it has."""
     path, _ = folder
     clip(path / "in.gif", frames=9)
     done = cli(path, "--clip", "in.gif", "--out", "made/out.mp4")

@@ -23,9 +23,8 @@ IDEAS = {"train_dmd.py", "sampler.py", "dit.py", "kvcache.py"}
 ASKED = {  # file -> what an iteration asks it for: facts, no idea is visited there
     "anchors.py": ("Step.", "Plan."),  # what a plan holds
     "plans.py": ("draw", "rows_of"),  # which plans are drawn, and how much noise they need
-    "train_ode.py": ("trained_as",),  # how the student is run
 }
-DEPTH = 9
+DEPTH = 8
 
 
 def project_file(frame: FrameType) -> str:

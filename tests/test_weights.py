@@ -26,9 +26,10 @@ from lib.common import UserError
 from lib.foreign import refuse_names, refuse_pair
 from lib.lora import Low
 from lib.names import names_of_dit
+from lib.noise import noise_seeded
 from lib.tensors import only_checkpoint, read_tensors, write_safetensors
 from lib.weights import find, read_dit
-from sampler import generate, noise_seeded
+from sampler import generate
 from vae import VAE, VAEConfig, load_vae, save_vae
 
 WHOLE = {"dim": 128, "num_heads": 1, "text_len": 512}

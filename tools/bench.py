@@ -30,9 +30,11 @@ from generate import decode_in_order
 from kvcache import KVCache
 from lib.common import atomic, dtype_of, run, start
 from lib.cpu import linear
+from lib.noise import noise_seeded
+from lib.recipe import Recipe
 from lib.report import markdown
 from plans import both_directions
-from sampler import Recipe, clean_pass, few_steps, noise_seeded, rollout
+from sampler import clean_pass, few_steps, rollout, sigmas_of
 from tools.count import ORDERS, pass_flops
 from tools.memory import network, trainable, updates
 from vae import PRESETS as VAES
@@ -181,7 +183,7 @@ class Timed:
         zero = torch.zeros(1, c.in_dim, *self.cells, device=device)
         given = {i: zero for step in plan.steps for i in step.given}
         texts = [self.dit.text_kv(self.text)]
-        denoise = few_steps(self.dit, texts, noise, Recipe().sigmas)
+        denoise = few_steps(self.dit, texts, noise, sigmas_of(Recipe()))
         return rollout(plan, denoise, clean_pass(self.dit, plan, texts, cache), cache, given)
 
 

@@ -21,6 +21,7 @@ from anchors import Plan
 from evaluate import Maker
 from generate import load_models
 from lib.common import UserError, atomic, run
+from lib.letters import marks
 from lib.media import to_uint8
 from lib.picture import write_text
 from tools.plan import COLOURS
@@ -76,7 +77,7 @@ def plan_panel(plan: Plan, current: int, anchors_there: bool) -> Picture:
         write_text(image, 6, left, str(latent), scale=2)
     for n, step in enumerate(plan.steps):
         write_text(image, (n + 1) * CELL + 6, 4, str(n + 1), scale=2)
-        mark = anchors.marks(step) if n <= current else {}
+        mark = marks(step) if n <= current else {}
         if not anchors_there or n != current:
             mark = {latent: letter for latent, letter in mark.items() if letter != "a"}
         for latent in range(plan.length):

@@ -25,10 +25,12 @@ import train_dmd
 from anchors import Plan, layout
 from dit import PRESETS, DiT, DiTConfig
 from lib.common import UserError, dtype_of, run
+from lib.noise import noise_from
+from lib.recipe import trained_as
 from plans import both_directions, rows_of
-from sampler import generate, noise_from, student_sigmas
+from sampler import generate, student_sigmas
 from tools.count import BFLOAT, put, size_of, table
-from train_ode import ode_loss, trained_as
+from train_ode import ode_loss
 
 GIB = 2**30
 TRAINED = 16  # bytes a parameter: float32 master, gradient, Adam's two moments

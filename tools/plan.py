@@ -13,8 +13,9 @@ import imageio.v3 as iio
 import numpy as np
 
 import plans  # noqa: F401  (registers its orders)
-from anchors import ORDERS, Plan, layout, marks, text_picture
+from anchors import ORDERS, Plan, layout, text_picture
 from lib.common import UserError, atomic, run
+from lib.letters import marks
 from lib.picture import draw_grid
 
 COLOURS = {".": (255, 255, 255), "T": (88, 163, 90), "G": (120, 120, 120), "a": (244, 200, 66)}

@@ -16,22 +16,15 @@ from torch import Tensor
 import anchors
 from anchors import Plan
 from dit import load_dit
-from evaluate import (
-    Maker,
-    flickering_ratio,
-    measure,
-    measure_all,
-    measure_true,
-    plans_of,
-    recipe_of,
-    summary,
-)
+from evaluate import Maker, flickering_ratio, measure, measure_all, measure_true, summary
 from generate import frame_size, load_models, looped
 from lib import report
 from lib.common import check_out, run, start
 from lib.media import VideoWriter, write_sheet
+from lib.recipe import recipe_of
 from lib.statistics import Stat
 from lib.world import find_world, numbers_of
+from plans import plans_of
 from tools.plan import write_picture
 from toy.students import folder
 from toy.tables import DUMMY

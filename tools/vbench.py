@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from evaluate import plans_of, recipe_of
 from generate import frame_size, load_models
 from lib import report, text
 from lib.common import UserError, atomic, check_out, dtype_of, fingerprint, run, start
 from lib.media import VideoWriter
-from sampler import generate, noise_seeded
+from lib.noise import noise_seeded
+from lib.recipe import recipe_of
+from plans import plans_of
+from sampler import generate
 
 # dimension: (lowest, highest, weight), as VBench sums its scores up [VBench scripts/constant.py]
 QUALITY = {

@@ -20,10 +20,11 @@ from generate import load_models
 from lib import report
 from lib.changes import seam, temporal_flickering
 from lib.common import run, start
+from lib.noise import noise_seeded
 from lib.statistics import Stat
 from lib.text import embed
 from lib.world import OTHER, numbers_of
-from sampler import cfg_velocity, noise_seeded, ode_sigmas
+from sampler import cfg_velocity, ode_sigmas
 from toy import world
 
 HEAD, TAIL = 9, 69  # frames before HEAD and from TAIL on are given

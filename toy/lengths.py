@@ -22,23 +22,14 @@ from tqdm import tqdm
 import anchors
 from anchors import EVERYTHING, HORIZON, Plan, View
 from dit import load_dit
-from evaluate import (
-    BATCH,
-    Maker,
-    decoded,
-    encoded,
-    measure,
-    measure_words,
-    recipe_of,
-    summary,
-)
+from evaluate import BATCH, Maker, decoded, encoded, measure, measure_words, summary
 from generate import frame_size, load_models
 from lib import report
 from lib.common import UserError, run, start
+from lib.recipe import Recipe, recipe_of
 from lib.statistics import Stat, Values, joined
 from lib.world import numbers_of
 from plans import both_directions, timeline, with_given
-from sampler import Recipe
 from toy import world
 from vae import VAE
 

@@ -24,6 +24,7 @@ from lib import text
 from lib.clips import Clips
 from lib.common import Stream, dtype_of, generator, run, start
 from lib.media import write_sheet
+from lib.noise import noise_from
 from lib.training import (
     EMA,
     RANGES,
@@ -36,7 +37,7 @@ from lib.training import (
     training_steps,
 )
 from plans import draw, prefix_mix
-from sampler import gather, noise_from, shift_sigma, teacher_blocks
+from sampler import gather, shift_sigma, teacher_blocks
 from tools import encode
 from toy import world
 from vae import VAE, load_vae

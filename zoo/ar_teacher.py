@@ -7,8 +7,7 @@ teacher that sees what the student will see, in every order that the student sha
     a noisy block sees the clean latents its step reads, and its own block with its anchors
     one time per step of the plan, independent; loss = w(t) |v - (noise - x0)|^2
 
-On this backbone the data are latents of real clips; it starts from the bidirectional teacher. Its
-end points are what zoo/causal_ode.py regresses and zoo/consistency.py follows.
+On this backbone the data are latents of real clips; it starts from the bidirectional teacher.
 Left open by the paper: anchors and dummies get a loss here, as its ODE moves them too [ours].
 Here: measured through its students alone; see zoo/causal_ode.py and zoo/consistency.py.
 
@@ -27,9 +26,10 @@ from dit import DiT
 from lib import presets
 from lib.common import Stream, run
 from lib.media import write_sheet
+from lib.noise import noise_seeded
 from lib.text import HELD_OUT
 from lib.training import Training
-from sampler import gather, noise_seeded, shift_sigma, teacher_blocks
+from sampler import gather, shift_sigma, teacher_blocks
 from train_ode import Part, fit, mean_over, mix_of, per_slot, scored_slots
 from vae import load_vae
 from zoo.on_clips import Drawn, OnClips, flow_error

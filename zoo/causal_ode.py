@@ -29,7 +29,8 @@ from anchors import Plan
 from dit import DiT
 from lib import presets
 from lib.common import run
-from sampler import Noise, Text, cache_for, clean_pass, many_steps, rollout
+from lib.noise import Noise
+from sampler import Text, cache_for, clean_pass, many_steps, rollout
 from zoo.clip_pairs import ClipPairs, noisy_slots
 
 

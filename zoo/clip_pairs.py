@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from anchors import Plan, layout
 from lib.clips import Clips
 from lib.common import UserError
+from lib.noise import Noise, noise_from
 from lib.pairs import MADE_BY, PLANS, Pair, wrong_states
 from plans import rows_of
-from sampler import Noise, noise_from
 from train_ode import Trajectories
 
 

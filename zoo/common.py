@@ -14,7 +14,9 @@ from torch import Tensor
 from anchors import Plan, forward, long
 from dit import KV, DiT, Past
 from kvcache import KVCache
-from sampler import Noise, Recipe, Remember, Text, cache_for, clean_pass
+from lib.noise import Noise
+from lib.recipe import Recipe
+from sampler import Remember, Text, cache_for, clean_pass
 from sampler import generate as block_by_block
 
 PAPER = Recipe()  # of a student whose checkpoint says nothing else

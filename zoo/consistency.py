@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from anchors import Layout
-from dit import DiT
+from dit import DiT, load_dit
 from lib import presets
 from lib.common import Stream, UserError, dtype_of, run
-from lib.training import EMA, inference
+from lib.recipe import trained_as
+from lib.training import EMA, inference, prepare
 from sampler import ODE_STEPS, cfg_velocity, ode_sigmas
 from train_ode import (
     Part,
@@ -33,10 +34,8 @@ from train_ode import (
     fit,
     mean_over,
     mix_of,
-    network,
     per_slot,
     scored_slots,
-    trained_as,
 )
 from zoo import causal_ode
 from zoo.on_clips import Drawn, OnClips
@@ -101,9 +100,9 @@ def main(config: Config) -> None:
     mix = mix_of(config)
     trained_as(config)  # impossible levels are refused before any work
     setup = OnClips(config, mix, teacher_forcing=True)
-    average = network(config, config.weights, setup.device, trained=False)
+    average = prepare(load_dit(config.weights, device=setup.device), config, trained=False)
     dtype = dtype_of(config.dtype)
-    teacher = network(config, config.teacher, setup.device, trained=False, dtype=dtype)
+    teacher = prepare(load_dit(config.teacher, dtype, setup.device), config, trained=False)
     loss_of = partial(clip_loss, setup, average, teacher)
     fit(setup, loss_of, "student", (EMA(setup.dit, config.ema), average))
 

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from anchors import Plan, backward
 from dit import DiT
-from sampler import Noise, Recipe, Text, few_steps, gather, rollout, student_sigmas
+from lib.noise import Noise
+from lib.recipe import Recipe
+from sampler import Text, few_steps, gather, rollout, sigmas_of, student_sigmas
 from sampler import generate as block_by_block
 from zoo.common import PAPER, Method, Overheard, forward_plan, memory
 
@@ -38,7 +40,7 @@ def falling(recipe: Recipe, n: int) -> list[float]:
 
 def constant(recipe: Recipe, n: int) -> list[float]:
     """Those of the recipe, whatever the step."""
-    return recipe.sigmas(n)
+    return sigmas_of(recipe)(n)
 
 
 def generate(

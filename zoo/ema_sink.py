@@ -23,7 +23,9 @@ from torch import Tensor
 from anchors import Plan, forward, forward_step
 from dit import DiT
 from kvcache import KVCache
-from sampler import Noise, Recipe, Text, few_steps, gather, rollout
+from lib.noise import Noise
+from lib.recipe import Recipe
+from sampler import Text, few_steps, gather, rollout, sigmas_of
 from zoo.common import PAPER, Method, long_backward, long_forward, memory
 
 
@@ -91,7 +93,7 @@ def generate(
     sink = plan.steps[0].targets
     kind = partial(Grouped, group=group) if group else partial(LeakySink, sink=sink, keep=keep)
     cache, remember = memory(dit, plan, texts, noise, kind=kind, **options)
-    denoise = few_steps(dit, texts, noise, recipe.sigmas, share_noise=recipe.share_noise)
+    denoise = few_steps(dit, texts, noise, sigmas_of(recipe), share_noise=recipe.share_noise)
     return gather(plan, rollout(plan, denoise, remember, cache, given))
 
 

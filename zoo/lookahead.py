@@ -23,7 +23,9 @@ from torch import Tensor
 from anchors import Plan
 from dit import DiT
 from lib.common import UserError
-from sampler import Noise, Recipe, Text, few_steps, gather, rollout
+from lib.noise import Noise
+from lib.recipe import Recipe
+from sampler import Text, few_steps, gather, rollout, sigmas_of
 from zoo.common import PAPER, Method, forward_plan, long_forward, memory
 from zoo.switch import two_scenes
 
@@ -62,7 +64,7 @@ def generate(
 ) -> Tensor:
     """As `sampler.generate`; what a step imagines is given to the step that makes it."""
     cache, remember = memory(dit, plan, texts, noise, **options)
-    few = few_steps(dit, texts, noise, recipe.sigmas, share_noise=recipe.share_noise)
+    few = few_steps(dit, texts, noise, sigmas_of(recipe), share_noise=recipe.share_noise)
     known = dict(given or {})
 
     def denoise(n, step, past, clean, held):

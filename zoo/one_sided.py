@@ -22,7 +22,9 @@ from torch import Tensor
 
 from anchors import Plan, Reads, Step, inbetween
 from dit import DiT
-from sampler import Noise, Recipe, Text, few_steps, gather, rollout
+from lib.noise import Noise
+from lib.recipe import Recipe
+from sampler import Text, few_steps, gather, rollout, sigmas_of
 from zoo.common import PAPER, Method, memory
 
 Weights = Callable[[int], Tensor]  # latents in the gap -> the head's share of each [T]
@@ -70,9 +72,9 @@ def generate(
 ) -> Tensor:
     """As `sampler.generate`; a step that reads on both sides of itself is made from each alone."""
     cache, remember = memory(dit, plan, texts, noise, **options)
-    few = few_steps(dit, texts, noise, recipe.sigmas, share_noise=recipe.share_noise)
+    few = few_steps(dit, texts, noise, sigmas_of(recipe), share_noise=recipe.share_noise)
     fused = few_steps(
-        blended(dit, weights), texts, noise, recipe.sigmas, share_noise=recipe.share_noise
+        blended(dit, weights), texts, noise, sigmas_of(recipe), share_noise=recipe.share_noise
     )
 
     def denoise(n, step, past, clean, held):

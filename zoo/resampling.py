@@ -25,8 +25,9 @@ from anchors import Plan
 from dit import DiT
 from lib import presets
 from lib.common import Stream, UserError, generator, run
+from lib.noise import Noise, noise_seeded
 from lib.training import inference
-from sampler import Noise, hold, noise_seeded, rollout, shift_sigma, student_sigmas, times
+from sampler import hold, rollout, shift_sigma, student_sigmas, times
 from train_ode import Part
 from zoo import ar_teacher
 from zoo.common import memory

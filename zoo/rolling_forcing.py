@@ -26,10 +26,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from anchors import HORIZON, Plan, Step, View, backward, check_step, forward
+from anchors import HORIZON, Plan, Step, View, backward, forward
 from dit import DiT
 from lib.common import UserError
-from sampler import Noise, Recipe, Text, gather, student_sigmas, times
+from lib.noise import Noise
+from lib.recipe import Recipe
+from lib.shapes import check_step
+from sampler import Text, gather, student_sigmas, times
 from zoo.common import PAPER, Method, memory
 
 

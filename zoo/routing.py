@@ -6,9 +6,8 @@ newest block always are. DySink adds a gate: a sink that draws too much of the a
 
 On this backbone the plan reads everything (`Plan.horizon` as far as the video goes) and a cache
 chooses when it is read. Scores are q.k of means over tokens, summed over layers and clips [ours;
-routing asks for each query token, a batch of one for each clip]; the query is that of the newest
-block's clean pass, so that no pass is added. What is chosen is moved together, next to the reader,
-so positions stay within the horizon. It runs in both directions.
+routing asks for each query token, a batch of one for each clip]; the query is the newest block's,
+of its clean pass. What is chosen is moved next to the reader, within the horizon; in both orders.
 Left open by DySink: its gate's threshold. Here: no difference, at seven times the cache.
 
     python -m zoo.run routing --latents 63
@@ -23,7 +22,9 @@ from torch import Tensor
 from anchors import Plan, Reads, backward_step, forward_step, place
 from dit import DiT
 from kvcache import KVCache
-from sampler import Noise, Recipe, Text, few_steps, gather, rollout
+from lib.noise import Noise
+from lib.recipe import Recipe
+from sampler import Text, few_steps, gather, rollout, sigmas_of
 from zoo.common import PAPER, Method, memory
 
 
@@ -95,7 +96,7 @@ def generate(
     """As `sampler.generate`. best: latents read beside sink and newest block; gate: see above"""
     kind = partial(Routed, best=best, block=len(plan.steps[0].targets), gate=gate)
     cache, remember = memory(dit, plan, texts, noise, kind=kind, **options)
-    denoise = few_steps(dit, texts, noise, recipe.sigmas, share_noise=recipe.share_noise)
+    denoise = few_steps(dit, texts, noise, sigmas_of(recipe), share_noise=recipe.share_noise)
     hooks = []
     for layer, block in enumerate(dit.blocks):
         attention = block.self_attn

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from anchors import backward, text_picture
-from evaluate import recipe_of
 from generate import frame_size, load_models, write_video
 from lib import text
 from lib.common import UserError, run, start
 from lib.media import VideoWriter
-from sampler import noise_seeded
+from lib.noise import noise_seeded
+from lib.recipe import recipe_of
 from zoo import (
     diagonal,
     ema_sink,

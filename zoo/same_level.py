@@ -24,16 +24,9 @@ from torch import Tensor
 
 from anchors import Plan, backward
 from dit import DiT
-from sampler import (
-    Noise,
-    Recipe,
-    Text,
-    gather,
-    hold,
-    rollout,
-    student_sigmas,
-    times,
-)
+from lib.noise import Noise
+from lib.recipe import Recipe
+from sampler import Text, gather, hold, rollout, student_sigmas, times
 from zoo.common import PAPER, Method, Overheard, commit, forward_plan, memory, read_later
 
 

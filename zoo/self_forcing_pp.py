@@ -27,8 +27,10 @@ import train_dmd
 from anchors import HORIZON, Plan
 from dit import DiT
 from lib.common import UserError, run, start
+from lib.noise import Noise
+from lib.recipe import Recipe
 from plans import Mix
-from sampler import Noise, Recipe, Text, student_blocks
+from sampler import Text, student_blocks
 from vae import VAE, load_vae
 from zoo.common import PAPER
 

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from anchors import Plan, Step
 from dit import DiT
-from sampler import Noise, Recipe, Text, few_steps, gather, hold, rollout, times
+from lib.noise import Noise
+from lib.recipe import Recipe
+from sampler import Text, few_steps, gather, hold, rollout, sigmas_of, times
 from zoo.common import PAPER, Method, forward_plan, memory
 
 THRESHOLD = 0.1  # mean squared change of a latent whose own variance is about 1 [guess]
@@ -61,10 +63,10 @@ def generate(
         own_cache, own_remember = memory(drafter, plan, texts, noise, **options)
 
     def draft_sigmas(n: int) -> list[float]:
-        return recipe.sigmas(n)[:draft_levels]
+        return sigmas_of(recipe)(n)[:draft_levels]
 
     share = recipe.share_noise
-    target = few_steps(dit, texts, noise, recipe.sigmas, share_noise=share)
+    target = few_steps(dit, texts, noise, sigmas_of(recipe), share_noise=share)
     draft = few_steps(drafter or dit, texts, noise, draft_sigmas, share_noise=share)
 
     def denoise(n, step, past, clean, held):
@@ -72,7 +74,7 @@ def generate(
             return target(n, step, past, clean, held)
         own_past = past if drafter is None else own_cache.read(step.reads)
         x0 = draft(n, step, own_past, clean, held)
-        sigmas = recipe.sigmas(n)
+        sigmas = sigmas_of(recipe)(n)
         fresh = noise(len(sigmas), step.noise(share, len(sigmas)))  # of a level nobody else uses
         text = texts[step.prompt]
         if moved(dit, text, fresh, sigmas[-1], step, x0, past, held).max() <= threshold:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dit import DiT
 from lib.common import UserError
-from sampler import Noise, cfg_velocity, ode_sigmas
+from lib.noise import Noise
+from sampler import cfg_velocity, ode_sigmas
 
 State = tuple[int, ...]  # the number of steps that each latent has taken
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dit import DiT
 from lib.common import UserError
-from sampler import Noise, cfg_velocity, ode_sigmas
+from lib.noise import Noise
+from sampler import cfg_velocity, ode_sigmas
 
 PART = 7  # latents [ours]
 

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from anchors import HORIZON, Plan, forward, place
 from dit import DiT
+from lib.noise import Noise
+from lib.recipe import Recipe
 from plans import switch
-from sampler import Noise, Recipe, Text, few_steps, gather, rollout
+from sampler import Text, few_steps, gather, rollout, sigmas_of
 from zoo.common import PAPER, Method, commit, memory
 
 RECACHED = 12  # latents [LongLive]
@@ -81,7 +83,7 @@ def generate(
         cache.evict(again)
         commit(dit, cache, again, x, pos, texts[later[0].prompt], cache.read(others))
 
-    denoise = few_steps(dit, texts, noise, recipe.sigmas, share_noise=recipe.share_noise)
+    denoise = few_steps(dit, texts, noise, sigmas_of(recipe), share_noise=recipe.share_noise)
     return gather(plan, rollout(plan, denoise, remember_anew, cache, given))
 
 

@@ -31,14 +31,15 @@ from tqdm import tqdm
 
 from anchors import Plan, long
 from dit import DiT
-from evaluate import frames_of, measure_all, measure_true, recipe_of, summary
+from evaluate import frames_of, measure_all, measure_true, summary
 from generate import frame_size, load_models
 from lib import report, text
 from lib.changes import seam
 from lib.common import UserError, atomic, fingerprint, run, start
+from lib.noise import noise_seeded
+from lib.recipe import recipe_of
 from lib.statistics import Values, joined
 from lib.world import World, find_world, numbers_of
-from sampler import noise_seeded
 from vae import VAE
 from zoo.common import Method
 from zoo.run import METHODS, find_method

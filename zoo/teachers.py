@@ -19,7 +19,8 @@ from torch import Tensor
 
 from anchors import Plan, backward, inbetween, long
 from dit import DiT
-from sampler import Noise, gather, teacher_blocks
+from lib.noise import Noise
+from sampler import gather, teacher_blocks
 from zoo import staggered, stitching, vector_time
 from zoo.common import Method, forward_plan
 

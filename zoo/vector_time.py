@@ -25,8 +25,9 @@ from anchors import forward
 from dit import DiT
 from lib import presets
 from lib.common import Stream, run
+from lib.noise import Noise
 from plans import with_given
-from sampler import Noise, gather, shift_sigma, teacher_blocks
+from sampler import gather, shift_sigma, teacher_blocks
 from train_ode import Part, fit
 from zoo import ar_teacher
 from zoo.on_clips import Drawn, OnClips, flow_error

@@ -405,7 +405,7 @@ class Job:
     recipe: Recipe
     size: tuple[int, int]
     seed: int
-    sources: dict[str, str]  # files that were read -> their fingerprints
+    sources: dict[str, str]  # files that were read -> their digests
 
 
 def plan_clip(config: Config, job: Job, given: Given) -> tuple[Plan, Sequence[str]]:
@@ -513,8 +513,8 @@ def main(config: Config) -> None:
     if config.compile:
         dit.compile_blocks()
     used = [] if config.weights == "random" else [*weights_in(config.weights)]
-    sources = {path.name: outputs.fingerprint(path) for path in used}
-    sources |= {path: outputs.fingerprint(path) for path in read if path != config.prompts}
+    sources = {path.name: outputs.digest(path) for path in used}
+    sources |= {path: outputs.digest(path) for path in read if path != config.prompts}
     job = Job(dit, vae, recipe, size, seed, sources)
     with streams.sigterm_is_ctrl_c():
         for one in clips_of(config):

@@ -54,14 +54,14 @@ def sidecar(clip: Path) -> Path:
     return clip.with_name(clip.name + ".json")
 
 
-def fingerprint(path: str | Path) -> str:
+def digest(path: str | Path) -> str:
     """The first 16 digits of a file's SHA-256, or of those of all weights in a folder."""
     path = Path(path).expanduser()
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     kinds = (".safetensors", ".pt", ".pth", ".bin")
-    parts = [fingerprint(p) for p in sorted(path.iterdir()) if p.suffix in kinds]
+    parts = [digest(p) for p in sorted(path.iterdir()) if p.suffix in kinds]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
@@ -79,7 +79,7 @@ def describe(
 ) -> dict:
     """All that a clip depends on: kept beside it, and compared before it is made again.
 
-    sources: the files that were read -> their fingerprints;  recipe: None for a teacher"""
+    sources: the files that were read -> their digests;  recipe: None for a teacher"""
     made = [list(step.targets) for step in plan.steps]
     return {
         "prompt": list(prompts),
@@ -92,8 +92,8 @@ def describe(
 
 
 def write_sidecar(clip: Path, about: dict) -> None:
-    """Keep what a clip was made of beside it, with the clip's own fingerprint."""
-    about = about | {"clip": fingerprint(clip)}
+    """Keep what a clip was made of beside it, with the clip's own digest."""
+    about = about | {"clip": digest(clip)}
     with atomic(sidecar(clip)) as tmp:
         words = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
         tmp.write_text(words, encoding="utf-8", errors="backslashreplace")  # odd file names
@@ -107,7 +107,7 @@ def is_made(clip: Path, about: dict) -> bool:
         found = json.loads(sidecar(clip).read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return found == json.loads(json.dumps(about)) | {"clip": fingerprint(clip)}
+    return found == json.loads(json.dumps(about)) | {"clip": digest(clip)}
 
 
 def safe_name(number: int, prompt: str) -> str:

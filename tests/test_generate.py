@@ -721,7 +721,7 @@ def test_a_clip_says_how_it_was_made(tmp_path, capsys):
     about = json.loads((tmp_path / "a.mp4.json").read_text())
     assert about["prompt"] == [A] and about["seed"] == int(seed)
     assert about["plan"]["made"] == [[0, 1, 2]] and about["recipe"]["levels"] == [1000]
-    digest = outputs.fingerprint(ROOT / "toy" / "weights" / "student.safetensors")
+    digest = outputs.digest(ROOT / "toy" / "weights" / "student.safetensors")
     assert about["sources"]["student.safetensors"] == digest and len(digest) == 16
     assert json.dumps(A).encode() in (tmp_path / "a.mp4").read_bytes()  # the container's comment
     generate.main(generate.Config(**flags, seed=seed, out=str(tmp_path / "b.mp4")))

@@ -185,5 +185,9 @@ def test_bytes_are_what_wan_needs():
     """1.3B at 480x832 in bf16: 2 x 30 layers x 1560 tokens x 1536 numbers x 2 bytes = 0.288 GB a
     latent."""
     wan = KVCache(PRESETS["wan1.3b"], 1, 2, 60, 104, torch.bfloat16, "meta")
-    held = sum(x.numel() * x.element_size() for layer in wan.layers for x in layer)
-    assert held == 2 * 287_539_200 and wan.tokens == 1560
+
+    def held(cache: KVCache) -> int:
+        return sum(x.numel() * x.element_size() for layer in cache.layers for x in layer)
+
+    assert held(wan) == 2 * 287_539_200 and wan.tokens == 1560
+    assert held(cache_of(3)) == 2 * 2 * (2 * 3 * 12) * 4

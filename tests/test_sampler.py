@@ -22,6 +22,7 @@ from sampler import (
     generate,
     ode_sigmas,
     shift_sigma,
+    sigmas_of,
     student_blocks,
     student_sigmas,
     teacher_blocks,
@@ -133,9 +134,10 @@ def test_a_recipe_survives_a_checkpoint():
 
 def test_a_recipe_gives_each_step_its_levels():
     """The block that is made first may have others."""
-    assert Recipe().levels_of(0) == Recipe().levels_of(5) == (1000, 750, 500, 250)
-    recipe = Recipe((1000, 500), (1000, 750, 250))
-    assert recipe.levels_of(0) == (1000, 750, 250) and recipe.levels_of(1) == (1000, 500)
+    usual = sigmas_of(Recipe())
+    assert usual(0) == usual(5) == SIGMAS
+    sigmas = sigmas_of(Recipe((1000, 500), (1000, 750, 250), shift=1.0))
+    assert sigmas(0) == [1, 0.75, 0.25] and sigmas(1) == [1, 0.5]
 
 
 # ---------------------------------------------------------------- cached == full

@@ -87,12 +87,12 @@ def test_every_method_makes_finite_clips_that_depend_on_the_prompt(name):
 
 
 def test_every_file_is_short_and_says_what_it_is():
-    """At most 120 lines, all but the table; of a method, what it is on this backbone, what is left
+    """Under 120 lines, all but the table; of a method, what it is on this backbone, what is left
     open, what it shows here, and a command that names it."""
     for path in sorted((ROOT / "zoo").glob("*.py")):
         lines = path.read_text(encoding="utf-8")
         words = ast.get_docstring(ast.parse(lines))
-        assert lines.count("\n") <= 120 or path.name == "table.py", path.name
+        assert lines.count("\n") < 120 or path.name == "table.py", path.name
         if path.name in SHARED:
             continue
         assert 10 <= words.count("\n") + 1 <= 30, path.name

@@ -9,7 +9,7 @@ teacher that sees what the student will see, in every order that the student sha
 
 On this backbone the data are latents of real clips; it starts from the bidirectional teacher.
 Left open by the paper: anchors and dummies get a loss here, as its ODE moves them too [ours].
-Here: measured through its students alone; see zoo/causal_ode.py and zoo/consistency.py.
+Here: FR forward 1.14 after 2,000 steps, the bidirectional teacher's is 1.03 (docs/results.md).
 
     python -m tools.encode && python -m zoo.ar_teacher
 """

@@ -9,9 +9,8 @@ So N blocks take N + K - 1 passes instead of N * (K + 1), and a block sees a ske
     b1       0  1  2  3              plain rollout; between them is a pipeline of any depth
     b2          0  1  2  3
 
-On this backbone the plan stays what it was, only its execution rolls: a window is some consecutive
-steps of the plan made into one, at the positions and with the reads of the oldest. So it also runs
-backward [ours]: the newest block stands before the others and has the anchors of its step.
+On this backbone only the execution rolls: a window is consecutive steps of the plan made into one,
+at the positions and with the reads of the oldest; backward, too [ours], with the newest's anchors.
 Left open by the paper: whether the context is noised (its code: no). Here K is 4, there 5; a window
 and its reads must fit the horizon; one prompt a pass, the oldest block's.
 Training: a block counts at the pass with w mod K = exit, so blocks of a window count at all levels.

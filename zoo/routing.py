@@ -6,9 +6,8 @@ newest block always are. DySink adds a gate: a sink that draws too much of the a
 
 On this backbone the plan reads everything (`Plan.horizon` as far as the video goes) and a cache
 chooses when it is read. Scores are q.k of means over tokens, summed over layers and clips [ours;
-routing asks for each query token, a batch of one for each clip]; the query is the newest block's,
-of its clean pass. What is chosen is moved next to the reader, within the horizon; in both orders.
-Left open by DySink: its gate's threshold. Here: no difference, at seven times the cache.
+routing asks for each query token]; the query is that of the newest block's clean pass. What is
+chosen moves next to the reader. Left open: DySink's gate. Here: no difference, 7 x the cache.
 
     python -m zoo.run routing --latents 63
 """

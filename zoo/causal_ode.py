@@ -11,7 +11,7 @@ runs block by block, each after the clean latents of a *real clip*; the student 
 On this backbone the teacher walks any plan, so there are pairs for backward, too [ours]. All plans
 of an iteration share clip and noise.
 Left open by the paper: what an anchor's end point is; here where the teacher's ODE takes it.
-Here: after stage 1, beside clean context without such pairs, FR forward is the same (1.16), the round
+Here: after stage 1, beside clean context without such pairs, FR forward is the same (1.16), round
 trip backward 1.11 for 1.16, of one seed (docs/results.md; earlier weights: docs/results-more.md).
 
     python -m zoo.causal_ode --generate && python -m zoo.causal_ode     # after zoo/ar_teacher.py

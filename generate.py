@@ -37,7 +37,7 @@ from lib import outputs, streams, text
 from lib.common import UserError, dtype_of, run, start
 from lib.media import FORMATS, FPS, VideoWriter, write_sheet
 from lib.noise import noise_seeded
-from lib.recipe import Recipe, recipe_of
+from lib.recipe import FLAGS, Recipe, recipe_of, say_changes
 from lib.shapes import frame_size
 from lib.story import LONGEST
 from lib.weights import find
@@ -303,13 +303,6 @@ def check(config: Config) -> list[str]:
     return read
 
 
-FLAGS = {  # of a recipe's entries
-    "levels": "denoising",
-    "first_levels": "first_denoising",
-    **{name: name for name in ("shift", "block", "anchors", "head", "share_noise")},
-}
-
-
 def chosen_recipe(config: Config, dit: DiT) -> Recipe:
     """How the weights are run: as they were trained, but for what flags say; contradictions are
     said."""
@@ -317,17 +310,15 @@ def chosen_recipe(config: Config, dit: DiT) -> Recipe:
     if trained and config.guidance is not None:
         print(f"note: a student of {len(trained.levels)} steps is run as a teacher, of 48")
     is_said = config.denoising or config.guidance is not None
-    base = Recipe() if is_said and not trained else known_recipe(dit)
-    changes = {}
-    for entry, name in FLAGS.items():
-        value = 0 if name == "anchors" and config.dummy else getattr(config, name)
-        if value in (None, (), ""):
-            continue
-        changes[entry] = value
-        was = getattr(base, entry)
-        if trained and value != was:
-            print(f"note: --{name} {value}, but this student was trained with {was}")
-    return replace(base, **changes)
+    base, changes = Recipe() if is_said and not trained else known_recipe(dit), {}
+    for entry in ("levels", "first_levels", "shift", "block", "anchors", "head", "share_noise"):
+        value = getattr(config, FLAGS.get(entry, entry))
+        if value not in (None, (), ""):
+            changes[entry] = value
+    chosen = replace(base, **changes | ({"anchors": 0} if config.dummy else {}))
+    if trained:
+        say_changes(trained, chosen)
+    return chosen
 
 
 # ---------------------------------------------------------------- which plan

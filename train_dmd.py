@@ -40,7 +40,7 @@ from lib.clips import Clips
 from lib.common import Stream, dtype_of, generator, is_first, run, start
 from lib.media import write_sheet
 from lib.noise import noise_from
-from lib.recipe import trained_as
+from lib.recipe import remember, trained_as
 from lib.states import EMA, write_network
 from lib.text import Prompts
 from lib.training import (
@@ -85,6 +85,7 @@ class Config(Training):
     lr: float = 5e-5  # of the student, AdamW [paper: 2e-6]
     lr_critic: float = 2e-4  # of the critic [paper: 4e-7]
     betas: tuple[float, ...] = (0.0, 0.999)  # [paper]
+    shift: float = 1.0  # of all levels: little noise hides a small picture [ours; paper: 5]
     ema: float = 0.95  # of the student [paper: 0.99]
     ema_start: int = 100  # iteration from which it averages [paper: 200]
     guidance: float = 3.0  # of the real score, conventional w [paper's code: 4]
@@ -348,7 +349,7 @@ def main(
 ) -> None:
     """generate, mix, gradient_of: another method's rollout, plans and loss in the place of ours."""
     rank, processes, device = start(config.device)
-    dtype, recipe = dtype_of(config.dtype), trained_as(config).write()
+    dtype, recipe = dtype_of(config.dtype), trained_as(config)
     mix = possible(config, mix_of(config, mix))
     rounds = split_batch(config.batch, config.micro, rank, processes)
     if config.sheet_every:
@@ -357,8 +358,7 @@ def main(
     students = trained(config, config.student, config.shared_student, config.lr, device)
     critics = trained(config, config.critic, config.shared_critic, config.lr_critic, device)
     averages = {f"ema{i}": EMA(m, config.ema) for i, m in enumerate(students.networks)}
-    for student in students.networks:
-        student.recipe = recipe
+    remember(students.networks, recipe)
     c = teacher.config
     source = Prompts(config.prompts, c.text_dim, c.text_len)
     negative = source.embed([config.negative]).to(device)

@@ -51,6 +51,7 @@ WAN_DMD = {  # [paper App. A.1]
     "steps": 600,
     "batch": 64,
     "micro": 1,
+    "shift": 5.0,
     "lr": 2e-6,
     "lr_critic": 4e-7,
     "ratio": 5,

@@ -1,9 +1,13 @@
 """How a student was trained, and so how it is run: it lies in the checkpoint's metadata."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from lib.common import is_first
 from lib.shapes import check_levels
 from lib.weights import config_from
+
+FLAGS = {"levels": "denoising", "first_levels": "first_denoising"}  # entry -> flag, if another
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,19 @@ def trained_as(config) -> Recipe:
     values = {k: getattr(config, k) for k in ("shift", "block", "anchors", "head", "share_noise")}
     first = getattr(config, "first_denoising", ())
     return Recipe(tuple(config.denoising), tuple(first), plans=config.plans, **values)
+
+
+def say_changes(trained: Recipe, now: Recipe) -> None:
+    """Say which flags ask for something else than what a student was trained with."""
+    for entry, value in asdict(now).items():
+        was, flag = getattr(trained, entry), FLAGS.get(entry, entry)
+        if value != was:
+            print(f"note: --{flag} {value}, but this student was trained with {was}")
+
+
+def remember(students: Sequence, recipe: Recipe) -> None:
+    """Students that are trained on will have this recipe in their files; what is new is said."""
+    for student in students:
+        if student.recipe and is_first():
+            say_changes(Recipe.read(student.recipe), recipe)
+        student.recipe = recipe.write()

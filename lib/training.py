@@ -75,7 +75,7 @@ class Training:
     anchors: int = 3  # P: anchors before each backward block [paper]; 0 uses the dummy block
     head: int = 0  # size of the block of latent 0 if not --block (--block 6 --anchors 0 --head 3)
     share_noise: str = "none"  # at which levels an anchor has its latent's noise: none, start, all
-    shift: float = 5.0  # of all noise levels [paper]
+    shift: float = 5.0  # of the noise levels [paper]
     micro: int = 0  # samples a forward pass, the rest is accumulated; 0: all of a process's share
     betas: tuple[float, ...] = (0.9, 0.999)  # of AdamW [paper]
     weight_decay: float = 0.01  # of AdamW [paper]

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -84,6 +85,14 @@ def test_every_method_makes_finite_clips_that_depend_on_the_prompt(name):
         assert torch.equal(z, method.generate(dit, plan, texts, noise, recipe=Recipe()))
         others = [randn(99 + n, 2, 8, 32) for n in range(len(texts))]
         assert not torch.equal(z, method.generate(dit, plan, others, noise, recipe=Recipe()))
+
+
+def test_the_method_that_the_readme_writes_down_is_the_plain_rollout():
+    """ "Add one" begins from code that runs."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "zoo" / "README.md").read_text(), re.S)[1]
+    exec(code, written := {})
+    for plan in DIRECTIONS.values():
+        assert torch.equal(made(written["generate"], plan), plain(plan))
 
 
 def test_every_file_is_short_and_says_what_it_is():

@@ -88,7 +88,7 @@ class Config(Training):
     shift: float = 1.0  # of all levels: little noise hides a small picture [ours; paper: 5]
     ema: float = 0.95  # of the student [paper: 0.99]
     ema_start: int = 100  # iteration from which it averages [paper: 200]
-    guidance: float = 3.0  # of the real score, conventional w [paper's code: 4]
+    guidance: float = 1.5  # of the real score, conventional w [ours; paper's code: 4]
     negative: str = ""  # prompt of the real score's unconditional pass
     denoising: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # noise levels, unshifted [paper]
     first_denoising: tuple[float, ...] = ()  # of the block made first, if others [Causal Forcing++]

@@ -98,13 +98,12 @@ def test_vae_in_bfloat16_is_harmless(made):
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_student_follows_its_prompt(way, made):
-    """Four steps a block: colour, ground and direction right in at least 15 of 16 clips, shapes in
-    nine of ten, and
-    they move as real clips do."""
+    """Four steps a block: colour, shape, ground and direction right in at least 15 of 16 clips, the
+    first frame's shape in 13, and they move as real clips do."""
     video, plan = made[way][1], PLANS[way]
     found = summary(measure(video, plan) | measure_words(world, video, plan, CAPTIONS))
-    assert min(found[k].mean for k in ("colour", "ground", "direction")) >= 15 / 16
-    assert found["shape"].mean >= 0.9
+    assert min(found[k].mean for k in ("colour", "shape", "ground", "direction")) >= 15 / 16
+    assert found["frame 0: shape"].mean >= 13 / 16
     assert 0.03 < found["motion"].mean < 0.07  # of real clips: 0.050
 
 

@@ -41,7 +41,7 @@ class Config:
     RANGES = {"order": ("forward", "backward"), "latents": (1, 100)}
     out: str = "assets/hero.gif"
     weights: str = "toy/weights"  # a folder with student and VAE, or: random
-    prompt: str = "a red square moves left over a green wave"
+    prompt: str = "a red disc moves up over a blue wave"
     order: str = "backward"  # forward or backward
     latents: int = 21  # length of the video
     seed: int = 0

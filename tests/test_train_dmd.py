@@ -361,13 +361,21 @@ def test_each_iteration_draws_anew(files, tmp_path):
     )
 
 
-def test_a_student_remembers_its_recipe(files, tmp_path):
+def test_a_student_remembers_its_recipe(files, tmp_path, capsys):
     """Levels, those of the first block, shift, block, anchors, head, noise rule and mix lie in the
-    checkpoint."""
+    checkpoint; one that is trained on otherwise is told so, flag by flag."""
     changes = {"denoising": (1000.0, 500.0), "first_denoising": (1000.0, 750.0), "anchors": 2}
     train(files, tmp_path, steps=1, share_noise="start", shift=3.0, **changes)
     made = Recipe.read(load_dit(tmp_path / "student.safetensors").recipe)
     assert made == Recipe((1000.0, 500.0), (1000.0, 750.0), 3.0, 3, 2, 0, "start", "paper")
+    assert "note:" not in capsys.readouterr().out  # what it began from says nothing of itself
+    again = files | {"student": str(tmp_path / "student.safetensors")}
+    train(again, tmp_path / "on", steps=1, share_noise="start", **changes | {"anchors": 3})
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert notes == [
+        "note: --shift 1.0, but this student was trained with 3.0",
+        "note: --anchors 3, but this student was trained with 2",
+    ]
 
 
 def test_another_method_brings_its_rollout_and_plans(files, tmp_path):

@@ -312,6 +312,7 @@ def test_critic_learns_one_prompt(files, tmp_path):
             files,
             tmp_path / "run",
             prompts=str(tmp_path / "prompts.txt"),
+            shift=5.0,
             steps=60,
             ratio=60,
             lr=0.0,

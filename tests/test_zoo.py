@@ -88,7 +88,7 @@ def test_every_method_makes_finite_clips_that_depend_on_the_prompt(name):
 
 
 def test_the_method_that_the_readme_writes_down_is_the_plain_rollout():
-    """ "Add one" begins from code that runs."""
+    """The code under "Add one" runs as it stands."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "zoo" / "README.md").read_text(), re.S)[1]
     exec(code, written := {})
     for plan in DIRECTIONS.values():

@@ -149,18 +149,20 @@ class Maker:
     def make(
         self,
         plan: Plan,
-        captions: Sequence[str],
+        captions: Sequence[str] | Sequence[Sequence[str]],
         first: int = 0,
         given: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Latents [B, T, C, h, w] and pixels [B, 3, F, H, W], a clip a caption.
 
+        captions: [B], or such a list for each of the plan's prompts
         first: clip n has the noise (seed, first + n, 0);  given: latent -> [B, C, h, w]"""
         c, device = self.dit.config, self.dit.patch_embedding.weight.device
-        words = text.embed(captions, c.text_dim, c.text_len, self.embeddings, self.weights)
-        texts = [words.to(device)] * plan.prompts()  # (B, L, text_dim) each
+        of_prompts = [captions] * plan.prompts() if isinstance(captions[0], str) else captions
+        source = c.text_dim, c.text_len, self.embeddings, self.weights
+        texts = [text.embed(words, *source).to(device) for words in of_prompts]  # (B, L, text_dim)
         h, w = (side // self.vae.config.space for side in self.size)
-        seeds = [(self.seed, first + n, 0) for n in range(len(captions))]
+        seeds = [(self.seed, first + n, 0) for n in range(len(texts[0]))]
         noise = noise_seeded(seeds, (c.in_dim, h, w), device)
         recipe = recipe_of(self.dit)
         share = self.share_noise or recipe.share_noise

@@ -91,8 +91,9 @@ def timeline(
     view: of the blocks after the last scene and before the first
     joined: one shot: a gap is one block that sees both sides (as in `inbetween`), and the first
         block of a later scene sees the end of the scene before, if both fit the horizon
-    split_gaps: else the first half of a gap sees, and follows, only the scene that it leaves; a
-        block that sees both while one prompt speaks mixes their colours [measured]"""
+    split_gaps: else the first half of a gap sees, and follows, only the scene that it leaves. The
+        last two blocks see both: with one, the next scene begins in the last one's colours
+        [measured: toy/gaps.py]"""
     _check_scenes(length, scenes, order)
     check_anchors(anchors, block)
     scenes = [range(*scene) for scene in scenes]
@@ -105,8 +106,8 @@ def timeline(
         steps += _scene(scenes[n], block, anchors, before, prompt=n)
     for n in range(1, len(scenes)):
         gap = range(scenes[n - 1].stop, scenes[n].start)
-        split = split_gaps and not joined and len(gap) >= 2 * block
-        alone = len(gap) // 2 // block * block if split else 0
+        split = split_gaps and not joined
+        alone = max(0, min(len(gap) // 2, len(gap) - 2 * block)) // block * block if split else 0
         steps += _gap(first.start, gap, gap.start + alone, scenes[n], block, n)
     # The sinks are the two blocks farthest from what is made.
     at = last.start

@@ -17,7 +17,7 @@ from lib.common import from_cli
 from lib.recipe import Recipe
 from lib.text import HELD_OUT
 from plans import plans_of
-from toy import world
+from toy import gaps, world
 from toy.train_vae import clips
 
 WEIGHTS = ROOT / "toy" / "weights"
@@ -119,6 +119,15 @@ def test_anchors_are_worth_dropping(models, made):
         trips["forward"] < 1.15 and trips["backward"] < 1.2 < trips["backward, anchors as output"]
     ), trips
     assert trips["backward, anchors as output"] > 1.2 * trips["backward"], trips
+
+
+def test_a_scene_after_a_gap_begins_in_its_own_colours(models):
+    """After a gap of two blocks, which see both scenes; true cuts the VAE alone cannot show."""
+    maker, pairs = Maker(*models, (32, 32)), gaps.pairs_of(8, 0)
+    found = {gap: summary(gaps.measure_gap(maker, pairs, gap, False)) for gap in (0, 6)}
+    for what in gaps.READ:
+        assert found[6][f"{what}: late"].mean < 1 < 5 < found[0][f"{what}: late"].mean
+        assert found[6][f"{what}: neither"].mean < 12
 
 
 def test_stage_1_from_the_shipped_teacher(tmp_path):

@@ -18,7 +18,7 @@ from lib.common import UserError, from_cli
 from lib.recipe import Recipe
 from lib.states import contents
 from lib.world import numbers_of
-from toy import causality, inbetween, lengths, students, tables, world
+from toy import causality, gaps, inbetween, lengths, students, tables, world
 from toy.causality import with_wrong_past
 from vae import VAE, VAEConfig, save_vae
 
@@ -257,6 +257,38 @@ def test_shape_changes_are_counted():
     assert lengths.shape_changes(one).item() == 0
     mixed = torch.cat([one[:, :, :40], other[:, :, 40:]], 2)
     assert lengths.shape_changes(mixed).item() == pytest.approx(1 / 15)
+
+
+# ---------------------------------------------------------------- between two scenes
+def test_colours_of_a_gap_are_read_frame_by_frame():
+    """A gap of 12 frames, 3 of them in colours of neither scene; the next scene comes 5 late."""
+    colours = ("red", "blue"), ("cyan", "magenta"), ("green", "yellow")  # sprite, ground
+    first, third, then = (f"a {a} square moves left over a {b} wave" for a, b in colours)
+    shown = [first] * 12 + [third] * 3 + [then] * 5 + [first] * 5 + [then] * 19
+    clips = {words: world.render([words], [3], 32, len(shown)) for words in set(shown)}
+    video = torch.stack([clips[words][:, :, f] for f, words in enumerate(shown)], 2)
+    found = gaps.read(video, [(first, then)], 8, 20)
+    assert {name: x.item() for name, x in found.items()} == {
+        "colour: neither": 3,
+        "colour: late": 5,
+        "ground: neither": 3,
+        "ground: late": 5,
+    }
+
+
+def test_gaps_print_every_row(weights, tmp_path, monkeypatch, capsys):
+    """The hard cut, then a row a gap, made and given; counts are of frames that are there."""
+    flags = ["--weights", str(weights), "--clips", "2", "--gaps", "3", "6"]
+    monkeypatch.setattr("sys.argv", ["gaps", *flags, "--out", str(tmp_path / "t.json")])
+    gaps.run(gaps.main, gaps.Config)
+    printed = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if "±" in line]
+    rows = json.loads((tmp_path / "t.json").read_text())
+    names = [f"{gap}, scenes {how}" for gap in (3, 6) for how in ("made", "given")]
+    assert printed == [f"| {name}" for name in rows]
+    assert list(rows) == ["a hard cut, decoded", *names]
+    for name, row in rows.items():
+        assert set(row) == set(gaps.COLUMNS) and row["colour: late"]["mean"] <= gaps.AFTER
+        assert row["colour: neither"]["mean"] <= (4 * int(name[0]) if name[0].isdigit() else 0)
 
 
 # ---------------------------------------------------------------- between two ends

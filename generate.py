@@ -313,7 +313,7 @@ def chosen_recipe(config: Config, dit: DiT) -> Recipe:
         print(f"note: a student of {len(trained.levels)} steps is run as a teacher, of 48")
     is_said = config.denoising or config.guidance is not None
     base, changes = Recipe() if is_said and not trained else known_recipe(dit), {}
-    for entry in asdict(base).keys() - {"plans"}:  # which it was trained on, no flag here
+    for entry in [name for name in asdict(base) if name != "plans"]:  # that is no flag here
         value = getattr(config, FLAGS.get(entry, entry))
         if value not in (None, (), ""):
             changes[entry] = value

@@ -18,7 +18,7 @@ from lib.common import UserError, from_cli
 from lib.recipe import Recipe
 from lib.states import contents
 from lib.world import numbers_of
-from toy import causality, gaps, inbetween, lengths, students, tables, world
+from toy import causality, critic, gaps, inbetween, lengths, students, tables, world
 from toy.causality import with_wrong_past
 from vae import VAE, VAEConfig, save_vae
 
@@ -361,6 +361,103 @@ def test_causality_has_rows_for_every_speed(weights, tmp_path, monkeypatch, caps
     assert fast["PSNR of those latents"] != slow["PSNR of those latents"]
     code, line = command_line(monkeypatch, capsys, causality, weights=weights, speed=0)
     assert code == 2 and "--speed 0.0" in line
+
+
+# ---------------------------------------------------------------- what a critic sees
+def test_change_in_each_latent_of_a_block():
+    """A video whose changes are 1, 2 and 3 in the latents of every block, and 7 in the first one,
+    which is not counted: 1, 2 and 3 over the mean of all."""
+    sizes = [7, 7] + [1, 2, 3] * 6  # latents 1 .. 20
+    steps = torch.tensor([0.0] + [s / 1000 for s in sizes for _ in range(4)])
+    video = steps.cumsum(0).view(1, 1, -1, 1, 1).expand(2, 3, 81, 4, 4)
+    found = critic.jumps(video, anchors.forward(21))
+    mean = sum(sizes) / len(sizes)
+    for n, want in enumerate((1, 2, 3), 1):
+        assert found[f"change in latent {n}"].tolist() == pytest.approx([want / mean] * 2, rel=1e-3)
+    assert found["FR inter"].tolist() == pytest.approx([(1 / 7 + 5 / 3) / 6] * 2, rel=1e-3)
+
+
+def test_a_step_against_the_gradient_has_one_length():
+    """As long for a clip with a gradient nine times as large, straight against it; none of none."""
+    z, gradient = randn(0, 2, 6, 2, 4, 4), randn(1, 2, 6, 2, 4, 4)
+    gradient[1] *= 9
+    step = (z - critic.moved(z, gradient)).flatten(1)
+    want = critic.STEP * z.square().mean().sqrt().item()
+    assert step.square().mean(1).sqrt().tolist() == pytest.approx([want] * 2)
+    along = torch.nn.functional.cosine_similarity(step, gradient.flatten(1))
+    assert along.tolist() == pytest.approx([1, 1])
+    assert torch.equal(critic.moved(z, torch.zeros_like(z)), z)
+
+
+def test_a_critic_that_equals_the_teacher_gives_no_gradient(weights):
+    """With another network the gradient is the mean of those that train_dmd computes."""
+    net, other, config = tiny_dit(1, **WORDED), tiny_dit(2, **WORDED), critic.Config(draws=2)
+    z, prompt = randn(0, 2, 6, 2, 4, 4), randn(3, 2, 4, WORDED["text_dim"])
+    same = critic.mean_gradient(net, net, z, prompt, (0.2, 0.4), config)
+    assert same.abs().max() < 1e-5
+    found = critic.mean_gradient(net, other, z, prompt, (0.2, 0.4), config)
+    assert found.abs().mean() > 1e-3
+    levels = []
+
+    def spy(teacher, other, z, at):
+        levels.extend(at.u.tolist())
+        return z, z
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(critic, "scores", spy)
+        critic.mean_gradient(net, other, z + 1, prompt, (0.2, 0.4), config)
+    assert len(set(levels)) == 4 and all(0.2 <= u <= 0.4 for u in levels)
+
+
+def test_denoising_again_ends_where_the_velocity_points():
+    """A network that knows the clip brings it back from any level, whatever the noise."""
+    z, noise = randn(0, 2, 6, 2, 4, 4), randn(1, 2, 6, 2, 4, 4)
+    for sigma in (0.1, 0.7, 0.95):
+        again = critic.denoised(lambda x, t, text, pos: noise - z, z, None, noise, sigma)
+        assert torch.allclose(again, z, atol=1e-5)
+
+
+def test_a_critic_that_is_told_places_equals_one_that_is_not_until_it_learns():
+    """Then the vector of a place is added to that latent of every block, and to no other."""
+    plain, told = tiny_dit(1, **WORDED), tiny_dit(1, **WORDED)
+    places = critic.tell_places(told, 3)
+    z, t, pos = randn(0, 1, 6, 2, 4, 4), torch.full((1, 6), 500.0), torch.arange(6)
+    prompt = randn(1, 1, 4, WORDED["text_dim"])
+    assert torch.equal(told(z, t, prompt, pos), plain(z, t, prompt, pos))
+    with torch.no_grad():
+        places[1] += 1
+    before, after = plain._patchify(z), told._patchify(z)
+    same = [torch.equal(before[:, i], after[:, i]) for i in range(6)]
+    assert same == [True, False, True] * 2
+    assert torch.allclose(after[:, 4], before[:, 4] + 1)
+
+
+def test_critic_has_a_row_for_each_question(weights, tmp_path, monkeypatch, capsys):
+    run, dit = tmp_path / "run", tiny_dit(1, **WORDED)
+    run.mkdir()
+    save_dit(dit, run / "student.safetensors")
+    torch.save({"critic0": tiny_dit(2, **WORDED).state_dict()}, run / "state.pt")
+    save_dit(tiny_dit(3, **WORDED), tmp_path / "teacher.safetensors")
+    flags = {"teacher": tmp_path / "teacher.safetensors", "vae": weights / "vae.safetensors"}
+    flags |= {"run": run, "clips": 2, "draws": 1, "out": tmp_path / "t.json"}
+    assert command_line(monkeypatch, capsys, critic, **flags)[0] == 0
+    rows = json.loads((tmp_path / "t.json").read_text())
+    assert len(rows) == critic.ROWS and list(rows)[:3] == ["student", "teacher", "critic"]
+    assert all(row["FR inter"]["clips"] == 2 for row in rows.values())
+    changes = [row["FR inter, change"]["mean"] for row in list(rows.values())[1:]]
+    assert len(set(changes)) == len(changes)
+    monkeypatch.setattr(critic, "FITTED", 16)
+    for places in (False, True):
+        fitted = flags | {"fit": 3, "places": places}
+        assert command_line(monkeypatch, capsys, critic, **fitted)[0] == 0
+        again = json.loads((tmp_path / "t.json").read_text())
+        assert again["student"] == rows["student"] and again["critic"] != rows["critic"]
+        rows = again
+    code, line = command_line(monkeypatch, capsys, critic, **flags, places=True)
+    assert code == 2 and "--fit" in line
+    torch.save({"step": 1}, run / "state.pt")
+    code, line = command_line(monkeypatch, capsys, critic, **flags)
+    assert code == 2 and "state.pt has no critic" in line
 
 
 def test_numbers_of_the_tables_are_held_out():

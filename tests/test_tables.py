@@ -389,8 +389,8 @@ def test_a_step_against_the_gradient_has_one_length():
     assert torch.equal(critic.moved(z, torch.zeros_like(z)), z)
 
 
-def test_a_critic_that_equals_the_teacher_gives_no_gradient(weights):
-    """With another network the gradient is the mean of those that train_dmd computes."""
+def test_a_critic_that_equals_the_teacher_gives_no_gradient():
+    """Another one does; every clip and draw has a level of its own, in the band."""
     net, other, config = tiny_dit(1, **WORDED), tiny_dit(2, **WORDED), critic.Config(draws=2)
     z, prompt = randn(0, 2, 6, 2, 4, 4), randn(3, 2, 4, WORDED["text_dim"])
     same = critic.mean_gradient(net, net, z, prompt, (0.2, 0.4), config)

@@ -101,9 +101,8 @@ def fitted(config: Config, dit: DiT, plan: Plan, size: tuple[int, int]) -> DiT:
     prompts = text.embed(captions, c.text_dim, c.text_len).to(device)
     clips = []
     for a in tqdm(range(0, FITTED, BATCH), desc="clips"):
-        seeds = [
-            (config.seed, config.clips + n, 0) for n in range(a, a + BATCH)
-        ]  # not those asked about
+        asked = config.clips  # their noise comes first
+        seeds = [(config.seed, asked + n, 0) for n in range(a, a + BATCH)]
         noise = noise_seeded(seeds, (c.in_dim, *size), device)
         clips.append(sampler.generate(dit, plan, [prompts[a : a + BATCH]], noise))
     clips = torch.cat(clips)  # (FITTED, T, C, h, w)
@@ -211,10 +210,10 @@ def main(config: Config) -> None:
         raise UserError("--places true is for a critic of --fit; say for how many updates")
     if config.out:
         check_out(config.out)
-    rows = {}
-    for name, row in tqdm(table(config, device), total=ROWS, unit="row"):
-        rows[name] = row
-    report.show(rows, config.out)
+    rows = table(config, device)
+    first = next(rows)  # what cannot be read is named before the bar begins
+    found = dict([first, *tqdm(rows, total=ROWS - 1, unit="row")])
+    report.show(found, config.out)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ demo: .venv/run
 	@echo "    critic's opinion."
 	@echo "    Good: the losses are finite and level; $(DEMO)/stage2 has curves.png and a sheet of clips, two forward, two backward."
 	$(TORCHRUN) train_dmd.py --out $(DEMO)/stage2 --steps 30 --sheet_every 30
-	@echo "4/5 Clips of the shipped student in four orders. Good: a red square, moving left, in every one of them."
+	@echo "4/5 Clips of the shipped student in four orders. Good: a red square, its corners worn round, moves left in"
+	@echo "    every one of them."
 	$(CLIP) --order forward --out $(DEMO)/forward.mp4 --sheet $(DEMO)/forward.png
 	$(CLIP) --order backward --out $(DEMO)/backward.mp4 --sheet $(DEMO)/backward.png
 	$(CLIP) --order inbetween --out $(DEMO)/inbetween.mp4 --sheet $(DEMO)/inbetween.png
@@ -63,13 +64,14 @@ TWO := .venv/bin/torchrun --standalone --nproc_per_node=2
 TEACHER := --teacher $(TOY)/teacher.safetensors
 toy: export OMP_NUM_THREADS = 1
 toy: $(TOY)/weights/SHA256SUMS
+$(TOY)/vae.safetensors: export OMP_NUM_THREADS = 2
 $(TOY)/vae.safetensors: .venv/run
 	$(RUN) -m toy.train_vae --out $(TOY)
 $(TOY)/begun/teacher.safetensors: $(TOY)/vae.safetensors
 	$(TWO) -m toy.train_teacher --out $(TOY) --clips 6144 --steps 10000
 	mkdir -p $(TOY)/begun && mv $(TOY)/teacher.* $(TOY)/begun/
 $(TOY)/teacher.safetensors: $(TOY)/begun/teacher.safetensors
-	$(RUN) -m toy.train_teacher --out $(TOY) --init $< --clips 16384 --steps 8000 --first 5
+	$(TWO) -m toy.train_teacher --out $(TOY) --init $< --clips 16384 --steps 8000 --first 5
 $(TOY)/pairs/index.json: $(TOY)/teacher.safetensors
 	$(TWO) train_ode.py --generate $(TEACHER) --pairs 6144 --shard 16 --micro 16 --data $(TOY)/pairs
 $(TOY)/ode/student.safetensors: $(TOY)/pairs/index.json

@@ -18,6 +18,7 @@ from toy.world import (
     hits,
     identity,
     measure,
+    outline,
     parse,
     random_captions,
     render,
@@ -232,6 +233,48 @@ def test_hits_are_the_words_that_show(video, captions):
 
 
 # ---------------------------------------------------------------- speed
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_true_clip_fills_its_outline_and_no_other(size):
+    """At any angle and place, over any ground and with the ball before it."""
+    captions = [
+        f"a {c} {shape} moves up over a {g} wave"
+        for c in COLOURS
+        for g in COLOURS
+        for shape in SHAPES
+        if c != g
+    ]
+    video = render(captions, range(len(captions)), size)
+    assert outline(video, captions).min() > 0.94
+    for other in SHAPES:
+        named = [" ".join([*c.split()[:2], other, *c.split()[3:]]) for c in captions]
+        wrong = torch.tensor([parse(c)["shape"] != other for c in captions])
+        assert outline(video, named)[wrong].max() < 0.8
+
+
+@pytest.mark.parametrize("half, radius", [(6.0, 99.0), (5.3, 6.2), (5.3, 5.8)])
+def test_what_a_square_lacks_or_has_too_much_costs_outline_though_it_still_is_read(half, radius):
+    """By hand, at 128 pixels: squares of half a side `half` whose corners end at `radius`."""
+    place = (torch.arange(128) + 0.5) / 4 - 16
+    across, down = place.abs()[None], place.abs()[:, None]
+    true = torch.maximum(across, down) < 5.3
+    drawn = (torch.maximum(across, down) < half) & (across**2 + down**2 < radius**2)
+    video = torch.full((1, 3, 1, 128, 128), 0.10)
+    video[:, 2] = 0.34  # a blue ground without waves
+    video[0, :, 0, drawn] = torch.tensor([0.98, 0.04, 0.04])[:, None]
+    expected = (true & drawn).sum() / (true | drawn).sum()
+    assert measure(2 * video - 1)[0]["shape"] == "square" and expected < 0.97
+    found = outline(2 * video - 1, ["a red square moves left over a blue wave"])
+    assert found.item() == pytest.approx(expected.item(), abs=0.02)
+
+
+@pytest.mark.parametrize("level", [-1.0, 0.0, 1.0, float("nan")])
+def test_nothing_has_no_outline(level):
+    assert (
+        outline(torch.full((1, 3, 9, 32, 32), level), ["a red disc moves up over a blue wave"])
+        < 0.1
+    )
+
+
 def test_slow_motion_is_the_same_clip():
     """At a quarter of the speed every fourth frame is one of the clip at full speed; at 1 nothing
     changes."""

@@ -34,12 +34,12 @@ from toy import world
 from vae import VAE
 
 GIVEN = 12  # latents of a clip that is given: 3 s
-LOOKS = 16  # frames of a clip whose shapes are compared
 WHOLE = anchors.forward(HORIZON)  # where boundaries lie in true clips and the teacher's
 COLUMNS = (
     "frame 0: colours",
     "frame 0: shape",
     "shape changes",
+    "outline",
     "caption",
     "caption, last made",
     "motion",
@@ -90,18 +90,19 @@ def given_latents(plan: Plan, z: Tensor) -> dict[int, Tensor]:
 
 def shape_changes(video: Tensor) -> Tensor:
     """How often the shape read in video [B, 3, F, H, W] differs from one look to the next: [B]."""
-    picks = torch.linspace(0, video.shape[2] - 1, LOOKS).round().long()
-    stills = video[:, :, picks].transpose(1, 2).flatten(0, 1)[:, :, None]  # (B * LOOKS, 3, 1, H, W)
+    picks = torch.linspace(0, video.shape[2] - 1, world.LOOKS).round().long()
+    stills = video[:, :, picks].transpose(1, 2).flatten(0, 1)[:, :, None]  # (B * 16, 3, 1, H, W)
     names = [*world.SHAPES, "none"]
     shapes = torch.tensor([names.index(seen["shape"]) for seen in world.measure(stills)])
-    shapes = shapes.view(-1, LOOKS)  # (B, LOOKS)
+    shapes = shapes.view(-1, world.LOOKS)  # (B, 16)
     return (shapes[:, 1:] != shapes[:, :-1]).float().mean(1)
 
 
 def measured(video: Tensor, plan: Plan, captions: Sequence[str]) -> Values:
     """All columns of clips [B, 3, F, H, W]."""
     found = measure(video, plan) | measure_words(world, video, plan, captions)
-    return found | {"shape changes": shape_changes(video)}
+    found |= {"shape changes": shape_changes(video)}
+    return found | {"outline": world.outline(video, captions)}
 
 
 def row_of(values: Values, true: Values, plan: Plan) -> dict[str, Stat | str]:

@@ -10,7 +10,7 @@ one imagined. The student that is shipped was trained on neither; zoo/ahead.py t
 Left open here: Knot Forcing trains for its knots, and averages both versions of the overlap; what
 is held at t = 0 comes back as it was, so here the average is what is held. Its reference frame,
 which runs ahead of the rollout, is for portraits: see `anchors.View.future_sink`.
-Here: FR 1.25 to 1.20 by looking ahead, not on each seed; to 1.00 by a knot, on both.
+Here: FR 1.11 to 1.08 by looking ahead, not on each seed; to 1.00 by a knot, on both.
 
     python -m zoo.run lookahead-1
 """

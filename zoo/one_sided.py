@@ -9,7 +9,7 @@ reading the tail alone; GI fine-tunes a second one with turned attention, TRF tu
 `anchors.inbetween` sees both ends at once: that is what to compare with, at half the passes.
 Left open: the weights. TRF: half and half; here also falling linearly in time [ours]. GI's noise
 injection (blend, noise, denoise again, in the early steps) is left out.
-Here: blending at the half makes a seam (2.0 against 1.2); linear blending equals one block.
+Here: blending at the half makes a seam (2.0 against 1.1); linear blending equals one block.
 
     python -m zoo.run one_sided-linear
 """

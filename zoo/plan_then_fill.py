@@ -9,7 +9,7 @@ On this backbone it is a plan: segments of 18 latents after the first 3, of whic
 planned. One latent alone is what the student never saw; anchors stay out, as published.
 Left open by the paper: how many latents stand for an anchor *frame* under a VAE that packs four
 frames into one whose meaning hangs on its past (see round trip in the table). It trains for it.
-Here: FR 1.25 to 1.11, but the round trip rises from 1.04 to 1.13, and seams with it.
+Here: FR 1.11 to 1.01, but the round trip rises from 1.01 to 1.22, and seams with it.
 
     python -m zoo.run plan_then_fill
 """

@@ -14,7 +14,7 @@ at the positions and with the reads of the oldest; backward, too [ours], with th
 Left open by the paper: whether the context is noised (its code: no). Here K is 4, there 5; a window
 and its reads must fit the horizon; one prompt a pass, the oldest block's.
 Training: a block counts at the pass with w mod K = exit, so blocks of a window count at all levels.
-Here: FR 1.25 to 1.08, half the passes; backward the round trip falls from 1.16 to 1.03.
+Here: FR 1.11 to 1.01, half the passes; backward the round trip falls from 1.13 to 1.06.
 
     python -m zoo.run rolling_forcing
 """

@@ -236,8 +236,7 @@ def measure(video: Tensor) -> list[dict[str, str]]:
     """Read {colour, shape, direction, ground} from pixels [B, 3, F, H, W] in [-1, 1], or 'none'."""
     rgb = (video.float().cpu().nan_to_num().clamp(-1, 1) + 1) / 2
     size, frames = rgb.shape[-1], rgb.shape[2]
-    # [B, F, H, W] saturated: sprite only
-    mask = ((rgb.amax(1) - rgb.amin(1) - 0.35) / 0.5).clamp(0, 1)
+    mask = _saturated(rgb)  # [B, F, H, W]: sprite only
     mass = mask.sum((-2, -1))
     present = (mask.mean((1, 2, 3)) - 0.2).abs() < 0.19  # a sprite fills 1 to 39 % of the frame
     some = torch.linspace(0, frames - 1, min(frames, LOOKS)).round().long()  # not for direction
@@ -290,12 +289,15 @@ def accuracy(video: Tensor, captions: list[str]) -> dict[str, float]:
     return {key: hit.double().mean().item() for key, hit in hits(video, captions).items()}
 
 
+def _saturated(rgb: Tensor) -> Tensor:
+    """1 where a pixel [B, 3, F, H, W] has a strong colour, 0 where it has none: [B, F, H, W]."""
+    return ((rgb.amax(1) - rgb.amin(1) - 0.35) / 0.5).clamp(0, 1)
+
+
 def _between(rgb: Tensor, near: Tensor, far: Tensor) -> Tensor:
-    """Where pixels [B, 3, F, H, W] lie on the way from one colour [B, 3] to another, grey removed:
-    0 at near, |far - near|^2 at far, [B, F, H, W]."""
+    """Pixels [B, 3, F, H, W] from near (0) to far (|far - near|^2), less grey: [B, F, H, W]."""
     pixels, near, far = (c - c.mean(1, keepdim=True) for c in (rgb.flatten(2), near, far))
-    line = (far - near)[..., None]
-    return ((pixels - near[..., None]) * line).sum(1).unflatten(1, rgb.shape[2:])
+    return ((pixels - near[..., None]) * (far - near)[..., None]).sum(1).unflatten(1, rgb.shape[2:])
 
 
 @torch.no_grad()
@@ -309,11 +311,11 @@ def outline(video: Tensor, captions: Sequence[str]) -> Tensor:
     rgb = (video.float().cpu().nan_to_num().clamp(-1, 1) + 1) / 2
     some = torch.linspace(0, rgb.shape[2] - 1, min(rgb.shape[2], LOOKS)).round().long()
     rgb, size, words = rgb[:, :, some], rgb.shape[-1], [parse(c) for c in captions]
-    mask = ((rgb.amax(1) - rgb.amin(1) - 0.35) / 0.5).clamp(0, 1)
-    near = rgb.masked_fill(mask[:, None] > 0, math.nan).flatten(2).nanmedian(2).values.nan_to_num()
+    ground = rgb.masked_fill(_saturated(rgb)[:, None] > 0, math.nan)
+    near = ground.flatten(2).nanmedian(2).values.nan_to_num()
     far = SPRITE_LOW + SPRITE_SPAN * _palette(w["colour"] for w in words).flatten(1)
-    span = (far - near - (far - near).mean(1, keepdim=True)).square().sum(1)
-    cover = _between(rgb, near, far) / span[:, None, None, None].clamp_min(1e-6)
+    whole = _between(far[..., None, None, None], near, far).clamp_min(1e-6)  # [B, 1, 1, 1]
+    cover = _between(rgb, near, far) / whole  # [B, F, H, W]
     cover = ((cover - 0.4) / 0.2).clamp(0, 1) * (rgb.amin(1) < BALL_DARKEST)  # not the pale ball
     circle = torch.exp(2j * math.pi * (torch.arange(size) + 0.5) / size)
     x, y = ((cover.sum(d) * circle).sum(-1).angle() / (2 * math.pi) * UNITS for d in (-2, -1))

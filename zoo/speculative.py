@@ -11,7 +11,7 @@ So an accepted block costs 2 passes and a rejected one 6, in place of 4 (clean p
 Left open by the paper: how a reward is normalised from prompt to prompt, hence the threshold. It is
 one choice for all clips of a batch: ask for one at a time. A drafter that is the target and takes
 all its levels changes nothing, whatever the judge says.
-Here: every draft is taken at this threshold (lowest level .25; at .63 none ever was): first_frame.
+Here: at a lowest level of .25 every draft is taken, which is `first_frame`; at .63 none was.
 
     python -m zoo.run speculative
 """

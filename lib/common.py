@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from enum import IntEnum
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ def run(main: Callable, cls: type) -> None:
     """Run a script: parse the flags, call `main(config)`; what goes wrong is one line.
 
     Exit codes: 2 for UserError and OSError, 1 for numbers that are not finite and for too little
-    memory, 130 for Ctrl-C. Any other exception is a bug and keeps its traceback."""
+    memory, 130 for Ctrl-C, 143 for SIGTERM in work that goes on. Any other exception is a bug and
+    keeps its traceback."""
     code = None  # exceptions end here, for a traceback would keep networks from `leave`
     if hasattr(sys.stdout, "reconfigure"):  # no letter that a terminal lacks ends a run
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -203,10 +205,11 @@ def generator(*numbers: int) -> torch.Generator:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGINT and SIGTERM only set a flag.
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Within the block SIGINT and SIGTERM are only noted.
 
-    The loop asks `stop()` and ends where it may. A second Ctrl-C is a KeyboardInterrupt at once."""
+    The loop asks `stop()`, the signal or 0, and ends where it may, by `end_stopped` if its work is
+    not done. A second Ctrl-C is a KeyboardInterrupt at once."""
     caught = []
 
     def note(number: int, frame: object) -> None:
@@ -217,10 +220,16 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(caught)
+        yield lambda: caught[0] if caught else 0
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
+
+
+def end_stopped(number: int) -> NoReturn:
+    """End with the exit code of a command that a signal stopped, 128 + number: what `make` or a
+    script does next would find the work half done. 0: another process of the run had the signal."""
+    raise SystemExit(128 + (number or signal.SIGTERM))
 
 
 # ---------------------------------------------------------------- files that are whole or absent

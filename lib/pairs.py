@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.common import Stream, UserError, atomic, fingerprint, generator, say, stop_signals
+from lib.common import (
+    Stream,
+    UserError,
+    atomic,
+    end_stopped,
+    fingerprint,
+    generator,
+    say,
+    stop_signals,
+)
 from lib.tensors import listed, read_json, read_tensors, write_safetensors
 from lib.training import mean_over_processes
 from lib.weights import read_dit
@@ -187,13 +196,12 @@ def write_missing(kind: Kind, make: Make, rank: int, world: int, device: torch.d
         with atomic(folder / "index.json") as tmp:
             tmp.write_text(json.dumps({"pairs": config.pairs, "shards": shards}, indent=1))
         print(f"wrote {len(shards)} shards and {folder / 'index.json'}")
-    elif rank == 0:
-        print(f"stopped; {folder} keeps its whole shards, run the same command to go on")
+    if not done:
+        say(f"stopped; {folder} keeps its whole shards, run the same command to go on")
+        end_stopped(stop())
 
 
-def write_shard(
-    kind: Kind, numbers: range, make: Make, stop: Callable[[], bool], bar: tqdm
-) -> bool:
+def write_shard(kind: Kind, numbers: range, make: Make, stop: Callable[[], int], bar: tqdm) -> bool:
     """Make and write one shard; False if a signal came before it was whole."""
     parts, micro = [], kind.config.micro or 16
     for a in range(numbers.start, numbers.stop, micro):

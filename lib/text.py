@@ -34,6 +34,7 @@ from lib.common import (
     Stream,
     UserError,
     check_out,
+    end_stopped,
     fingerprint,
     generator,
     run,
@@ -383,7 +384,8 @@ def main(config: Config) -> None:
             write_rows(path, rows, content["prompts"], content, bar)
             if stop():
                 bar.close()
-                return print(f"stopped; {len(names)} shards are to be; run the same command again")
+                print(f"stopped; {len(names)} shards are to be; run the same command to go on")
+                end_stopped(stop())
         write_rows(out, rows, others, made | {"prompts": others, "shards": names}, bar)
     print(f"wrote {out}; give it as --prompts")
 

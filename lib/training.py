@@ -36,6 +36,7 @@ from lib.common import (
     check_out,
     clear_temporaries,
     dtype_of,
+    end_stopped,
     is_first,
     say,
     stop_signals,
@@ -325,7 +326,7 @@ def training_steps(
     curves.png, state.pt and, every `keep` steps, a copy such as state-000200.pt; copied back to
     state.pt, a run goes on from there.
     A run goes on from its last state, exactly, however it ended. SIGINT or SIGTERM: the step is
-    finished and saved, and the script ends with code 0. Every process calls this.
+    finished and saved, and the script ends with code 130 or 143. Every process calls this.
     raises: UserError if the folder is in use, or the state damaged or of other settings"""
     out = check_out(config.out, folder=True)
     state, log = out / f"{prefix}state.pt", out / f"{prefix}log.jsonl"
@@ -364,4 +365,4 @@ def training_steps(
             if stopping and done < total:
                 bar.close()
                 say(f"stopped at step {done}; run the same command to go on")
-                raise SystemExit(0)
+                end_stopped(stop())

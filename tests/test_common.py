@@ -376,8 +376,15 @@ def test_signal_is_a_flag_within_the_block():
         with common.stop_signals() as stop:
             assert not stop()
             os.kill(os.getpid(), s)
-            assert stop()
+            assert stop() == s
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_stopped_command_ends_with_its_signal():
+    """128 and the signal, as a shell has it; another process's signal counts as SIGTERM."""
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (0, 143)):
+        with pytest.raises(SystemExit, match=f"^{code}$"):
+            common.end_stopped(number)
 
 
 def test_a_second_ctrl_c_ends_at_once():

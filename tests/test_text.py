@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import at_call, command_line, distance, randn, randomise, tiny_checkpoints, tiny_dit
+from tiny import (
+    at_call,
+    command_line,
+    distance,
+    randn,
+    randomise,
+    terminate,
+    tiny_checkpoints,
+    tiny_dit,
+)
 
 import train_dmd
 import train_ode
@@ -299,6 +308,11 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="p.safetensors does not exist"):
         Prompts(str(tmp_path / "p.safetensors"), 64, 12)
     kept = (tmp_path / "p-000000.safetensors").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        at_call(patch, text, "write_rows", 1, terminate)
+        with pytest.raises(SystemExit, match="^143$"):  # after the shard at hand
+            precompute(tmp_path, lines, shard=2)
+    assert len(list(tmp_path.glob("p*.safetensors"))) == 2
     precompute(tmp_path, lines, shard=2)
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.safetensors")} == expected
     assert (tmp_path / "p-000000.safetensors").stat().st_mtime_ns == kept

@@ -21,6 +21,7 @@ from lib.common import (
     atomic,
     check_out,
     clear_temporaries,
+    end_stopped,
     fingerprint,
     run,
     start,
@@ -178,7 +179,7 @@ def encode(
             if stop():
                 bar.close()
                 print(f"stopped; {out} keeps what is done, run the same command to go on")
-                return
+                end_stopped(stop())
     if rank == 0:
         with atomic(out / "prompts.txt") as tmp:
             tmp.write_text("".join(f"{prompt}\n" for prompt in source.prompts), encoding="utf-8")

@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lib.common import UserError, from_cli, read_pickle, run, stop_signals
+from lib.common import UserError, end_stopped, from_cli, read_pickle, run, stop_signals
 from lib.pairs import difference
 from lib.states import contents
 
@@ -168,7 +168,7 @@ def main(config: Config) -> None:
         while (todo or running) and not stop():
             for job, line in [x for x in running if x[0].poll() is not None]:
                 running.remove((job, line))
-                if job.returncode:
+                if job.returncode and not stop():
                     raise UserError(f"a run failed with code {job.returncode}: {line}")
             ready = next((x for x in todo if x[1] is None or x[1].exists()), None)
             if ready is None or len(running) >= config.jobs:
@@ -181,6 +181,8 @@ def main(config: Config) -> None:
     for job, _ in running:
         job.terminate()  # saves at the end of its step
         job.wait()
+    if todo or running:
+        end_stopped(stop())
 
 
 if __name__ == "__main__":

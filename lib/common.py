@@ -39,12 +39,15 @@ from lib.cli import UserError, from_cli
 NO_MEMORY = "out of memory|not enough memory|can't allocate memory|size calculation overflowed"
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where it interrupts as Ctrl-C does."""
+
+
 def run(main: Callable, cls: type) -> None:
     """Run a script: parse the flags, call `main(config)`; what goes wrong is one line.
 
     Exit codes: 2 for UserError and OSError, 1 for numbers that are not finite and for too little
-    memory, 130 for Ctrl-C, 143 for SIGTERM in work that goes on. Any other exception is a bug and
-    keeps its traceback."""
+    memory, 130 for Ctrl-C, 143 for SIGTERM. Any other exception is a bug, with its traceback."""
     code = None  # exceptions end here, for a traceback would keep networks from `leave`
     if hasattr(sys.stdout, "reconfigure"):  # no letter that a terminal lacks ends a run
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -52,9 +55,9 @@ def run(main: Callable, cls: type) -> None:
         main(from_cli(cls))
     except SystemExit as stop:
         code = stop.code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = 143 if isinstance(stop, Terminated) else 130
     except (UserError, OSError) as error:
         code = _fail(str(error), 2)
     except FloatingPointError as error:

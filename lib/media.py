@@ -186,7 +186,7 @@ class VideoWriter:
     def __exit__(self, *error) -> None:
         try:
             self._writer.close()
-            if error[0] is KeyboardInterrupt and self.count:
+            if isinstance(error[1], KeyboardInterrupt) and self.count:
                 os.replace(self._tmp, self.part)
         except BaseException:
             self._atomic.__exit__(*sys.exc_info())

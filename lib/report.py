@@ -36,7 +36,8 @@ def write_page(
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width'>"
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>\n{body}"
-        f"<script>{script}</script></html>\n"
+        + (f"<script>{script}</script>" if script else "")
+        + "</html>\n"
     )
     with atomic(path) as tmp:
         tmp.write_text(page, encoding="utf-8")

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib.common import Terminated
 from lib.media import VideoWriter
 
 Blocks = Iterator[tuple[int, Tensor]]
@@ -91,7 +92,11 @@ def or_the_end(
 @contextmanager
 def sigterm_is_ctrl_c() -> Iterator[None]:
     """Within the block SIGTERM interrupts as Ctrl-C does."""
-    old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(*_) -> None:
+        raise Terminated
+
+    old = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:

@@ -207,6 +207,7 @@ def raises(error):
             "error: [Errno 2] No such file: 'x.mp4'\n",
         ),
         (raises(KeyboardInterrupt()), ["--clip", "a"], 130, "interrupted\n"),
+        (raises(common.Terminated()), ["--clip", "a"], 143, "interrupted\n"),
         (
             raises(FloatingPointError("the loss\nis nan")),
             ["--clip", "a"],
@@ -216,7 +217,7 @@ def raises(error):
     ],
 )
 def test_run_turns_a_mistake_into_one_line_and_a_code(main, argv, code, line, monkeypatch, capsys):
-    """The user's mistakes end with code 2 and one line, Ctrl-C with 130."""
+    """The user's mistakes end with code 2 and one line, Ctrl-C with 130, SIGTERM with 143."""
     monkeypatch.setattr("sys.argv", ["script.py", *argv])
     if code is None:
         common.run(main, Config)

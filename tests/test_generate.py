@@ -987,7 +987,7 @@ def test_what_is_done_survives_a_stop(tmp_path, monkeypatch, capsys):
                 common.run(generate.main, generate.Config)
         part = read_frames(tmp_path / "clip.part.mkv")
         assert (
-            stop.value.code == 130
+            stop.value.code == 143
             and "clip.part.mkv has" in capsys.readouterr().out
             and not (tmp_path / "clip.mkv").exists()
         )

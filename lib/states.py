@@ -46,7 +46,8 @@ from lib.text import lines_of
 from lib.weights import read_dit
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # name -> network and its optimiser
+Optimiser = torch.optim.Optimizer | tuple[torch.optim.Optimizer, ...]
+Trained = dict[str, tuple[nn.Module, Optimiser]]  # name -> network and its optimiser, or several
 FREE = (  # flags that may change when a run goes on, for they do not change what is computed
     "steps",  # where the learning rate does not hang on it (`schedule`)
     "schedule_steps",
@@ -181,11 +182,16 @@ def load_state(
     return step
 
 
-def _load_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer, state: dict) -> None:
+def _load_optimiser(model: nn.Module, optimiser: Optimiser, state: dict) -> None:
     """Load an optimiser's moments; its rates and the like stay those of the run that goes on."""
-    now = [{k: v for k, v in group.items() if k != "params"} for group in optimiser.param_groups]
+    several = optimiser if isinstance(optimiser, tuple) else (optimiser,)
+
+    def groups() -> list[dict]:
+        return [group for one in several for group in one.param_groups]
+
+    now = [{k: v for k, v in group.items() if k != "params"} for group in groups()]
     set_optimizer_state_dict(model, optimiser, state, options=WHOLE)
-    for group, settings in zip(optimiser.param_groups, now):
+    for group, settings in zip(groups(), now):
         group.update(settings)
 
 

@@ -61,6 +61,7 @@ class Config:
     first: float = 1.0  # weight of latent 0 in a clip, an image among latents of four frames [ours]
     init: str = ""  # go on from these weights instead of fresh ones
     lr: float = 1e-3  # AdamW, cosine to zero [ours]
+    lr_matrices: float = 0.05  # Muon, of the blocks' matrices, cosine to zero [ours]
     shift: float = 3.0  # of the training noise levels [ours]
     dropout: float = 0.1  # share of prompts replaced by the empty one
     ema: float = 0.999
@@ -84,6 +85,17 @@ def teacher_loss(
     weight = torch.ones_like(error[0])  # (T,)
     weight[0] = first
     return (error * weight).sum(1) / weight.sum()
+
+
+def two_optimisers(dit: DiT, config: Config) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for all else."""
+    matrices = [p for p in dit.blocks.parameters() if p.ndim == 2]
+    chosen = set(matrices)
+    rest = [p for p in dit.parameters() if p not in chosen]
+    return (
+        torch.optim.Muon(matrices, config.lr_matrices, weight_decay=0.01),
+        torch.optim.AdamW(rest, config.lr, (0.9, 0.99), weight_decay=0.01),
+    )
 
 
 @torch.no_grad()
@@ -128,12 +140,12 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     dit = load_dit(config.init).requires_grad_(True) if config.init else DiT(c)
     dit.to(device)
-    rates = {"lr": config.lr, "betas": (0.9, 0.99), "weight_decay": 0.01}
-    optimiser, ema = torch.optim.AdamW(dit.parameters(), **rates), EMA(dit, config.ema)
-    trained, averages = {"dit": (dit, optimiser)}, {"ema": ema}
+    matrices, rest = optimisers = two_optimisers(dit, config)
+    ema = EMA(dit, config.ema)
+    trained, averages = {"dit": (dit, optimisers)}, {"ema": ema}
     for step, row in training_steps(config, "teacher", trained, device, averages, "teacher."):
-        for group in optimiser.param_groups:
-            group["lr"] = cosine(step, config.steps, config.lr)
+        matrices.param_groups[0]["lr"] = cosine(step, config.steps, config.lr_matrices)
+        rest.param_groups[0]["lr"] = cosine(step, config.steps, config.lr)
         g = generator(config.seed, Stream.PLANS, step)
         plans = mix[draw(mix, torch.rand(1, generator=g).item())][1]
         for d, (plan, size) in enumerate(zip(plans, (config.batch, config.pictures))):
@@ -154,8 +166,9 @@ def main(config: Config) -> None:
                 row |= mean_over_processes({plan.name: losses.mean().item()}, device)
         sync_gradients(dit, "ddp")
         norm = clip_gradients(dit, 1.0, f"step {step}")
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         ema.update(dit)
         if step % 20 == 0:
             row |= {"norm": norm, "latents": plans[0].length}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import WORDED, at_call, command_line, crash, distance, randn, rows, same, saved, terminate
 
-from dit import DiTConfig, load_dit
+from dit import DiT, DiTConfig, load_dit
 from lib.common import UserError, generator
 from lib.tensors import read_tensors
 from lib.text import HELD_OUT
@@ -266,6 +266,31 @@ def test_teacher_learns_and_writes_its_average(both, monkeypatch):
     assert any(not torch.equal(w, state[f"dit/{k}"]) for k, w in weights.items())
 
 
+def test_matrices_learn_by_muon_if_it_has_a_rate(both, monkeypatch):
+    """Each weight has one optimiser, the blocks' matrices Muon; a run that was killed goes on to
+    the same bits, which are not AdamW's."""
+    a, b = both
+    dit = DiT(DiTConfig(**WORDED))
+    adamw, muon = train_teacher.optimisers_of(dit, train_teacher.Config(lr_matrices=0.05))
+    chosen, rest = (set(o.param_groups[0]["params"]) for o in (muon, adamw))
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    assert chosen == {p for n, p in dit.blocks.named_parameters() if n.endswith("weight")} - {
+        p for n, p in dit.blocks.named_parameters() if "norm" in n
+    }
+    assert chosen | rest == set(dit.parameters()) and not chosen & rest
+    assert len(train_teacher.optimisers_of(dit, train_teacher.Config())) == 1
+
+    without = read_tensors(train(a, train_teacher) / "teacher.safetensors")[0]
+    (a / "teacher.state.pt").unlink()
+    train(a, train_teacher, lr_matrices=0.05)
+    at_call(monkeypatch, train_teacher, "teacher_loss", 7, crash)
+    with pytest.raises(MemoryError):
+        train(b, train_teacher, lr_matrices=0.05, save_every=2)
+    train(b, train_teacher, lr_matrices=0.05)
+    through, on = (read_tensors(folder / "teacher.safetensors")[0] for folder in both)
+    assert same(through, on) and not same(through, without)
+
+
 def test_first_latents_weigh_as_asked():
     """An image latent of three, four times as heavy: errors of 1 there and 0 elsewhere count 4/6.
     Of one latent alone the weight says nothing."""
@@ -281,9 +306,7 @@ def test_a_teacher_goes_on_from_given_weights(both):
     a, b = both
     begun = read_tensors(train(a, train_teacher) / "teacher.safetensors")[0]
     init = str(a / "teacher.safetensors")
-    on = read_tensors(
-        train(b, train_teacher, init=init, lr=1e-12, lr_matrices=1e-12) / "teacher.safetensors"
-    )[0]
+    on = read_tensors(train(b, train_teacher, init=init, lr=1e-12) / "teacher.safetensors")[0]
     assert begun.keys() == on.keys()
     assert all(torch.allclose(begun[k], on[k], atol=1e-6) for k in begun)
 

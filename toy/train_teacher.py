@@ -50,7 +50,12 @@ class Config:
     """Train the toy teacher."""
 
     RANGES = RANGES | {"preset": tuple(PRESETS), "size": (8, 4096), "dropout": (0, 1)}
-    RANGES |= {"clips": (1, 10**9), "pictures": (1, 2**20), "first": (0, 100)}
+    RANGES |= {
+        "clips": (1, 10**9),
+        "pictures": (1, 2**20),
+        "first": (0, 100),
+        "lr_matrices": (0, 1),
+    }
     out: str = "out/toy"  # has vae.safetensors; gets teacher.safetensors, its log and its state
     preset: str = "toy"  # a DiT preset
     size: int = 32  # pixels
@@ -61,7 +66,7 @@ class Config:
     first: float = 1.0  # weight of latent 0 in a clip, an image among latents of four frames [ours]
     init: str = ""  # go on from these weights instead of fresh ones
     lr: float = 1e-3  # AdamW, cosine to zero [ours]
-    lr_matrices: float = 0.05  # Muon, of the blocks' matrices, cosine to zero [ours]
+    lr_matrices: float = 0.0  # Muon, of the blocks' matrices, likewise; 0: AdamW for them, too
     shift: float = 3.0  # of the training noise levels [ours]
     dropout: float = 0.1  # share of prompts replaced by the empty one
     ema: float = 0.999
@@ -87,15 +92,15 @@ def teacher_loss(
     return (error * weight).sum(1) / weight.sum()
 
 
-def two_optimisers(dit: DiT, config: Config) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for all else."""
-    matrices = [p for p in dit.blocks.parameters() if p.ndim == 2]
+def optimisers_of(dit: DiT, config: Config) -> dict[torch.optim.Optimizer, float]:
+    """AdamW, and Muon for the matrices of the blocks, if it has a rate; each with its rate."""
+    matrices = [p for p in dit.blocks.parameters() if p.ndim == 2 and config.lr_matrices]
     chosen = set(matrices)
     rest = [p for p in dit.parameters() if p not in chosen]
-    return (
-        torch.optim.Muon(matrices, config.lr_matrices, weight_decay=0.01),
-        torch.optim.AdamW(rest, config.lr, (0.9, 0.99), weight_decay=0.01),
-    )
+    rates = {torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01): config.lr}
+    if matrices:
+        rates[torch.optim.Muon(matrices, weight_decay=0.01)] = config.lr_matrices
+    return rates
 
 
 @torch.no_grad()
@@ -140,12 +145,11 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     dit = load_dit(config.init).requires_grad_(True) if config.init else DiT(c)
     dit.to(device)
-    matrices, rest = optimisers = two_optimisers(dit, config)
-    ema = EMA(dit, config.ema)
-    trained, averages = {"dit": (dit, optimisers)}, {"ema": ema}
+    rates, ema = optimisers_of(dit, config), EMA(dit, config.ema)
+    trained, averages = {"dit": (dit, tuple(rates))}, {"ema": ema}
     for step, row in training_steps(config, "teacher", trained, device, averages, "teacher."):
-        matrices.param_groups[0]["lr"] = cosine(step, config.steps, config.lr_matrices)
-        rest.param_groups[0]["lr"] = cosine(step, config.steps, config.lr)
+        for optimiser, rate in rates.items():
+            optimiser.param_groups[0]["lr"] = cosine(step, config.steps, rate)
         g = generator(config.seed, Stream.PLANS, step)
         plans = mix[draw(mix, torch.rand(1, generator=g).item())][1]
         for d, (plan, size) in enumerate(zip(plans, (config.batch, config.pictures))):
@@ -166,7 +170,7 @@ def main(config: Config) -> None:
                 row |= mean_over_processes({plan.name: losses.mean().item()}, device)
         sync_gradients(dit, "ddp")
         norm = clip_gradients(dit, 1.0, f"step {step}")
-        for optimiser in optimisers:
+        for optimiser in rates:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         ema.update(dit)

@@ -23,6 +23,12 @@ MAY_IMPORT = {  # room -> the rooms it may know
 }
 
 
+def kept() -> list[str]:
+    """Every file that git keeps, as a path from the root."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    return listed.stdout.splitlines()
+
+
 def room(file: str) -> str:
     """lib, zoo, toy or tools; top for the files at top level."""
     return file.split("/")[0] if "/" in file else "top"
@@ -43,8 +49,18 @@ def imports(file: str) -> set[str]:
 
 # ---------------------------------------------------------------- sizes
 def test_few_files_at_the_top():
-    """Top level holds the eight files of the method, and three beside them."""
+    """Top level holds the eight files of the method, three beside them, and what git keeps of
+    others is a short list."""
     assert {file for file in python_files() if "/" not in file} == {*METHOD, *BESIDE}
+    papers = {".gitignore", "LICENSE", "Makefile", "README.md", "pyproject.toml"}
+    papers |= {"requirements.txt", "requirements-dev.txt"}
+    assert {file for file in kept() if "/" not in file} == {*METHOD, *BESIDE, *papers}
+
+
+def test_only_weights_are_large():
+    """What git keeps outside toy/weights has at most 500 kB a file."""
+    others = [f for f in kept() if not f.startswith("toy/weights/") and (ROOT / f).exists()]
+    assert [file for file in others if (ROOT / file).stat().st_size > 500_000] == []
 
 
 def test_the_method_is_an_afternoon():

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.cpu import Linear
+from lib.cpu import Linear, attention
 from lib.shapes import check_noisy, check_text, check_transformer
 from lib.weights import check_sizes, config_from, load_strict, read_dit, write_dit
 
@@ -163,14 +163,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> T
     q: [B, L, A, D];  k, v: [B, K, A, D];  returns: [B, L, A, D]"""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, A, L or K, D)
     if visible is None:
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attention(q, k, v)
     else:
         n = q.shape[2] // visible.slots  # tokens per latent
         runs = []
         for q0, q1, ranges in visible.spans:
             run = q[:, :, q0 * n : q1 * n]  # (B, A, tokens of the run, D)
             seen = _pick(k, ranges, n), _pick(v, ranges, n)
-            runs.append(F.scaled_dot_product_attention(run, *seen))
+            runs.append(attention(run, *seen))
         out = torch.cat(runs, dim=2)
     return out.transpose(1, 2)  # (B, L, A, D)
 

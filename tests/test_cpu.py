@@ -1,4 +1,4 @@
-"""oneDNN's products and convolutions are torch's, to rounding."""
+"""What `lib/cpu.py` computes by another way is what torch computes, to rounding."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from lib import cpu
 from lib.common import generator
-from lib.cpu import Linear, conv3d, linear
+from lib.cpu import Linear, attention, conv3d, linear
 
 
 @pytest.mark.parametrize(
@@ -131,3 +131,46 @@ def test_all_else_is_torchs(monkeypatch):
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     c = [torch.randn(s, generator=generator(1)) for s in ((1, 2, 3, 4, 4), (2, 2, 1, 1, 1), (2,))]
     assert torch.equal(conv3d(*c), F.conv3d(*c))
+
+
+def heads(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Queries [2, 3, 5, 8], keys and values [2, 3, 7, 8], with gaps between rows as in `attend`."""
+    g = generator(6)
+    some = [torch.randn(2, n, 3, 8, generator=g).bfloat16().transpose(1, 2) for n in (5, 7, 7)]
+    return [x.to(dtype).requires_grad_() for x in some]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_equals_torchs(autocast):
+    """In bfloat16, by itself or by autocast, values and gradients are nearer to float64 than
+    torch's own, and have the types that torch's have."""
+    dtype, results = torch.float32 if autocast else torch.bfloat16, []
+    for kind, call in (
+        (torch.float64, F.scaled_dot_product_attention),
+        (dtype, F.scaled_dot_product_attention),
+        (dtype, attention),
+    ):
+        leaves = heads(kind)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and kind == dtype):
+            y = call(*leaves)
+        y.float().square().sum().backward()
+        results.append([y, *(x.grad for x in leaves)])
+    exact, torchs, ours = results
+    for right, theirs, mine in zip(exact, torchs, ours):
+        assert mine.dtype == theirs.dtype
+        assert (right - mine).abs().max() <= 0.02 * right.abs().max()
+    assert [x.dtype for x in ours] == [torch.bfloat16] + 3 * [dtype]
+    distances = [sum((a - b).square().sum() for a, b in zip(exact, r)) for r in (torchs, ours)]
+    assert distances[1] <= distances[0]
+
+
+def test_attention_elsewhere_is_torchs(monkeypatch):
+    """Without a gradient, in other types, and with the switch off, to the bit."""
+    for dtype in (torch.float32, torch.float64):
+        given = heads(dtype)
+        assert torch.equal(attention(*given), F.scaled_dot_product_attention(*given))
+    given = heads(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(attention(*given), F.scaled_dot_product_attention(*given))
+    monkeypatch.setattr("lib.cpu.ONEDNN", False)
+    assert torch.equal(attention(*given), F.scaled_dot_product_attention(*given))

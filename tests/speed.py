@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 import anchors
 import vae as vae_module
 from anchors import Plan, layout
-from dit import DiTConfig
+from dit import PRESETS, DiTConfig
 from generate import decode_in_order, load_models, make_blocks, write_video
 from lib import cpu
 from lib.noise import noise_from
@@ -31,6 +32,7 @@ from plans import rows_of
 from sampler import generate, student_sigmas
 from tools.bench import Clock, autoencoder, matmul_rate, medians, of_diffusers, processor
 from tools.memory import network
+from toy.train_teacher import teacher_loss
 from vae import VAEConfig
 
 CPU = torch.device("cpu")
@@ -174,11 +176,28 @@ def rollouts(name: str, c: DiTConfig) -> None:
         race(whole, lambda: cached(forward), other, turns=3)
 
 
+def training(c: DiTConfig) -> None:
+    """The teacher's gradient in bfloat16, clips and pictures, against torch's own attention."""
+    dit = network(c, torch.float32, CPU).requires_grad_(True)
+
+    @torch.enable_grad()
+    def gradient(clips: int, latents: int, switch: bool) -> None:
+        z, text = torch.randn(clips, latents, 16, 4, 4), torch.randn(clips, 12, c.text_dim)
+        with torch.autocast("cpu", torch.bfloat16), mock.patch.object(cpu, "ONEDNN", switch):
+            loss = teacher_loss(dit, z, text, torch.rand(clips), torch.randn_like(z), 3).mean()
+            loss.backward()
+
+    for shape in ((8, 14), (32, 1)):
+        name = "gradient of {} toy clips of {} latents, bfloat16, against torch's attention"
+        race(name.format(*shape), *(partial(gradient, *shape, on) for on in (True, False)))
+
+
 @torch.no_grad()
 def main() -> None:
     print(f"{processor()}, torch {torch.__version__}, float32")
     products()
     print("| what | ours | other | other / ours |\n|---|---|---|---|")
+    training(PRESETS["toy"])
     for way in ("forward", "backward"):
         longer(way)
     small = DiTConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=8, text_dim=512)

@@ -75,7 +75,8 @@ def test_races_run(monkeypatch, capsys):
     speed.autoencoders(8)
     speed.rollouts("tiny", tiny)
     speed.longer("backward")
-    assert len(names) == 4 + 5 + 3
+    speed.training(tiny)
+    assert len(names) == 4 + 5 + 3 + 2
     assert "100 s of toy video, backward, against 10 s" in capsys.readouterr().out
 
 

@@ -22,6 +22,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -212,13 +213,18 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     """Within the block SIGINT and SIGTERM are only noted.
 
     The loop asks `stop()`, the signal or 0, and ends where it may, by `end_stopped` if its work is
-    not done. A second Ctrl-C is a KeyboardInterrupt at once."""
-    caught = []
+    not done. A second Ctrl-C is a KeyboardInterrupt at once; what comes within a second is no
+    second one: torchrun hands the terminal's on to processes that have had it already."""
+    caught, began = [], time.monotonic()
 
     def note(number: int, frame: object) -> None:
-        if number == signal.SIGINT and caught:
-            raise KeyboardInterrupt
+        nonlocal began
+        if caught:
+            if number == signal.SIGINT and time.monotonic() - began > 1:
+                raise KeyboardInterrupt
+            return
         caught.append(number)
+        began = time.monotonic()
         os.write(2, b"\nfinishing what is at hand, then stopping; Ctrl-C stops at once\n")
 
     old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -347,7 +347,7 @@ run(main, Config)
     ) as process:
         assert process.stdout.readline() == "step\n"
         process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        time.sleep(1.5)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=30)[1]

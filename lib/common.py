@@ -215,17 +215,14 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     The loop asks `stop()`, the signal or 0, and ends where it may, by `end_stopped` if its work is
     not done. A second Ctrl-C is a KeyboardInterrupt at once; what comes within a second is no
     second one: torchrun hands the terminal's on to processes that have had it already."""
-    caught, began = [], time.monotonic()
+    caught = []  # the first signal and when it came
 
     def note(number: int, frame: object) -> None:
-        nonlocal began
-        if caught:
-            if number == signal.SIGINT and time.monotonic() - began > 1:
-                raise KeyboardInterrupt
-            return
-        caught.append(number)
-        began = time.monotonic()
-        os.write(2, b"\nfinishing what is at hand, then stopping; Ctrl-C stops at once\n")
+        if not caught:
+            caught.extend((number, time.monotonic()))
+            os.write(2, b"\nfinishing what is at hand, then stopping; Ctrl-C stops at once\n")
+        elif number == signal.SIGINT and time.monotonic() - caught[1] > 1:
+            raise KeyboardInterrupt
 
     old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -300,7 +300,7 @@ def update(config: Config, trained: Trained, where: str) -> float:
     for model, optimiser in zip(*trained):
         if all(p.grad is None for p in model.parameters()):
             continue  # an entry of one plan leaves the other direction's network alone
-        norms.append(apply_gradients(model, optimiser, config, where))
+        norms.append(apply_gradients(model, [optimiser], config, where))
     return max(norms)
 
 

@@ -42,6 +42,7 @@ from lib.training import (
     apply_gradients,
     computing,
     finite_means,
+    optimisers_of,
     prepare,
     split_batch,
     training_steps,
@@ -75,6 +76,7 @@ class Config(Training):
     schedule_steps: int = 0  # iterations that the rate is planned over, if not --steps
     batch: int = 16  # samples an iteration, over all processes [paper: 128]
     lr: float = 3e-4  # AdamW, constant between warm-up and decay [paper: 2e-6]
+    lr_matrices: float = 0.0  # Muon, of the blocks' matrices, likewise; 0: AdamW for them, too
     warmup: int = 50  # iterations
     decay: float = 0.5  # share of the steps, at the end, while the rate falls to zero [paper: 0]
     loss_on_anchors: bool = False  # ablation of the paper's Table 5
@@ -211,17 +213,18 @@ def fit(
     config, mix, dit, device = setup.config, setup.mix, setup.dit, setup.device
     rounds = split_batch(config.batch, config.micro, setup.rank, setup.world)
     planned = config.schedule_steps or config.steps
-    optimiser = torch.optim.AdamW(
-        dit.parameters(), config.lr, config.betas, weight_decay=config.weight_decay
-    )
+    rates = optimisers_of(dit, config.lr, config.lr_matrices, config.betas, config.weight_decay)
     averages = {"ema": average[0]} if average else {}
     result = average[1] if average else dit
     dit.recipe = result.recipe = trained_as(config).write() if name == "student" else None
     dtype = dtype_of(config.dtype if config.parallel == "ddp" else "float32")  # FSDP2 casts itself
     with computing(dtype, device):
-        for step, row in training_steps(config, name, {"dit": (dit, optimiser)}, device, averages):
-            for group in optimiser.param_groups:
-                group["lr"] = trapezoid(step, planned, config.lr, config.warmup, config.decay)
+        for step, row in training_steps(
+            config, name, {"dit": (dit, tuple(rates))}, device, averages
+        ):
+            for optimiser, rate in rates.items():
+                rate = trapezoid(step, planned, rate, config.warmup, config.decay)
+                optimiser.param_groups[0]["lr"] = rate
             if average:
                 average[0].copy_to(average[1])
             entry = draw_entry(config, mix, step)
@@ -232,7 +235,7 @@ def fit(
                     (loss / len(rounds)).mean().backward()
                     losses[plan.name].append(loss.detach())
             row |= finite_means(losses, rounds, f"step {step}: the loss", device)
-            row["norm"] = apply_gradients(dit, optimiser, config, f"step {step}")
+            row["norm"] = apply_gradients(dit, rates, config, f"step {step}")
             row["latents"] = plans[0].length
             if average:
                 average[0].update(dit)

@@ -19,7 +19,7 @@ import pathlib
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
 import torch
@@ -50,6 +50,7 @@ RANGES = {  # of the flags that trainings share; 0 is "off" for those that may b
     "batch": (1, 2**20),
     "micro": (0, 2**20),
     "lr": (0, 1),
+    "lr_matrices": (0, 1),
     "warmup": (0, 10**9),
     "decay": (0, 1),
     "betas": (0, 0.99999, 2),
@@ -198,13 +199,14 @@ def clip_gradients(model: nn.Module, limit: float, where: str) -> float:
 
 
 def apply_gradients(
-    model: nn.Module, optimiser: torch.optim.Optimizer, config, where: str
+    model: nn.Module, optimisers: Iterable[torch.optim.Optimizer], config, where: str
 ) -> float:
     """Average the gradient over the processes, clip it, step; return its norm before clipping."""
     sync_gradients(model, config.parallel)
     norm = clip_gradients(model, config.clip, where)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+    for optimiser in optimisers:
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
     return norm
 
 
@@ -238,7 +240,20 @@ def finite_means(
     raise FloatingPointError(f"{what} is {shown}, through {where}; the last saved state is good")
 
 
-# ---------------------------------------------------------------- learning rates
+# ---------------------------------------------------------------- optimisers and their rates
+def optimisers_of(
+    dit: nn.Module, lr: float, lr_matrices: float, betas: tuple[float, float], decay: float
+) -> dict[torch.optim.Optimizer, float]:
+    """AdamW, and Muon for the matrices of the blocks, if it has a rate; each with its rate."""
+    matrices = [p for p in dit.blocks.parameters() if p.ndim == 2 and lr_matrices]
+    chosen = set(matrices)
+    rest = [p for p in dit.parameters() if p not in chosen]
+    rates = {torch.optim.AdamW(rest, lr, betas, weight_decay=decay): lr}
+    if matrices:
+        rates[torch.optim.Muon(matrices, lr_matrices, weight_decay=decay)] = lr_matrices
+    return rates
+
+
 def cosine(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     """Linear warm-up, then half a cosine to zero."""
     share = min(step / steps, 1.0)

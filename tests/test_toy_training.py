@@ -13,6 +13,7 @@ from dit import DiT, DiTConfig, load_dit
 from lib.common import UserError, generator
 from lib.tensors import read_tensors
 from lib.text import HELD_OUT
+from lib.training import optimisers_of
 from toy import pack, train_teacher, train_vae, world
 from toy.train_teacher import teacher_loss
 from toy.train_vae import clips, init_weights, vae_loss
@@ -271,14 +272,14 @@ def test_matrices_learn_by_muon_if_it_has_a_rate(both, monkeypatch):
     the same bits, which are not AdamW's."""
     a, b = both
     dit = DiT(DiTConfig(**WORDED))
-    adamw, muon = train_teacher.optimisers_of(dit, train_teacher.Config(lr_matrices=0.05))
+    adamw, muon = optimisers_of(dit, 1e-3, 0.05, (0.9, 0.99), 0.01)
     chosen, rest = (set(o.param_groups[0]["params"]) for o in (muon, adamw))
     assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
     assert chosen == {p for n, p in dit.blocks.named_parameters() if n.endswith("weight")} - {
         p for n, p in dit.blocks.named_parameters() if "norm" in n
     }
     assert chosen | rest == set(dit.parameters()) and not chosen & rest
-    assert len(train_teacher.optimisers_of(dit, train_teacher.Config())) == 1
+    assert len(optimisers_of(dit, 1e-3, 0.0, (0.9, 0.99), 0.01)) == 1
 
     without = read_tensors(train(a, train_teacher) / "teacher.safetensors")[0]
     (a / "teacher.state.pt").unlink()

@@ -65,6 +65,12 @@ def files(tmp_path_factory):
     return made
 
 
+def flat(path) -> torch.Tensor:
+    """All numbers of a file of tensors, in one row."""
+    tensors = read_tensors(path)[0]
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
 def train(files, out, **changes):
     """Train in this process; the folder it wrote."""
     with suppress(SystemExit):  # stopped by a signal
@@ -443,6 +449,7 @@ def test_two_processes_equal_one(files, tmp_path):
     """Generating and training, by ddp and by fsdp, on 2 processes and on 1: the same shards to the
     byte, the same weights to 1e-5."""
     common_flags = {**files, "steps": 3, "batch": 4, "warmup": 2, "lr": 1e-3}
+    muon = common_flags | {"lr_matrices": 0.01}
     said = two_processes(
         tmp_path,
         ("train_ode", common_flags | {"data": str(tmp_path / "pairs"), "generate": True}),
@@ -452,12 +459,20 @@ def test_two_processes_equal_one(files, tmp_path):
             common_flags
             | {"out": str(tmp_path / "fsdp"), "parallel": "fsdp", "micro": 1, "save_every": 2},
         ),
+        *(
+            ("train_ode", muon | {"out": str(tmp_path / f"muon-{how}"), "parallel": how})
+            for how in ("ddp", "fsdp")
+        ),
     )
     assert "2 processes x 1 accumulated x 2 = 4 samples" in said
     assert "6 pairs in 3 shards, 3 to make" in said
-    one = train(files, tmp_path / "one")
+    one, other = train(files, tmp_path / "one"), train(files, tmp_path / "other", lr_matrices=0.01)
+    start = flat(files["weights"])
     for name in ("ddp", "fsdp"):
         assert apart(one, tmp_path / name) <= 1e-5
+        muon = tmp_path / f"muon-{name}"  # torch's Muon computes in bfloat16
+        step, its = (flat(folder / "student.safetensors") - start for folder in (other, muon))
+        assert (its - step).norm() <= 0.15 * step.norm()
         assert [r["forward"] for r in rows(tmp_path / name)] == pytest.approx(
             [r["forward"] for r in rows(one)], abs=1e-5
         )
@@ -471,20 +486,26 @@ def test_two_processes_equal_one(files, tmp_path):
     assert apart(four, train(files, tmp_path / "fsdp", steps=4)) <= 1e-5
 
 
-def test_resume_is_exact(files, tmp_path):
+MUON = [{}, {"lr_matrices": 0.01}]
+
+
+@pytest.mark.parametrize("how", MUON, ids=str)
+def test_resume_is_exact(how, files, tmp_path):
     """2 + 2 steps are 4 steps, bit for bit: weights, optimiser and log."""
-    train(files, tmp_path / "b", steps=2)
-    a, b = train(files, tmp_path / "a", steps=4), train(files, tmp_path / "b", steps=4)
+    train(files, tmp_path / "b", steps=2, **how)
+    a = train(files, tmp_path / "a", steps=4, **how)
+    b = train(files, tmp_path / "b", steps=4, **how)
     assert same(saved(a), saved(b)) and apart(a, b) == 0 and rows(a) == rows(b)
     assert saved(a)["step"] == 4 and any("exp_avg" in k for k in saved(a))
 
 
-def test_resume_under_fsdp(files, tmp_path):
+@pytest.mark.parametrize("how", MUON, ids=str)
+def test_resume_under_fsdp(how, files, tmp_path):
     """A run may go on under another --parallel: 2 steps plain and 2 sharded are 4 plain ones."""
-    train(files, tmp_path / "b", steps=2)
+    train(files, tmp_path / "b", steps=2, **how)
     a, b = (
-        train(files, tmp_path / "a", steps=4),
-        train(files, tmp_path / "b", steps=4, parallel="fsdp"),
+        train(files, tmp_path / "a", steps=4, **how),
+        train(files, tmp_path / "b", steps=4, parallel="fsdp", **how),
     )
     assert apart(a, b) <= 1e-6
 
@@ -563,30 +584,29 @@ def test_ablations_run_and_change_the_result(changes, files, tmp_path):
     assert 0 < apart(a, b) < 1
 
 
-def test_rate_rises_and_falls(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["AdamW", "Muon"])
+def test_rate_rises_and_falls(kind, files, tmp_path, monkeypatch):
     """Warm-up over 2 of 8 steps, decay over the last half: lr * (1/2, 1, 1, 1, 1, 3/4, 2/4,
     1/4)."""
+    how = {"lr": 4e-4} if kind == "AdamW" else {"lr_matrices": 4e-4}
     rates, real = [], train_ode.apply_gradients
     monkeypatch.setattr(
         train_ode,
         "apply_gradients",
         lambda *args: rates.append(optimisers[0].param_groups[0]["lr"]) or real(*args),
     )
-    optimisers, made = [], torch.optim.AdamW
+    optimisers, made = [], getattr(torch.optim, kind)
     monkeypatch.setattr(
-        torch.optim, "AdamW", lambda *a, **k: optimisers.append(made(*a, **k)) or optimisers[0]
+        torch.optim, kind, lambda *a, **k: optimisers.append(made(*a, **k)) or optimisers[0]
     )
-    train(files, tmp_path / "a", steps=8, lr=4e-4, decay=0.5)
+    train(files, tmp_path / "a", steps=8, decay=0.5, **how)
     assert rates == pytest.approx([2e-4, 4e-4, 4e-4, 4e-4, 4e-4, 3e-4, 2e-4, 1e-4])
 
 
 def test_bfloat16_takes_the_same_steps(files, tmp_path):
-    start = read_tensors(files["weights"])[0]
-    runs = [
-        read_tensors(train(files, tmp_path / kind, dtype=kind, steps=2) / "student.safetensors")[0]
-        for kind in ("float32", "bfloat16")
-    ]
-    steps = [torch.cat([(run[k] - start[k]).flatten() for k in start]) for run in runs]
+    start = flat(files["weights"])
+    runs = [train(files, tmp_path / d, dtype=d, steps=2) for d in ("float32", "bfloat16")]
+    steps = [flat(run / "student.safetensors") - start for run in runs]
     assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.9
     assert distance(*steps) > 0  # it is indeed another arithmetic
 

@@ -33,6 +33,7 @@ from lib.training import (
     cosine,
     log_row,
     mean_over_processes,
+    optimisers_of,
     sync_gradients,
     training_steps,
 )
@@ -54,7 +55,6 @@ class Config:
         "clips": (1, 10**9),
         "pictures": (1, 2**20),
         "first": (0, 100),
-        "lr_matrices": (0, 1),
     }
     out: str = "out/toy"  # has vae.safetensors; gets teacher.safetensors, its log and its state
     preset: str = "toy"  # a DiT preset
@@ -90,17 +90,6 @@ def teacher_loss(
     weight = torch.ones_like(error[0])  # (T,)
     weight[0] = first
     return (error * weight).sum(1) / weight.sum()
-
-
-def optimisers_of(dit: DiT, config: Config) -> dict[torch.optim.Optimizer, float]:
-    """AdamW, and Muon for the matrices of the blocks, if it has a rate; each with its rate."""
-    matrices = [p for p in dit.blocks.parameters() if p.ndim == 2 and config.lr_matrices]
-    chosen = set(matrices)
-    rest = [p for p in dit.parameters() if p not in chosen]
-    rates = {torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01): config.lr}
-    if matrices:
-        rates[torch.optim.Muon(matrices, weight_decay=0.01)] = config.lr_matrices
-    return rates
 
 
 @torch.no_grad()
@@ -145,7 +134,8 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     dit = load_dit(config.init).requires_grad_(True) if config.init else DiT(c)
     dit.to(device)
-    rates, ema = optimisers_of(dit, config), EMA(dit, config.ema)
+    rates = optimisers_of(dit, config.lr, config.lr_matrices, (0.9, 0.99), 0.01)
+    ema = EMA(dit, config.ema)
     trained, averages = {"dit": (dit, tuple(rates))}, {"ema": ema}
     for step, row in training_steps(config, "teacher", trained, device, averages, "teacher."):
         for optimiser, rate in rates.items():

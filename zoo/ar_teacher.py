@@ -56,6 +56,7 @@ class Config(Training):
     schedule_steps: int = 0  # iterations that the rate is planned over, if not --steps
     batch: int = 16  # samples an iteration, over all processes [Causal Forcing: 64]
     lr: float = 5e-4  # AdamW, constant between warm-up and decay [Causal Forcing: 2e-6]
+    lr_matrices: float = 0.0  # Muon, of the blocks' matrices, likewise; 0: AdamW for them, too
     warmup: int = 50  # iterations
     decay: float = 0.5  # share of the steps, at the end, while the rate falls to zero
     betas: tuple[float, ...] = (0.9, 0.999)  # [Causal Forcing: 0, 0.999]

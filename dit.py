@@ -143,6 +143,13 @@ class Visible:
         x = x.unflatten(1, (self.slots, -1))  # (B, slots, N, A, D)
         return x[:, self.key_slot].flatten(1, 2)
 
+    def in_tokens(self, n: int) -> Spans:
+        """The spans in units of tokens, n a latent."""
+        return tuple(
+            (q0 * n, q1 * n, tuple((k0 * n, k1 * n) for k0, k1 in ranges))
+            for q0, q1, ranges in self.spans
+        )
+
     def dense(self, tokens: int = 1) -> Tensor:
         """The same as a bool matrix [L, K]; True = may attend. For pictures and tests."""
         keys = self.slots if self.key_slot is None else len(self.key_slot)
@@ -163,21 +170,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> T
     q: [B, L, A, D];  k, v: [B, K, A, D];  returns: [B, L, A, D]"""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, A, L or K, D)
     if visible is None:
-        out = attention(q, k, v)
+        spans = ((0, q.shape[2], ((0, k.shape[2]),)),)
     else:
-        n = q.shape[2] // visible.slots  # tokens per latent
-        runs = []
-        for q0, q1, ranges in visible.spans:
-            run = q[:, :, q0 * n : q1 * n]  # (B, A, tokens of the run, D)
-            seen = _pick(k, ranges, n), _pick(v, ranges, n)
-            runs.append(attention(run, *seen))
-        out = torch.cat(runs, dim=2)
-    return out.transpose(1, 2)  # (B, L, A, D)
-
-
-def _pick(x: Tensor, ranges: Ranges, n: int) -> Tensor:
-    parts = [x[:, :, k0 * n : k1 * n] for k0, k1 in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # one range needs no copy
+        spans = visible.in_tokens(q.shape[2] // visible.slots)
+    return attention(q, k, v, spans).transpose(1, 2)  # (B, L, A, D)
 
 
 # ---------------------------------------------------------------- layers

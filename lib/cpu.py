@@ -74,17 +74,68 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, rows.sum(0) if wants_bias else None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """F.scaled_dot_product_attention: q [B, A, L, D], k, v [B, A, K, D] -> [B, A, L, D].
+def attention(q: Tensor, k: Tensor, v: Tensor, spans: tuple) -> Tensor:
+    """Attention by torch's fused kernel, span by span: q [B, A, L, D], k, v [B, A, K, D] -> like q.
 
+    spans: of all queries in turn (q0, q1, ranges (k0, k1) of the keys that they see)
     Where it is trained in bfloat16, it is computed in float32."""
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else q.dtype
     training = torch.is_grad_enabled() and dtype == torch.bfloat16
-    if not (ONEDNN and q.device.type == "cpu" and training):
-        return F.scaled_dot_product_attention(q, k, v)
+    if not (ONEDNN and q.device.type == "cpu" and training) or torch.compiler.is_compiling():
+        runs = []
+        for q0, q1, ranges in spans:
+            seen = _pick(k, ranges), _pick(v, ranges)
+            runs.append(F.scaled_dot_product_attention(q[:, :, q0:q1], *seen))
+        return runs[0] if len(runs) == 1 else torch.cat(runs, dim=2)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(dtype)
+        whole = (x.float().contiguous().flatten(0, 1) for x in (q, k, v))  # (B * A, L or K, D)
+        return _Attention.apply(*whole, spans).view(q.shape).to(dtype)
+
+
+def _pick(x: Tensor, ranges: tuple) -> Tensor:
+    parts = [x[..., k0:k1, :] for k0, k1 in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)  # one range needs no copy
+
+
+class _Attention(torch.autograd.Function):
+    """The same of q [N, L, D], k, v [N, K, D], float32.
+
+    Its gradient touches what a span sees; torch's fills, copies and adds up gradients of all keys
+    for every range of them."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, spans: tuple) -> Tensor:
+        q = q * q.shape[2] ** -0.5
+        out, weights = torch.empty_like(q), []
+        for q0, q1, ranges in spans:
+            logits = torch.bmm(q[:, q0:q1], _pick(k, ranges).transpose(1, 2))  # (N, run, seen)
+            weights.append(logits.softmax(2))
+            out[:, q0:q1] = torch.bmm(weights[-1], _pick(v, ranges))
+        ctx.save_for_backward(q, k, v, out, *weights)
+        ctx.spans = spans
+        return out
+
+    @staticmethod
+    @torch.autocast("cpu", enabled=False)
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *weights = ctx.saved_tensors
+        grad = grad.contiguous()
+        mean = (grad * out).sum(2, keepdim=True)  # (N, L, 1): softmax takes it off each row
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (q0, q1, ranges), weight in zip(ctx.spans, weights):
+            g, at = grad[:, q0:q1], 0
+            dweight = torch.bmm(g, _pick(v, ranges).transpose(1, 2))  # (N, run, seen)
+            dlogits = dweight.sub_(mean[:, q0:q1]).mul_(weight)
+            dq[:, q0:q1] = torch.bmm(dlogits, _pick(k, ranges))
+            dkeys = torch.bmm(dlogits.transpose(1, 2), q[:, q0:q1])  # (N, seen, D)
+            dvalues = torch.bmm(weight.transpose(1, 2), g)
+            for k0, k1 in ranges:
+                dk[:, k0:k1] += dkeys[:, at : at + k1 - k0]
+                dv[:, k0:k1] += dvalues[:, at : at + k1 - k0]
+                at += k1 - k0
+        return dq * q.shape[2] ** -0.5, dk, dv, None
 
 
 class Linear(nn.Linear):

@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import anchors
 import vae as vae_module
@@ -33,6 +34,7 @@ from sampler import generate, student_sigmas
 from tools.bench import Clock, autoencoder, matmul_rate, medians, of_diffusers, processor
 from tools.memory import network
 from toy.train_teacher import teacher_loss
+from train_ode import ode_loss
 from vae import VAEConfig
 
 CPU = torch.device("cpu")
@@ -177,19 +179,32 @@ def rollouts(name: str, c: DiTConfig) -> None:
 
 
 def training(c: DiTConfig) -> None:
-    """The teacher's gradient in bfloat16, clips and pictures, against torch's own attention."""
+    """Gradients of the teacher and of stage 1 in bfloat16, against torch's own attention."""
     dit = network(c, torch.float32, CPU).requires_grad_(True)
 
-    @torch.enable_grad()
-    def gradient(clips: int, latents: int, switch: bool) -> None:
+    def teacher(clips: int, latents: int) -> Tensor:
         z, text = torch.randn(clips, latents, 16, 4, 4), torch.randn(clips, 12, c.text_dim)
-        with torch.autocast("cpu", torch.bfloat16), mock.patch.object(cpu, "ONEDNN", switch):
-            loss = teacher_loss(dit, z, text, torch.rand(clips), torch.randn_like(z), 3).mean()
-            loss.backward()
+        return teacher_loss(dit, z, text, torch.rand(clips), torch.randn_like(z), 3)
 
-    for shape in ((8, 14), (32, 1)):
-        name = "gradient of {} toy clips of {} latents, bfloat16, against torch's attention"
-        race(name.format(*shape), *(partial(gradient, *shape, on) for on in (True, False)))
+    def student(plan: Plan) -> Tensor:
+        lay = layout(plan, teacher_forcing=True)
+        states = torch.randn(4, 5, len(lay.latent), 16, 4, 4)
+        levels = torch.randint(4, (4, len(plan.steps)))
+        sigmas, text = torch.tensor([*student_sigmas(), 0.0]), torch.randn(4, 12, c.text_dim)
+        return ode_loss(dit, lay, states, levels, sigmas, text)
+
+    @torch.enable_grad()
+    def gradient(loss: Callable[[], Tensor], switch: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16), mock.patch.object(cpu, "ONEDNN", switch):
+            loss().mean().backward()
+
+    for name, loss in (
+        ("8 toy clips of 14 latents, the teacher's", partial(teacher, 8, 14)),
+        ("32 toy pictures, the teacher's", partial(teacher, 32, 1)),
+        ("4 toy clips, stage 1 forward", partial(student, anchors.forward(21))),
+        ("4 toy clips, stage 1 backward", partial(student, anchors.backward(21))),
+    ):
+        race(f"gradient of {name}, against torch's", *(partial(gradient, loss, x) for x in (1, 0)))
 
 
 @torch.no_grad()

@@ -140,20 +140,32 @@ def heads(dtype: torch.dtype) -> list[torch.Tensor]:
     return [x.to(dtype).requires_grad_() for x in some]
 
 
+SPANS = [
+    ((0, 5, ((0, 7),)),),  # all see all
+    ((0, 2, ((0, 3),)), (2, 3, ((2, 5),)), (3, 5, ((0, 1), (4, 7)))),
+]
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: tuple) -> torch.Tensor:
+    """torch's own attention with a matrix of who sees whom."""
+    sees = torch.zeros(q.shape[2], k.shape[2], dtype=torch.bool)
+    for q0, q1, ranges in spans:
+        for k0, k1 in ranges:
+            sees[q0:q1, k0:k1] = True
+    return F.scaled_dot_product_attention(q, k, v, sees)
+
+
+@pytest.mark.parametrize("spans", SPANS, ids=["whole", "spans"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_attention_equals_torchs(autocast):
+def test_attention_equals_torchs(autocast, spans):
     """In bfloat16, by itself or by autocast, values and gradients are nearer to float64 than
-    torch's own, and have the types that torch's have."""
+    torch's own, and have the types that torch's have; the gradient is taken under autocast, too."""
     dtype, results = torch.float32 if autocast else torch.bfloat16, []
-    for kind, call in (
-        (torch.float64, F.scaled_dot_product_attention),
-        (dtype, F.scaled_dot_product_attention),
-        (dtype, attention),
-    ):
+    for kind, call in ((torch.float64, dense), (dtype, dense), (dtype, attention)):
         leaves = heads(kind)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast and kind == dtype):
-            y = call(*leaves)
-        y.float().square().sum().backward()
+            y = call(*leaves, spans)
+            y.float().square().sum().backward()
         results.append([y, *(x.grad for x in leaves)])
     exact, torchs, ours = results
     for right, theirs, mine in zip(exact, torchs, ours):
@@ -164,13 +176,34 @@ def test_attention_equals_torchs(autocast):
     assert distances[1] <= distances[0]
 
 
+def by_formulas(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: tuple) -> torch.Tensor:
+    return cpu._Attention.apply(*(x.flatten(0, 1) for x in (q, k, v)), spans).view(q.shape)
+
+
+@pytest.mark.parametrize("spans", SPANS, ids=["whole", "spans"])
+def test_gradient_of_attention_is_exact(spans):
+    """The formulas themselves, in float64: what autograd takes from dense attention."""
+    found = []
+    for call in (dense, by_formulas):
+        leaves = heads(torch.float64)
+        y = call(*leaves, spans)
+        y.sin().sum().backward()
+        found.append([y, *(x.grad for x in leaves)])
+    assert all(torch.allclose(right, mine, atol=1e-12) for right, mine in zip(*found))
+
+
 def test_attention_elsewhere_is_torchs(monkeypatch):
-    """Without a gradient, in other types, and with the switch off, to the bit."""
+    """Without a gradient, in other types, compiled, and with the switch off, to the bit."""
+    monkeypatch.setattr("lib.cpu._Attention", None)
     for dtype in (torch.float32, torch.float64):
         given = heads(dtype)
-        assert torch.equal(attention(*given), F.scaled_dot_product_attention(*given))
+        assert torch.equal(attention(*given, SPANS[0]), F.scaled_dot_product_attention(*given))
     given = heads(torch.bfloat16)
+    right = F.scaled_dot_product_attention(*given)
+    compiled = torch.compile(attention, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*given, SPANS[0]), right)
     with torch.no_grad():
-        assert torch.equal(attention(*given), F.scaled_dot_product_attention(*given))
+        found = attention(*given, SPANS[0])
+        assert torch.equal(found, F.scaled_dot_product_attention(*given))
     monkeypatch.setattr("lib.cpu.ONEDNN", False)
-    assert torch.equal(attention(*given), F.scaled_dot_product_attention(*given))
+    assert torch.equal(attention(*given, SPANS[0]), right)

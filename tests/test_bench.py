@@ -76,7 +76,7 @@ def test_races_run(monkeypatch, capsys):
     speed.rollouts("tiny", tiny)
     speed.longer("backward")
     speed.training(tiny)
-    assert len(names) == 4 + 5 + 3 + 2
+    assert len(names) == 4 + 5 + 3 + 4
     assert "100 s of toy video, backward, against 10 s" in capsys.readouterr().out
 
 

@@ -84,8 +84,7 @@ def clip_loss(setup: OnClips, history: History, part: Part) -> Tensor:
     def times(g: torch.Generator) -> Tensor:
         return shift_sigma(torch.rand(steps, generator=g), config.shift)
 
-    clips = setup.draw(part, Stream.AR, lay.latent, times, config.dropout)
-    clips = history(setup, part, clips)
+    clips = history(setup, part, setup.draw(part, Stream.AR, lay.latent, times, config.dropout))
     return ar_loss(setup.dit, lay, clips, config.shift, config.loss_on_anchors)
 
 

@@ -214,14 +214,12 @@ def fit(
     rounds = split_batch(config.batch, config.micro, setup.rank, setup.world)
     planned = config.schedule_steps or config.steps
     rates = optimisers_of(dit, config.lr, config.lr_matrices, config.betas, config.weight_decay)
-    averages = {"ema": average[0]} if average else {}
+    trained, averages = {"dit": (dit, tuple(rates))}, {"ema": average[0]} if average else {}
     result = average[1] if average else dit
     dit.recipe = result.recipe = trained_as(config).write() if name == "student" else None
     dtype = dtype_of(config.dtype if config.parallel == "ddp" else "float32")  # FSDP2 casts itself
     with computing(dtype, device):
-        for step, row in training_steps(
-            config, name, {"dit": (dit, tuple(rates))}, device, averages
-        ):
+        for step, row in training_steps(config, name, trained, device, averages):
             for optimiser, rate in rates.items():
                 rate = trapezoid(step, planned, rate, config.warmup, config.decay)
                 optimiser.param_groups[0]["lr"] = rate

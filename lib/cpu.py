@@ -5,7 +5,7 @@ instructions on processors that are not Intel's; convolutions of one small clip 
 loops. In bfloat16 the gradient of attention takes .07 ms a head and sample at least, however small
 it is [measured], in float32 a tenth of it. How much is gained depends on the processor.
 Values differ from torch's by rounding alone, and all else (a GPU, another type, a torch without
-oneDNN; products that are small, under autocast or compiled) is torch's own.
+oneDNN; what is compiled; products that are small or under autocast) is torch's own.
 """
 
 import torch

@@ -127,8 +127,8 @@ def computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Linear layers, convolutions and attention in dtype, the rest as it is; float32: no change.
 
     Casts are not cached: a cast made without gradient would be reused with gradient, and the weight
-    would get none. On a CPU attention is spelt out: under gradients the fused kernel takes twice as
-    long in bfloat16 [measured]."""
+    would get none. Of attention on a CPU, what lib/cpu.py leaves to torch is spelt out: under
+    gradients the fused kernel takes twice as long in bfloat16 [measured]."""
     if dtype == torch.float32:
         yield
         return

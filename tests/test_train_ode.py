@@ -470,8 +470,8 @@ def test_two_processes_equal_one(files, tmp_path):
     start = flat(files["weights"])
     for name in ("ddp", "fsdp"):
         assert apart(one, tmp_path / name) <= 1e-5
-        muon = tmp_path / f"muon-{name}"  # torch's Muon computes in bfloat16
-        step, its = (flat(folder / "student.safetensors") - start for folder in (other, muon))
+        pair = (other, tmp_path / f"muon-{name}")  # torch's Muon computes in bfloat16
+        step, its = (flat(folder / "student.safetensors") - start for folder in pair)
         assert (its - step).norm() <= 0.15 * step.norm()
         assert [r["forward"] for r in rows(tmp_path / name)] == pytest.approx(
             [r["forward"] for r in rows(one)], abs=1e-5

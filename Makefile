@@ -67,16 +67,13 @@ toy: $(TOY)/weights/SHA256SUMS
 $(TOY)/vae.safetensors: export OMP_NUM_THREADS = 2
 $(TOY)/vae.safetensors: .venv/run
 	$(RUN) -m toy.train_vae --out $(TOY)
-$(TOY)/begun/teacher.safetensors: $(TOY)/vae.safetensors
-	$(TWO) -m toy.train_teacher --out $(TOY) --clips 6144 --steps 10000
-	mkdir -p $(TOY)/begun && mv $(TOY)/teacher.* $(TOY)/begun/
-$(TOY)/teacher.safetensors: $(TOY)/begun/teacher.safetensors
-	$(TWO) -m toy.train_teacher --out $(TOY) --init $< --clips 16384 --steps 8000 --first 5
+$(TOY)/teacher.safetensors: $(TOY)/vae.safetensors
+	$(TWO) -m toy.train_teacher --out $(TOY)
 $(TOY)/pairs/index.json: $(TOY)/teacher.safetensors
 	$(TWO) train_ode.py --generate $(TEACHER) --pairs 6144 --shard 16 --micro 16 --data $(TOY)/pairs
 $(TOY)/ode/student.safetensors: $(TOY)/pairs/index.json
 	$(TWO) train_ode.py $(TEACHER) --weights $(TOY)/teacher.safetensors --data $(TOY)/pairs \
-		--teacher_forcing true --batch 8 --steps 6000 --lr 5e-4 --out $(TOY)/ode
+		--teacher_forcing true --batch 8 --steps 4000 --lr 5e-4 --lr_matrices .01 --out $(TOY)/ode
 $(TOY)/dmd/student.safetensors: $(TOY)/ode/student.safetensors
 	$(TWO) train_dmd.py --student $< $(TEACHER) --critic $(TOY)/teacher.safetensors --vae $(TOY)/vae.safetensors \
 		--guidance 1.5 --clips $(TOY)/latents --steps 300 --lr 2e-5 --out $(TOY)/dmd

@@ -70,7 +70,7 @@ TOY_TEXT = {"freq_dim": 64, "text_dim": 64, "text_len": 12}
 PRESETS = {
     "wan1.3b": DiTConfig(),  # 1,418,996,800 parameters
     "wan14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),  # 14,288,491,584
-    "toy": DiTConfig(dim=192, ffn_dim=512, num_heads=4, num_layers=6, **TOY_TEXT),  # [ours]
+    "toy": DiTConfig(192, 512, 4, 6, patch_size=(1, 1, 1), **TOY_TEXT),  # 16 tokens a latent [ours]
     "toy64": DiTConfig(dim=384, ffn_dim=1024, num_heads=6, num_layers=8, **TOY_TEXT),  # [ours]
 }
 

@@ -54,10 +54,10 @@ def test_hashes_and_size():
 
 
 def told(text: str) -> list:
-    """The trainings of a text in their order, but the VAE's, as (script, config without places)."""
+    """The trainings of a text in their order, as (script, config without places)."""
     text = text.replace("\\\n", " ").replace("$(TEACHER)", "").replace("$<", "student")
     found = []
-    runs = r"torchrun --\S+|\$\(TWO\)|(?:python|\$\(RUN\))(?= -m toy.train_teacher)"
+    runs = r"torchrun --\S+|\$\(TWO\)|(?:python|\$\(RUN\))(?= -m toy.train)"
     for line in re.findall(rf"^\s*(?:{runs}) (.*)", text, re.M):
         name, *words = line.removeprefix("-m ").split()
         script = importlib.import_module(name.removesuffix(".py"))
@@ -70,8 +70,8 @@ def told(text: str) -> list:
 
 
 def test_make_toy_makes_what_is_shipped():
-    """The Makefile's chain has the flags of the commands that made the shipped teacher and
-    students, but for places. (The shipped VAE went on from an older one.)"""
+    """The Makefile's chain has the flags of the commands that made what is shipped, but for
+    places."""
     shipped = told((WEIGHTS / "README.md").read_text())
     assert len(shipped) == 5 and told((ROOT / "Makefile").read_text()) == shipped
 

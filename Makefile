@@ -38,24 +38,23 @@ CLIP := $(RUN) generate.py --prompt "a red square moves left over a green wave"
 demo: export OMP_NUM_THREADS = 2
 demo: .venv/run
 	@rm -rf $(DEMO)
-	@echo "1/5 The teacher turns noise into clips of many lengths, 64 prompts, 48 steps each; what it passes through is kept: ODE pairs."
-	$(TORCHRUN) train_ode.py --generate --pairs 64 --shard 8 --data $(DEMO)/pairs
+	@echo "1/5 The teacher turns noise into clips of many lengths, 32 prompts, 48 steps each; what it passes through is kept: ODE pairs."
+	$(TORCHRUN) train_ode.py --generate --pairs 32 --shard 4 --data $(DEMO)/pairs
 	@echo "2/5 Stage 1, a few steps of it: the student learns to jump to the end from four noise levels, in plans of many lengths,"
 	@echo "    most of them a forward and a backward one. Good: both losses fall."
-	$(TORCHRUN) train_ode.py --data $(DEMO)/pairs --out $(DEMO)/stage1 --steps 60
+	$(TORCHRUN) train_ode.py --data $(DEMO)/pairs --out $(DEMO)/stage1 --batch 8 --steps 30
 	@echo "3/5 Stage 2, a few steps of it, from the shipped stage-1 student: its own clips of many lengths, the teacher's and the"
 	@echo "    critic's opinion."
 	@echo "    Good: the losses are finite and level; $(DEMO)/stage2 has curves.png and a sheet of clips, two forward, two backward."
-	$(TORCHRUN) train_dmd.py --out $(DEMO)/stage2 --steps 30 --sheet_every 30
-	@echo "4/5 Clips of the shipped student in four orders. Good: a red square, its corners worn round, moves left in"
-	@echo "    every one of them."
+	$(TORCHRUN) train_dmd.py --out $(DEMO)/stage2 --steps 12 --sheet_every 12
+	@echo "4/5 Clips of the shipped student in four orders. Good: a red square moves left in every one of them."
 	$(CLIP) --order forward --out $(DEMO)/forward.mp4 --sheet $(DEMO)/forward.png
 	$(CLIP) --order backward --out $(DEMO)/backward.mp4 --sheet $(DEMO)/backward.png
 	$(CLIP) --order inbetween --out $(DEMO)/inbetween.mp4 --sheet $(DEMO)/inbetween.png
 	$(CLIP) --order loop --out $(DEMO)/loop.mp4 --sheet $(DEMO)/loop.png
-	@echo "5/5 Measure 32 clips an order, anchors dropped and kept. Good: captions right, FR and round trip near 1, the round"
+	@echo "5/5 Measure 16 clips an order, anchors dropped and kept. Good: captions right, FR and round trip near 1, the round"
 	@echo "    trip higher where anchors are kept as output."
-	$(RUN) -m tools.report --clips 32 --out $(DEMO)/report
+	$(RUN) -m tools.report --clips 16 --out $(DEMO)/report
 
 # Everything from nothing, by the flags of what is shipped (toy/weights/README.md): a folder a stage. Stop it at will; run it
 # again and it goes on. [ours]

@@ -37,15 +37,17 @@ def only_finite(blocks: Blocks, plan) -> Blocks:
 
 def previewed(blocks: Blocks, plan, vae, folder: Path) -> Blocks:
     """Write each backward block, named by its first frame, once the block before it in time is
-    made: that one serves as its past and is not shown itself."""
+    made: that one serves as its past and is not shown itself. Twice, if it does not begin the
+    video: a decoder takes its first latent for an image, and once leaves wrong colours."""
     last = None
     for n, x0 in blocks:
         targets = plan.steps[n].targets
         if last is not None and plan.steps[n - 1].targets[0] == targets[-1] + 1:
-            video = vae.decode(torch.cat([x0, last], dim=1))[0]
+            past = x0 if targets[0] == 0 else torch.cat([x0, x0], dim=1)
+            video = vae.decode(torch.cat([past, last], dim=1))[0]
             first = vae.config.frames(targets[-1] + 1)  # of the block that is shown
             with VideoWriter(folder / f"{first:06d}.mp4") as writer:
-                writer.write(video[:, vae.config.frames(len(targets)) :])
+                writer.write(video[:, vae.config.frames(past.shape[1]) :])
         last = x0
         yield n, x0
 
@@ -73,7 +75,7 @@ def or_the_end(
     pieces: Iterable[Tensor], plan, vae, block: int, waiting: dict[int, Tensor]
 ) -> Iterator[Tensor]:
     """If Ctrl-C comes before the first piece (backward order), decode the end of the video, as far
-    as it is made: waiting latents. Its newest block serves as the past and is not shown itself."""
+    as it is made: waiting latents. Its newest block, twice, serves as the past and is not shown."""
     is_shown = False
     try:
         for video in pieces:
@@ -84,8 +86,9 @@ def or_the_end(
         while begin - 1 in waiting:
             begin -= 1
         if not is_shown and plan.length - begin > block:
-            z = torch.stack([waiting[i] for i in range(begin, plan.length)], dim=1)
-            yield vae.decode(z).cpu()[:, :, vae.config.frames(block) :]
+            twice = [*range(begin, begin + block), *range(begin, plan.length)]
+            z = torch.stack([waiting[i] for i in twice], dim=1)
+            yield vae.decode(z).cpu()[:, :, vae.config.frames(2 * block) :]
         raise
 
 

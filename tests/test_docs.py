@@ -218,7 +218,7 @@ def test_numbers_stand_beside_their_command():
     """A table of measurements says by which command, on which machine, with which seed."""
     origin = {
         "command": r"python |torchrun |make \w|\w+\.py",
-        "hardware": r"EPYC|H100|H200|CPU|GPU|no hardware",
+        "hardware": r"EPYC|Xeon|H100|H200|CPU|GPU|no hardware",
         "seed": r"seed|random\s+weights|Calculated",
     }
     lacking = []

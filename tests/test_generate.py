@@ -175,13 +175,9 @@ def test_tails_are_video_latents(folder, models):
     assert all(torch.equal(tail.latents[9 + i], z[:, 1 + i]) for i in range(6))
     assert torch.equal(torch.stack(list(tail.frames.values()), 1), video[0, :, 1:])
     assert tail.picture(video[:, :, :1], 60) == 15 and torch.equal(tail.frames[60], video[0, :, 0])
-    assert (
-        distance(
-            vae.decode(tail.latents[15][:, None].expand(-1, 4, -1, -1, -1))[:, :, -1],
-            video[:, :, 0],
-        )
-        < 0.5
-    )  # a standstill
+    still = vae.decode(tail.latents[15][:, None].expand(-1, 7, -1, -1, -1))[:, :, -1]
+    near, far = ((still - video[:, :, f]).abs().mean() for f in (0, 12))
+    assert near < 0.04 and near < far / 4  # a standstill
 
 
 def test_the_plan_is_what_was_asked(folder, models):
@@ -409,8 +405,8 @@ BAD = {
     "window": (["--window", "30", "--frames", "177"], "over the horizon of 21"),
     "negative window": (["--window", "-3", "--frames", "177"], "window -3"),
     "size": (
-        ["--size", "40", "40"],
-        "--size 40 40 must be a height and a width divisible by 16 and 16",
+        ["--size", "40", "36"],
+        "--size 40 36 must be a height and a width divisible by 8 and 8",
     ),
     "avi": (["--out", "clip.avi"], "clip.avi must end in .mp4 or .mkv or .gif or .png"),
     "no folder": (["--weights", "nowhere"], "--weights 'nowhere' is not a folder"),
@@ -937,7 +933,7 @@ def bad(folder):
             "--out o.avi must end in .mp4 or .mkv or .gif or .png",
         ),
         "sink": ({"loop": "a.mkv", "sink": "left"}, "--sink 'left' must be past or future"),
-        "size": ({"loop": "a.mkv", "size": (40, 40)}, "--size 40 40 must be"),
+        "size": ({"loop": "a.mkv", "size": (40, 36)}, "--size 40 36 must be"),
         "story and prompt": ({"story": "story.json"}, "--story and --prompt were asked for"),
     } | {
         f"story {name}": ({"story": f"{name}.json", "prompt": ()}, says)
@@ -1023,4 +1019,4 @@ def test_backward_blocks_can_be_previewed(tmp_path):
     assert names == ["000009.mp4", "000021.mp4"]
     for name in names:
         shown, at = read_frames(tmp_path / "p" / name), int(name[:6])
-        assert shown.shape[2] == 12 and (shown - whole[:, :, at : at + 12]).abs().mean() < 0.05
+        assert shown.shape[2] == 12 and (shown - whole[:, :, at : at + 12]).abs().mean() < 0.04

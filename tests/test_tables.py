@@ -462,3 +462,18 @@ def test_critic_has_a_row_for_each_question(weights, tmp_path, monkeypatch, caps
 
 def test_numbers_of_the_tables_are_held_out():
     assert all(world.held_out(world.caption(n)) for n in numbers_of(8, 2))
+
+
+@torch.no_grad()
+def test_ball_seen_is_a_share_of_frames(monkeypatch):
+    """Of frames in which a third of the ball shows: nearly all of true clips, none without a ball,
+    about half of a clip that has one in half of its frames."""
+    captions = [world.caption(n) for n in range(4)]
+    whole = world.render(captions, range(4))
+    monkeypatch.setattr(world, "BALL_RADIUS", -9.0)
+    none = world.render(captions, range(4))
+    monkeypatch.undo()
+    seen = lengths.ball_seen(whole)
+    assert 0.6 < seen.min() and seen.mean() > 0.8 and lengths.ball_seen(none).max() < 0.02
+    mixed = torch.cat([whole[:, :, :40], none[:, :, 40:]], 2)
+    assert (lengths.ball_seen(mixed) < 0.6).all() and lengths.ball_seen(mixed).mean() > 0.35

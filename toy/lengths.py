@@ -10,6 +10,7 @@ ones. To compare with: true clips through the VAE, and the teacher.
     python -m toy.lengths --clips 64
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -43,6 +44,7 @@ COLUMNS = (
     "caption",
     "caption, last made",
     "motion",
+    "ball seen",
     "lost: ball",
     "lost: ground",
     "FR inter",
@@ -98,11 +100,20 @@ def shape_changes(video: Tensor) -> Tensor:
     return (shapes[:, 1:] != shapes[:, :-1]).float().mean(1)
 
 
+def ball_seen(video: Tensor) -> Tensor:
+    """In how many frames of video [B, 3, F, H, W] a third of the pale ball is seen: [B], 0..1.
+
+    It alone has no dark channel; at .3 the edge of a sprite has one, too [measured]."""
+    pale = video.float().cpu().amin(1) > 2 * 0.3 - 1  # (B, F, H, W)
+    whole = math.pi * (world.BALL_RADIUS / world.UNITS) ** 2  # of the frame
+    return (pale.float().mean((-2, -1)) > whole / 3).float().mean(1)
+
+
 def measured(video: Tensor, plan: Plan, captions: Sequence[str]) -> Values:
     """All columns of clips [B, 3, F, H, W]."""
     found = measure(video, plan) | measure_words(world, video, plan, captions)
     found |= {"shape changes": shape_changes(video)}
-    return found | {"outline": world.outline(video, captions)}
+    return found | {"outline": world.outline(video, captions), "ball seen": ball_seen(video)}
 
 
 def row_of(values: Values, true: Values, plan: Plan) -> dict[str, Stat | str]:

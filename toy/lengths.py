@@ -103,7 +103,7 @@ def shape_changes(video: Tensor) -> Tensor:
 def ball_seen(video: Tensor) -> Tensor:
     """In how many frames of video [B, 3, F, H, W] a third of the pale ball is seen: [B], 0..1.
 
-    It alone has no dark channel; at .3 the edge of a sprite has one, too [measured]."""
+    It alone has no channel below .3: edges of sprites, over any ground, have one [measured]."""
     pale = video.float().cpu().amin(1) > 2 * 0.3 - 1  # (B, F, H, W)
     whole = math.pi * (world.BALL_RADIUS / world.UNITS) ** 2  # of the frame
     return (pale.float().mean((-2, -1)) > whole / 3).float().mean(1)

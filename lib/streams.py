@@ -37,19 +37,26 @@ def only_finite(blocks: Blocks, plan) -> Blocks:
 
 def previewed(blocks: Blocks, plan, vae, folder: Path) -> Blocks:
     """Write each backward block, named by its first frame, once the block before it in time is
-    made: that one serves as its past and is not shown itself. Twice, if it does not begin the
-    video: a decoder takes its first latent for an image, and once leaves wrong colours."""
+    made: that one serves as its past and is not shown itself."""
     last = None
     for n, x0 in blocks:
         targets = plan.steps[n].targets
         if last is not None and plan.steps[n - 1].targets[0] == targets[-1] + 1:
-            past = x0 if targets[0] == 0 else torch.cat([x0, x0], dim=1)
-            video = vae.decode(torch.cat([past, last], dim=1))[0]
+            video = _decode_after(x0, last, targets[0] == 0, vae)
             first = vae.config.frames(targets[-1] + 1)  # of the block that is shown
             with VideoWriter(folder / f"{first:06d}.mp4") as writer:
-                writer.write(video[:, vae.config.frames(past.shape[1]) :])
+                writer.write(video[0])
         last = x0
         yield n, x0
+
+
+def _decode_after(past: Tensor, z: Tensor, begins: bool, vae) -> Tensor:
+    """Frames [1, 3, F, H, W] of latents z after a past, which is not shown. It is there twice, if
+    it does not begin the video: a decoder takes its first latent for an image, and once leaves
+    wrong colours [measured: tests/test_generate.py]."""
+    past = past if begins else torch.cat([past, past], dim=1)
+    video = vae.decode(torch.cat([past, z], dim=1))
+    return video[:, :, vae.config.frames(past.shape[1]) :]
 
 
 def come_back(blocks: Blocks, plan) -> Blocks:
@@ -75,7 +82,7 @@ def or_the_end(
     pieces: Iterable[Tensor], plan, vae, block: int, waiting: dict[int, Tensor]
 ) -> Iterator[Tensor]:
     """If Ctrl-C comes before the first piece (backward order), decode the end of the video, as far
-    as it is made: waiting latents. Its newest block, twice, serves as the past and is not shown."""
+    as it is made: waiting latents. Its newest block serves as the past and is not shown itself."""
     is_shown = False
     try:
         for video in pieces:
@@ -86,9 +93,8 @@ def or_the_end(
         while begin - 1 in waiting:
             begin -= 1
         if not is_shown and plan.length - begin > block:
-            twice = [*range(begin, begin + block), *range(begin, plan.length)]
-            z = torch.stack([waiting[i] for i in twice], dim=1)
-            yield vae.decode(z).cpu()[:, :, vae.config.frames(2 * block) :]
+            z = torch.stack([waiting[i] for i in range(begin, plan.length)], dim=1)
+            yield _decode_after(z[:, :block], z[:, block:], begin == 0, vae).cpu()
         raise
 
 
